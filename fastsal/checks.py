@@ -1,0 +1,91 @@
+"""Argument checks: one error that names the argument, what it got and what it wants."""
+
+import math
+import warnings
+from typing import Any
+
+import torch
+from torch import Tensor
+
+DTYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
+NORMS = {1: 1.0, 2: 2.0, math.inf: math.inf, "1": 1.0, "2": 2.0, "inf": math.inf}
+
+
+def norm(value: Any) -> float:
+    """The p of the perturbation norm as a float: 1.0, 2.0 or inf."""
+    try:
+        return NORMS[value]
+    except (KeyError, TypeError):
+        raise ValueError(f"norm: got {value!r}, wants 2, 1, math.inf or 'inf' (the p of the perturbation)") from None
+
+
+def output_dtype(dtype: torch.dtype) -> torch.dtype:
+    """float64 for float64 inputs, float32 for all others."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def _floating(name: str, value: Any) -> None:
+    if not isinstance(value, Tensor):
+        raise TypeError(f"{name}: got {type(value).__name__}, wants a torch.Tensor")
+    if value.dtype not in DTYPES:
+        raise TypeError(f"{name}: got dtype {value.dtype}, wants float32, float64, float16 or bfloat16")
+
+
+def _flat(name: str, value: Tensor, lead: int) -> Tensor:
+    """value [..., *S] with the dimensions behind the first `lead` joined into one of unit stride, without a copy."""
+    stride = 1
+    for size, step in zip(reversed(value.shape[lead:]), reversed(value.stride()[lead:]), strict=True):
+        if size != 1 and step != stride:
+            raise ValueError(
+                f"{name}: got strides {tuple(value.stride())} for shape {tuple(value.shape)}, wants the input dimensions "
+                f"(those behind the first {lead}) contiguous; pass {name}.contiguous()"
+            )
+        stride *= size
+    return value.view(*value.shape[:lead], stride)
+
+
+def tensors(logits: Tensor, jacobian: Tensor, x: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Checks logits [B, n], jacobian [B, n, *S] and x [B, *S]; returns them with S flattened to D, without a copy."""
+    named = {"logits": logits, "jacobian": jacobian} | ({} if x is None else {"x": x})
+    for name, value in named.items():
+        _floating(name, value)
+    if logits.dim() == 1 or (logits.dim() == 2 and logits.shape[1] == 1):
+        raise ValueError(
+            f"logits: got shape {tuple(logits.shape)}, wants [B, n] with n >= 2; for a binary classifier with one score F "
+            "pass the two logits (-F/2, F/2) and the gradients (-dF/2, dF/2), or use fastsal.analyze"
+        )
+    if logits.dim() != 2 or logits.shape[1] < 2:
+        raise ValueError(f"logits: got shape {tuple(logits.shape)}, wants [B, n] with n >= 2")
+    if jacobian.dim() < 3 or jacobian.shape[:2] != logits.shape:
+        raise ValueError(
+            f"jacobian: got shape {tuple(jacobian.shape)}, wants [B, n, *S] with [B, n] = {list(logits.shape)} as in logits"
+        )
+    if 0 in jacobian.shape[2:]:
+        raise ValueError(f"jacobian: got shape {tuple(jacobian.shape)}, wants at least one input dimension entry (D >= 1)")
+    if x is not None and x.shape != (jacobian.shape[0], *jacobian.shape[2:]):
+        raise ValueError(
+            f"x: got shape {tuple(x.shape)}, wants [B, *S] = {[jacobian.shape[0], *jacobian.shape[2:]]} to go with jacobian"
+        )
+    for name, value in named.items():
+        if value.device != jacobian.device:
+            raise ValueError(f"{name}: got device {value.device}, wants the jacobian's, {jacobian.device}")
+        if (value.dtype == torch.float64) != (jacobian.dtype == torch.float64):
+            raise TypeError(
+                f"{name}: got dtype {value.dtype}, wants "
+                f"{'float64' if jacobian.dtype == torch.float64 else 'no float64'} to go with jacobian's {jacobian.dtype}"
+            )
+    if x is not None and x.dtype not in (jacobian.dtype, torch.float32):
+        raise TypeError(f"x: got dtype {x.dtype}, wants the jacobian's, {jacobian.dtype}, or float32")
+    flat_x = None if x is None else _flat("x", x, 1)
+    return logits, _flat("jacobian", jacobian, 2), flat_x
+
+
+def warn_probabilities(logits: Tensor) -> None:
+    """Warns where every row of logits [B, n] looks like probabilities: softmax changes every distance."""
+    rows = logits.detach()
+    if rows.numel() and bool(((rows >= 0).all(1) & ((rows.double().sum(1) - 1).abs() < 1e-3)).all()):
+        warnings.warn(
+            "logits: every row is non-negative and sums to 1, as probabilities do; fastsal wants logits (or log-softmax), "
+            "since distances from probabilities are different numbers",
+            stacklevel=3,
+        )

@@ -1,0 +1,222 @@
+"""The quantities of fastsal in pure PyTorch, written as the paper writes them: ground truth and fallback.
+
+Notation (Etmann, Lunz, Maass and Schönlieb, ICML 2019, arXiv 1905.04172): Ψ are the logits, g_j the gradient of logit j with
+respect to the input x, i* the predicted class, Δ_j = g_{i*} − g_j, m_j = Ψ^{i*} − Ψʲ, and g† = Δ_{j*} for the runner-up j*.
+Perturbations are measured in the p-norm, gradients in its dual, the q-norm. Everything is computed in float64 on any device.
+
+Where the paper writes a norm or an inner product, this file first scales each vector by a power of two near its largest entry,
+so that no square and no product leaves the range of float64; powers of two change no digit.
+"""
+
+import math
+
+import torch
+from torch import Tensor
+
+SCALARS = (
+    "linearized_robustness",
+    "alignment",
+    "binarized_logit",
+    "binarized_alignment",
+    "offset",
+    "binarized_offset",
+    "direction_gap",
+    "bound",
+    "homogeneity",
+    "binarized_homogeneity",
+)
+
+
+def dual(norm: float) -> float:
+    """The q with 1/p + 1/q = 1, for p in {1, 2, inf}."""
+    return {1.0: math.inf, 2.0: 2.0, math.inf: 1.0}[norm]
+
+
+def _exponent(v: Tensor, dim: int | None = -1) -> Tensor:
+    """Integer e with 2^e <= max|v| < 2^(e+1) along `dim` (`None`: entry by entry); 0 for zero, NaN and infinity."""
+    v = v.detach().abs()
+    top = v if dim is None else v.amax(dim)
+    return torch.where(torch.isfinite(top) & (top > 0), torch.frexp(top).exponent.long() - 1, 0)
+
+
+def _shift(v: Tensor, exponent: Tensor) -> Tensor:
+    """v · 2^exponent, in three exact steps, since 2^exponent itself may lie outside the range of float64."""
+    exponent = exponent.clamp(-3000, 3000)
+    third = torch.div(exponent, 3, rounding_mode="trunc")
+    for step in (third, third, exponent - 2 * third):
+        v = v * ((step + 1023) << 52).view(torch.float64)
+    return v
+
+
+def _divide(a: Tensor, b: Tensor) -> Tensor:
+    """a / b with gradient 0 where b = 0, for norms b (their subgradient at 0 is 0)."""
+    zero = b == 0
+    return torch.where(zero, (a / b).detach(), a / torch.where(zero, 1.0, b))
+
+
+def _norm(v: Tensor, q: float) -> Tensor:
+    """‖v‖_q along the last dimension, for v whose largest entry is near 1."""
+    if q == 1:
+        return v.abs().sum(-1)
+    if q == math.inf:
+        return v.abs().amax(-1)
+    square = (v * v).sum(-1)
+    zero = square == 0
+    return torch.where(zero, 0.0, torch.where(zero, 1.0, square).sqrt())
+
+
+def vector_norm(v: Tensor, q: float) -> Tensor:
+    """‖v‖_q of v [..., D] along the last dimension, without overflow or underflow: float64 [...]."""
+    v = v.double()
+    e = _exponent(v)
+    return _shift(_norm(_shift(v, -e.unsqueeze(-1)), q), e)
+
+
+def row_distances(anchor: Tensor, rows: Tensor, norm: float) -> Tensor:
+    """‖anchor − row‖_q of anchor [B, D] and rows [B, c, D]: float64 [B, c]."""
+    return vector_norm(anchor.double().unsqueeze(1) - rows.double(), dual(norm))
+
+
+def ratios(margin: Tensor, distance: Tensor) -> Tensor:
+    """margin / distance, with 0/0 = 0: a tie is on the boundary already, whatever the gradients."""
+    return torch.where((margin == 0) & (distance == 0), 0.0, _divide(margin, distance))
+
+
+def nearest(ratio: Tensor, margin: Tensor) -> Tensor:
+    """Where the smallest ratio is, along the last dimension: int64.
+
+    The first NaN wins, then the lowest index among equals; where every ratio is +inf, the smallest margin decides.
+    """
+    return torch.where((ratio == math.inf).all(-1), margin.argmin(-1), ratio.argmin(-1))
+
+
+def other_classes(prediction: Tensor, n: int) -> Tensor:
+    """All classes but the predicted one, ascending: int64 [B, n − 1] from [B]."""
+    slot = torch.arange(n - 1, device=prediction.device)
+    return slot + (slot >= prediction.unsqueeze(1))
+
+
+def two_row_scalars(logits: Tensor, rows: Tensor, x: Tensor, norm: float) -> dict[str, Tensor]:
+    """Every scalar of the system from the winner and the runner-up alone.
+
+    logits [B, 2], rows [B, 2, D] (g, g_{j*}) and x [B, D] give a dict of float64 [B], keyed by `SCALARS`. Differentiable.
+    """
+    q = dual(norm)
+    logits, rows, x = logits.double(), rows.double(), x.double()
+    psi = logits[:, 0]
+    margin = logits[:, 0] - logits[:, 1]
+    g = rows[:, 0]
+    g_dag = rows[:, 0] - rows[:, 1]
+    ex, eg, ed = _exponent(x), _exponent(g), _exponent(g_dag)
+    x, g, g_dag = (_shift(v, -e.unsqueeze(1)) for v, e in ((x, ex), (g, eg), (g_dag, ed)))
+    norm_g, norm_dag = _norm(g, q), _norm(g_dag, q)
+
+    def parts(score: Tensor, v: Tensor, ev: Tensor, norm_v: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """α = |⟨x,v⟩|/‖v‖, β = score − ⟨x,v⟩, |β|/‖v‖ and the homogeneity, for a gradient v."""
+        dot = (x * v).sum(-1)
+        e = torch.maximum(_exponent(score, None), ex + ev)
+        dot_e = _shift(dot, ex + ev - e)
+        beta = _shift(score, -e) - dot_e
+        homogeneity = _divide(dot_e.abs(), dot_e.abs() + beta.abs())
+        return (
+            _shift(_divide(dot.abs(), norm_v), ex),
+            _shift(beta, e),
+            _shift(_divide(beta.abs(), norm_v), e - ev),
+            homogeneity,
+        )
+
+    alignment, offset, _, homogeneity = parts(psi, g, eg, norm_g)
+    alignment_dag, offset_dag, residual, homogeneity_dag = parts(margin, g_dag, ed, norm_dag)
+    gap = _norm(_divide(g_dag, norm_dag.unsqueeze(1)) - _divide(g, norm_g.unsqueeze(1)), q)
+    return {
+        "linearized_robustness": ratios(margin, _shift(norm_dag, ed)),
+        "alignment": alignment,
+        "binarized_logit": margin,
+        "binarized_alignment": alignment_dag,
+        "offset": offset,
+        "binarized_offset": offset_dag,
+        "direction_gap": gap,
+        "bound": alignment + _shift(_norm(x, norm) * gap, ex) + residual,
+        "homogeneity": homogeneity,
+        "binarized_homogeneity": homogeneity_dag,
+    }
+
+
+def margin_geometry(
+    logits: Tensor, jacobian: Tensor, x: Tensor, norm: float = 2.0
+) -> tuple[dict[str, Tensor], Tensor, Tensor, Tensor]:
+    """The whole system from logits [B, n], jacobian [B, n, D] and x [B, D].
+
+    Returns the scalars (dict of float64 [B], keyed by `SCALARS`), prediction and runner_up (int64 [B]) and the distances
+    m_j / ‖Δ_j‖_q (float64 [B, n], +inf at the prediction).
+    """
+    B, n, D = jacobian.shape
+    prediction = logits.argmax(1)
+    anchor = jacobian.gather(1, prediction.view(B, 1, 1).expand(B, 1, D)).squeeze(1)
+    scores = logits.double()
+    margin = scores.gather(1, prediction.unsqueeze(1)) - scores
+    ratio = ratios(margin, row_distances(anchor, jacobian, norm))
+    others = other_classes(prediction, n)
+    runner_up = others.gather(1, nearest(ratio.gather(1, others), margin.gather(1, others)).unsqueeze(1))
+    winners = torch.cat((prediction.unsqueeze(1), runner_up), 1)
+    rows = jacobian.gather(1, winners.unsqueeze(2).expand(B, 2, D))
+    scalars = two_row_scalars(logits.gather(1, winners), rows, x, norm)
+    distances = ratio.scatter(1, prediction.unsqueeze(1), math.inf)
+    return scalars, prediction, runner_up.squeeze(1), distances
+
+
+def pairwise_margins(
+    logits: Tensor, jacobian: Tensor, x: Tensor | None = None, norm: float = 2.0
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor | None]:
+    """All logit pairs from logits [B, n], jacobian [B, n, D] and x [B, D] or None.
+
+    Returns distance, margin (float64 [B, n, n]), nearest_margin (float64 [B, n]), nearest (int64 [B, n]) and the projection
+    ⟨x, g_i − g_j⟩ / ‖g_i − g_j‖_q (float64 [B, n, n], None without x), whose absolute value is the alignment.
+    """
+    B, n, _ = jacobian.shape
+    q = dual(norm)
+    diagonal = torch.eye(n, dtype=torch.bool, device=jacobian.device)
+    scores = logits.double()
+    distances, projections = [], []
+    for i in range(n):
+        difference = jacobian[:, i : i + 1].double() - jacobian.double()
+        distances.append(vector_norm(difference, q))
+        if x is not None:
+            ex, ed = _exponent(x.double()).unsqueeze(1), _exponent(difference)
+            scaled = _shift(difference, -ed.unsqueeze(2))
+            dot = (_shift(x.double().unsqueeze(1), -ex.unsqueeze(2)) * scaled).sum(-1)
+            projections.append(_shift(_divide(dot, _norm(scaled, q)), ex))
+    distance = torch.stack(distances, 1).masked_fill(diagonal, 0.0)
+    difference = scores.unsqueeze(2) - scores.unsqueeze(1)
+    margin = ratios(difference, distance).masked_fill(diagonal, math.inf)
+    others = other_classes(torch.arange(n, device=jacobian.device), n).expand(B, n, n - 1)
+    where = nearest(margin.gather(2, others), difference.gather(2, others))
+    which = others.gather(2, where.unsqueeze(2))
+    projection = torch.stack(projections, 1).masked_fill(diagonal, math.nan) if projections else None
+    return distance, margin, margin.gather(2, which).squeeze(2), which.squeeze(2), projection
+
+
+def pairwise_backward(
+    w: Tensor, v: Tensor | None, jacobian: Tensor, x: Tensor | None, norm: float
+) -> tuple[Tensor, Tensor | None]:
+    """The chain rule's last step for `pairwise_margins`, from the weights of each pair.
+
+    w (symmetric) and v (antisymmetric) [B, n, n], jacobian [B, n, D], x [B, D]. Returns, in float64,
+    Σ_j w_ij φ(g_i − g_j) + Σ_j v_ij x [B, n, D] and Σ_{i<j} v_ij (g_i − g_j) [B, D] (None without v), where φ(d) is d for
+    q = 2, sign(d) for q = 1, and for q = inf sign(d) on the largest entries, shared evenly among equals.
+    """
+    q = dual(norm)
+    grad_x = None if v is None or x is None else torch.zeros(x.shape, dtype=torch.float64, device=x.device)
+    rows = []
+    for i in range(jacobian.shape[1]):
+        d = jacobian[:, i : i + 1].double() - jacobian.double()
+        phi = d if q == 2 else d.sign()
+        if q == math.inf:
+            top = (d.abs() == d.abs().amax(-1, keepdim=True)).double()
+            phi = phi * top / top.sum(-1, keepdim=True)
+        row = (w[:, i].unsqueeze(2) * phi).sum(1)
+        if grad_x is not None and v is not None and x is not None:
+            row = row + v[:, i].sum(1, keepdim=True) * x.double()
+            grad_x += 0.5 * (v[:, i].unsqueeze(2) * d).sum(1)
+        rows.append(row)
+    return torch.stack(rows, 1), grad_x
