@@ -1,0 +1,38 @@
+"""Makes every test see the installed package, and gives tests a fresh interpreter that sees the same one."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+
+# `python -m pytest` puts the checkout first; its ./fastsal shadows the installed one and, unless built in place, cannot work.
+if not list((ROOT / "fastsal").glob("_cpu.*")):
+    sys.path[:] = [folder for folder in sys.path if Path(folder).resolve() != ROOT]
+
+
+@pytest.fixture
+def run_python(tmp_path: Path) -> Callable[..., subprocess.CompletedProcess[str]]:
+    """`run_python(*arguments, **environment)`: a fresh interpreter in an empty folder, with this process's fastsal."""
+    import fastsal
+
+    package_home = str(Path(fastsal.__file__).resolve().parent.parent)
+
+    def run(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
+        return subprocess.run(
+            [sys.executable, *arguments],
+            cwd=tmp_path,
+            env={**os.environ, "PYTHONPATH": package_home, **environment},
+            capture_output=True,
+            text=True,
+            stdin=subprocess.DEVNULL,
+            timeout=300,
+        )
+
+    return run

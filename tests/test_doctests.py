@@ -1,0 +1,20 @@
+"""Every example in a docstring of the installed package runs."""
+
+import doctest
+import importlib
+import pkgutil
+
+import pytest
+
+import fastsal
+
+NATIVE = ("fastsal._cpu", "fastsal._cuda")
+MODULES = ["fastsal", *(module.name for module in pkgutil.walk_packages(fastsal.__path__, "fastsal."))]
+
+
+@pytest.mark.parametrize("name", [name for name in MODULES if name not in NATIVE and not name.endswith("__main__")])
+def test_examples(name):
+    if name == "fastsal.kernels.triton":
+        pytest.importorskip("triton")
+    results = doctest.testmod(importlib.import_module(name))
+    assert results.failed == 0
