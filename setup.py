@@ -1,6 +1,6 @@
 """Build of the native modules: `fastsal._cpu` always, `fastsal._cuda` where nvcc is found. Imports no torch.
 
-Everything static is in pyproject.toml. The environment switches are FASTSAL_CUDA and FASTSAL_CUDA_ARCHS, see the README.
+Everything static is in pyproject.toml. The README lists the switches, FASTSAL_CUDA and FASTSAL_CUDA_ARCHS.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ INCLUDE = "csrc/include"
 CXX_FLAGS = ["-O3", "-g0", "-fno-math-errno", "-ffp-contract=off", "-fvisibility=hidden"]
 NVCC_FLAGS = ["-O3", "-std=c++17", "--cudart=static", "--compiler-options=-fPIC,-fvisibility=hidden"]
 NVCC_JOBS = 2  # one nvcc can take more than a GiB
-OPENMP_FLAGS = [(["-fopenmp"], ["-fopenmp"]), (["-Xpreprocessor", "-fopenmp"], ["-lomp"])]  # the second is Apple's clang
+OPENMP_FLAGS = [(["-fopenmp"], ["-fopenmp"]), (["-Xpreprocessor", "-fopenmp"], ["-lomp"])]  # Apple's clang: the second
 OPENMP_PROBE = "#include <omp.h>\nint main() { return omp_get_max_threads() < 1; }\n"
 
 
@@ -110,9 +110,7 @@ class BuildNative(build_ext):
             for compile_args, link_args in OPENMP_FLAGS:
                 try:
                     objects = self.compiler.compile([str(probe)], output_dir=folder, extra_postargs=compile_args)
-                    self.compiler.link_executable(
-                        objects, "probe", folder, extra_postargs=link_args, target_lang="c++"
-                    )
+                    self.compiler.link_executable(objects, "probe", folder, extra_postargs=link_args, target_lang="c++")
                 except (CompileError, LinkError):
                     continue
                 return compile_args, link_args

@@ -12,7 +12,8 @@ import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 
-# `python -m pytest` puts the checkout first; its ./fastsal shadows the installed one and, unless built in place, cannot work.
+# `python -m pytest` puts the checkout first: its ./fastsal shadows the installed one and, unless they were built in
+# place, lacks the native modules.
 if not list((ROOT / "fastsal").glob("_cpu.*")):
     sys.path[:] = [folder for folder in sys.path if Path(folder).resolve() != ROOT]
 

@@ -1,0 +1,237 @@
+"""The build's switches, what the installed package contains, what importing it does, and which way imports go."""
+
+import ast
+import graphlib
+import importlib.metadata
+import importlib.util
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import fastsal
+
+ROOT = Path(__file__).resolve().parent.parent
+PACKAGE = Path(fastsal.__file__).resolve().parent
+
+
+@pytest.fixture
+def build(monkeypatch):
+    """setup.py as a module, in an environment without switches."""
+    for variable in ("FASTSAL_CUDA", "FASTSAL_CUDA_ARCHS", "CUDA_HOME"):
+        monkeypatch.delenv(variable, raising=False)
+    spec = importlib.util.spec_from_file_location("fastsal_setup", ROOT / "setup.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture
+def nvcc(tmp_path, monkeypatch):
+    """A pretended nvcc, alone on PATH. It fails to compile."""
+    path = tmp_path / "cuda" / "bin" / "nvcc"
+    path.parent.mkdir(parents=True)
+    path.write_text(
+        """#!/bin/sh\necho '#$ LIBRARIES=  "-L/cuda/lib/stubs" "-L/cu da/lib"' >&2\n[ "$1" = --dryrun ]\n"""
+    )
+    path.chmod(0o755)
+    monkeypatch.setenv("PATH", str(path.parent))
+    return str(path)
+
+
+class TestBuildSwitches:
+    def test_archs(self, build, monkeypatch):
+        assert build.cuda_archs() == [80, 90]
+        monkeypatch.setenv("FASTSAL_CUDA_ARCHS", "120;80;90;80")
+        assert build.cuda_archs() == [80, 90, 120]
+
+    @pytest.mark.parametrize("archs", ["", "8.0", "80,90", "80;", "sm_80", "native", "90a", "8"])
+    def test_bad_archs(self, build, monkeypatch, archs):
+        monkeypatch.setenv("FASTSAL_CUDA_ARCHS", archs)
+        with pytest.raises(SystemExit, match=re.escape(f"FASTSAL_CUDA_ARCHS={archs!r}: want")):
+            build.cuda_archs()
+
+    def test_gencode_ends_with_ptx_of_the_newest(self, build):
+        assert build.gencode_flags([80, 90]) == [
+            "--generate-code=arch=compute_80,code=sm_80",
+            "--generate-code=arch=compute_90,code=sm_90",
+            "--generate-code=arch=compute_90,code=compute_90",
+        ]
+
+    def test_cuda_home_comes_before_path(self, build, nvcc, tmp_path, monkeypatch):
+        assert build.find_nvcc() == nvcc
+        other = tmp_path / "other" / "bin" / "nvcc"
+        other.parent.mkdir(parents=True)
+        shutil.copy(nvcc, other)
+        monkeypatch.setenv("CUDA_HOME", str(tmp_path / "other"))
+        assert build.find_nvcc() == str(other)
+        monkeypatch.setenv("CUDA_HOME", str(tmp_path / "nowhere"))
+        assert build.find_nvcc() == nvcc
+
+    @pytest.mark.parametrize("mode", [None, "auto", "1"])
+    def test_cuda_with_nvcc(self, build, nvcc, monkeypatch, mode):
+        if mode:
+            monkeypatch.setenv("FASTSAL_CUDA", mode)
+        assert build.wanted_nvcc(["a.cu"]) == nvcc
+
+    def test_cuda_off(self, build, nvcc, monkeypatch):
+        monkeypatch.setenv("FASTSAL_CUDA", "0")
+        assert build.wanted_nvcc(["a.cu"]) is None
+
+    @pytest.mark.parametrize("mode", ["yes", "", "2", "ON"])
+    def test_cuda_invalid(self, build, monkeypatch, mode):
+        monkeypatch.setenv("FASTSAL_CUDA", mode)
+        with pytest.raises(SystemExit, match=f"FASTSAL_CUDA={mode!r}: want auto, 0 or 1"):
+            build.wanted_nvcc(["a.cu"])
+
+    def test_no_nvcc(self, build, tmp_path, monkeypatch, capsys):
+        monkeypatch.setenv("PATH", str(tmp_path))
+        assert build.wanted_nvcc(["a.cu"]) is None
+        assert "building without fastsal._cuda: no nvcc" in capsys.readouterr().err
+        monkeypatch.setenv("FASTSAL_CUDA", "1")
+        with pytest.raises(SystemExit, match="FASTSAL_CUDA=1, but no nvcc"):
+            build.wanted_nvcc(["a.cu"])
+
+    def test_no_cuda_sources(self, build, nvcc, monkeypatch, capsys):
+        assert build.wanted_nvcc([]) is None
+        assert "no csrc/cuda" in capsys.readouterr().err
+        monkeypatch.setenv("FASTSAL_CUDA", "1")
+        with pytest.raises(SystemExit, match="FASTSAL_CUDA=1, but this source tree has no csrc/cuda"):
+            build.wanted_nvcc([])
+
+    def test_nvcc_says_where_to_link_from(self, build, nvcc):
+        assert build.cuda_library_dirs(nvcc) == ["/cuda/lib/stubs", "/cu da/lib"]
+
+    def test_failing_nvcc_fails_the_build(self, build, nvcc, tmp_path):
+        with pytest.raises(build.CompileError, match=r"nvcc failed on a\.cu"):
+            build.compile_cuda(nvcc, ["a.cu"], str(tmp_path))
+
+    @pytest.mark.skipif(shutil.which("c++") is None, reason="needs a C++ compiler")
+    @pytest.mark.parametrize("has_openmp", [True, False])
+    def test_openmp_probe(self, build, tmp_path, has_openmp):
+        from distutils.ccompiler import new_compiler  # setuptools' own
+
+        from setuptools import Distribution
+
+        path = tmp_path / "c++"
+        refuse = "" if has_openmp else 'case "$*" in *-fopenmp*) echo "error: no OpenMP" >&2; exit 1;; esac'
+        path.write_text(f'#!/bin/sh\n{refuse}\nexec {shutil.which("c++")} "$@"\n')
+        path.chmod(0o755)
+        command = build.BuildNative(Distribution())
+        command.compiler = new_compiler()
+        jobs = ("compiler", "compiler_so", "compiler_cxx", "compiler_so_cxx", "linker_exe", "linker_exe_cxx")
+        command.compiler.set_executables(**dict.fromkeys(jobs, str(path)))
+        if not has_openmp:
+            assert command.openmp_flags() == ([], [])
+        elif sys.platform == "linux":
+            assert command.openmp_flags() == (["-fopenmp"], ["-fopenmp"])
+
+
+class TestInstalled:
+    def test_is_not_the_checkout_without_native_modules(self):
+        assert importlib.util.find_spec("fastsal._cpu"), f"{PACKAGE} has no native module"
+
+    def test_version_has_one_source(self):
+        assert importlib.metadata.version("fastsal") == fastsal.__version__
+
+    def test_needs_torch_and_numpy_only(self):
+        requires = [line for line in importlib.metadata.requires("fastsal") if "extra ==" not in line]
+        assert {re.match(r"[\w.-]+", line).group() for line in requires} == {"torch", "numpy"}
+
+    def test_console_script(self):
+        (script,) = importlib.metadata.entry_points(group="console_scripts", name="fastsal")
+        assert script.value == "fastsal.cli:main"
+
+    @pytest.mark.skipif(shutil.which("ldd") is None, reason="needs ldd")
+    @pytest.mark.parametrize("name", ["_cpu", "_cuda"])
+    def test_native_modules_link_no_torch_and_no_cuda(self, name):
+        spec = importlib.util.find_spec(f"fastsal.{name}")
+        if spec is None:
+            pytest.skip(f"built without {name}")
+        linked = subprocess.run(["ldd", spec.origin], capture_output=True, text=True, check=True).stdout
+        assert "libstdc++" in linked
+        assert not re.search(r"libtorch|libc10|libcuda|libcudart", linked)
+
+    def test_native_module_needs_no_torch(self, run_python):
+        code = (
+            "import sys, importlib.util as u\n"
+            "spec = u.spec_from_file_location('_cpu', sys.argv[1])\n"
+            "spec.loader.exec_module(u.module_from_spec(spec))\n"
+            "print('torch' in sys.modules)"
+        )
+        result = run_python("-c", code, importlib.util.find_spec("fastsal._cpu").origin)
+        assert result.stdout == "False\n", result.stderr
+
+    def test_import_is_light(self, run_python):
+        code = (
+            "import sys, torch, fastsal\n"
+            "print(torch.cuda.is_initialized())\n"
+            "print([name for name in ('sklearn', 'scipy', 'matplotlib', 'tqdm', 'safetensors') if name in sys.modules])"
+        )
+        result = run_python("-W", "error", "-c", code)
+        assert (result.stdout, result.stderr) == ("False\n[]\n", "")
+
+
+def test_readme_starts_with_the_two_commands():
+    block = re.search(r"^```\w*\n(.*?)^```", (ROOT / "README.md").read_text(encoding="utf-8"), re.M | re.S).group(1)
+    assert block == (
+        "pip install -c constraints.txt '.[demo]' && fastsal demo\npip install -c constraints.txt '.[test]' && pytest\n"
+    )
+
+
+# One way only: cli → analyze → {certify, jacobian, geometry, pairwise} → ops → kernels. `__init__` gathers the public
+# names and starts no command line; reference, checks and the native modules stand below all.
+LAYERS = [
+    {"__main__"},
+    {"cli"},
+    {"__init__"},
+    {"analyze"},
+    {"certify", "jacobian", "geometry", "pairwise"},
+    {"ops"},
+    {"kernels"},
+    {"reference", "checks", "_cpu", "_cuda"},
+]
+
+
+def layer(module):
+    top = module.split(".")[0]
+    places = [i for i, names in enumerate(LAYERS) if top in names]
+    assert places, f"fastsal.{module} has no place in LAYERS"
+    return places[0]
+
+
+def test_import_direction():
+    files = {}
+    for path in PACKAGE.rglob("*.py"):
+        parts = path.relative_to(PACKAGE).with_suffix("").parts
+        files[".".join(parts[:-1] if parts[-1] == "__init__" and len(parts) > 1 else parts)] = path
+    graph = {}
+    for module, path in files.items():
+        graph[module] = targets = set()
+        for name in imported_names(path):
+            if name == "fastsal" or name.startswith("fastsal."):
+                parts = name.split(".")[1:]
+                while parts and ".".join(parts) not in {*files, "_cpu", "_cuda"}:
+                    parts.pop()  # what is imported from the module
+                targets.add(".".join(parts) or "__init__")
+            elif module in ("reference", "checks"):
+                allowed = {*sys.stdlib_module_names, "torch"}
+                assert name.split(".")[0] in allowed, f"fastsal.{module} imports {name}"
+        for target in targets:
+            assert layer(module) <= layer(target), f"fastsal.{module} imports fastsal.{target}"
+    assert not graph["reference"] | graph["checks"]
+    graphlib.TopologicalSorter(graph).prepare()  # raises on a cycle
+
+
+def imported_names(path):
+    """Full names of everything that a file imports, at its top or inside functions."""
+    package = ".".join(("fastsal", *path.relative_to(PACKAGE).parts[:-1]))
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            base = importlib.util.resolve_name("." * node.level + (node.module or ""), package)
+            yield from (f"{base}.{alias.name}" for alias in node.names)
