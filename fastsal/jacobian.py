@@ -1,0 +1,273 @@
+"""Gradients out of a model: a recorded forward pass, rows of its Jacobian chunk by chunk, and the nearest of them."""
+
+import contextlib
+import math
+import warnings
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from fastsal import checks, ops, reference
+
+Model = Callable[[Tensor], Tensor]
+
+# Modules that in training mode mix the examples of a batch, draw random numbers or write buffers.
+_BATCH_STATISTICS = (nn.modules.batchnorm._BatchNorm, nn.modules.instancenorm._InstanceNorm)
+_DROPOUT = (nn.modules.dropout._DropoutNd, nn.MultiheadAttention, nn.RNNBase)
+
+
+@contextlib.contextmanager
+def recording(model: Model, x: Tensor) -> Iterator[None]:
+    """Records graphs whatever the ambient mode (no_grad, inference_mode), and puts every RNG state back afterwards.
+
+    Autocast stays as the caller has it, but for its cache of weights: one filled under inference_mode has no graph.
+    """
+    parameters = model.parameters() if isinstance(model, nn.Module) else ()
+    devices = {tensor.device for tensor in (x, *parameters) if tensor.device.type != "cpu"}
+    cached = torch.is_autocast_cache_enabled()
+    with (
+        torch.inference_mode(False),
+        torch.enable_grad(),
+        torch.random.fork_rng(list(devices), device_type=next(iter(devices)).type if devices else "cuda"),
+    ):
+        torch.set_autocast_cache_enabled(False)
+        try:
+            yield
+        finally:
+            torch.set_autocast_cache_enabled(cached)
+
+
+@contextlib.contextmanager
+def math_attention() -> Iterator[None]:
+    """Attention out of plain operations: the fused kernels have neither forward-mode nor second derivatives."""
+    fast = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)
+    try:
+        with sdpa_kernel(SDPBackend.MATH):
+            yield
+    finally:
+        torch.backends.mha.set_fastpath_enabled(fast)
+
+
+def flatten(value: Tensor, lead: int) -> Tensor:
+    """value [..., *S] as [..., D] of unit stride in D; a copy only where the strides ask for one (channels_last)."""
+    flat = value.reshape(*value.shape[:lead], -1)
+    return flat if flat.shape[-1] <= 1 or flat.stride(-1) == 1 else flat.contiguous()
+
+
+def check_input(x: Tensor) -> None:
+    """x [B, *S] is a floating-point tensor with D >= 1."""
+    checks._floating("x", x)
+    if x.dim() == 0 or 0 in x.shape[1:]:
+        raise ValueError(f"x: got shape {tuple(x.shape)}, wants [B, *S] with at least one entry an example (D >= 1)")
+
+
+def check_evaluation_mode(model: Model) -> None:
+    """No module of the model mixes or randomises examples because it was left in training mode."""
+    if not isinstance(model, nn.Module):
+        return
+    for name, module in model.named_modules():
+        statistics = isinstance(module, _BATCH_STATISTICS) and (
+            module.running_mean is not None or not isinstance(module, nn.modules.instancenorm._InstanceNorm)
+        )
+        dropout = getattr(module, "p", getattr(module, "dropout", 0.0)) if isinstance(module, _DROPOUT) else 0.0
+        if module.training and (statistics or dropout > 0 or isinstance(module, nn.RReLU)):
+            raise ValueError(
+                f"model: got {type(module).__name__} {name!r} in training mode, where it mixes or randomises the "
+                "examples of a batch; call model.eval() first"
+            )
+
+
+def two_logits(score: Tensor) -> Tensor:
+    """The logits (−Ψ/2, Ψ/2) [B, 2] of a model with one score Ψ [B] or [B, 1], so that class 1 is Ψ > 0."""
+    half = score.reshape(-1) / 2
+    return torch.stack((-half, half), 1)
+
+
+def call(model: Model, x: Tensor) -> Tensor:
+    """The model's logits [B, n], n >= 2, in the output dtype of x, checked."""
+    logits: Any = model(x)
+    wants = f"wants logits [B, n] with B = {x.shape[0]} and n >= 2, or one score [B] or [B, 1]"
+    if not isinstance(logits, Tensor):
+        raise TypeError(f"model: returned {type(logits).__name__}, wants a tensor of logits [B, n]; wrap the model")
+    if not logits.is_floating_point():
+        raise TypeError(f"model: returned dtype {logits.dtype}, wants floating-point logits [B, n]")
+    if logits.dim() not in (1, 2) or logits.shape[0] != x.shape[0] or 0 in logits.shape[1:]:
+        raise ValueError(f"model: returned shape {tuple(logits.shape)}, {wants}")
+    logits = logits.to(checks.output_dtype(x.dtype))
+    return two_logits(logits) if logits.dim() == 1 or logits.shape[1] == 1 else logits
+
+
+def _out_of_memory(error: RuntimeError) -> bool:
+    return isinstance(error, torch.OutOfMemoryError) or any(
+        text in str(error) for text in ("not enough memory", "DefaultCPUAllocator")
+    )
+
+
+def default_chunk_size(rows: int, device: torch.device) -> int:
+    """How many of `rows` VJPs to run at once where the caller does not say; set by measurement."""
+    if device.type != "cpu":
+        return 32
+    if rows <= 16:
+        return max(rows, 1)
+    return 8 if torch.get_num_threads() >= 2 else 1
+
+
+class Linearization:
+    """A model's forward pass at x [B, *S], recorded: logits and, by backward passes, any rows of the Jacobian.
+
+    Made by `linearize` and valid inside its context. x: the input flattened to [B, D]; logits: [B, n] in the output dtype
+    of x, detached; graph_logits: the same with their graph.
+    """
+
+    def __init__(self, model: Model, leaf: Tensor) -> None:
+        self._leaf = leaf
+        self._name = type(model).__name__
+        self._batched = True
+        # A clone, so that a model may overwrite its input in place.
+        self.graph_logits = call(model, leaf.clone())
+        self.logits = self.graph_logits.detach()
+        self.x = flatten(leaf, 1)
+        if not self.graph_logits.requires_grad:
+            raise ValueError(
+                "model: its logits do not depend on x (they carry no gradient); wants logits computed from x with "
+                "differentiable torch operations, without no_grad, detach or a trip through numpy inside the model"
+            )
+
+    def _grad(self, cotangents: Tensor, batched: bool, create_graph: bool) -> Tensor:
+        # Outside autocast: backward operations take the dtype their forward had, and nothing else may be rounded.
+        with torch.autocast(self._leaf.device.type, enabled=False):
+            (grad,) = torch.autograd.grad(
+                self.graph_logits,
+                self._leaf,
+                cotangents,
+                retain_graph=True,
+                create_graph=create_graph,
+                allow_unused=True,
+                is_grads_batched=batched,
+            )
+        if grad is None:
+            raise ValueError("model: its logits do not depend on x, wants logits [B, n] computed from x")
+        return flatten(grad, 2 if batched else 1)
+
+    def pull(self, cotangents: Tensor, create_graph: bool = False) -> Tensor:
+        """cotangents [c, B, n] times the Jacobian, example by example: [B, c, D] in x's dtype, unit stride in D."""
+        if cotangents.shape[0] == 1:
+            return self._grad(cotangents[0], False, create_graph).unsqueeze(1)
+        if self._batched:
+            try:
+                return self._grad(cotangents, True, create_graph).transpose(0, 1)
+            except RuntimeError as error:
+                if _out_of_memory(error):
+                    raise
+                # The loop below computes the same; an error that has nothing to do with vmap comes up again there.
+                self._batched = False
+                reason = str(error).strip().partition("\n")[0]
+            warnings.warn(
+                f"{self._name}: torch cannot vmap its backward pass ({reason}); taking one class at a time",
+                stacklevel=1,
+            )
+        return torch.stack([self._grad(one, False, create_graph) for one in cotangents]).transpose(0, 1)
+
+    def rows(self, classes: Tensor, create_graph: bool = False) -> Tensor:
+        """The gradients of the given classes: int64 [c, B] (each example its own) to [B, c, D]."""
+        one_hot = self.logits.new_zeros(*classes.shape, self.logits.shape[1])
+        return self.pull(one_hot.scatter_(2, classes.unsqueeze(2), 1.0), create_graph)
+
+    def sweep(self, classes: Tensor, chunk_size: int | None, visit: Callable[[Tensor, Tensor], None]) -> None:
+        """Calls visit(classes [B, c], rows [B, c, D]) for all of classes int64 [K, B], chunk_size at a time, in order.
+
+        Out of memory, in the pass or in `visit`, halves the chunk and tries again; `visit` must bear a second call.
+        """
+        start, size = 0, chunk_size or default_chunk_size(classes.shape[0], classes.device)
+        while start < classes.shape[0]:
+            part = classes[start : start + size]
+            try:
+                visit(part.t(), self.rows(part))
+            except RuntimeError as error:
+                if part.shape[0] == 1 or not _out_of_memory(error):
+                    raise
+                size = part.shape[0] // 2
+                continue
+            start += part.shape[0]
+
+
+def _check_independent(model: Model, x: Tensor) -> None:
+    """The logits of the first example do not depend on the next ones (a few: two can hide a batch's statistics)."""
+    few = Linearization(model, x[:4].detach().clone().requires_grad_())
+    cotangent = torch.zeros_like(few.logits)
+    cotangent[0] = torch.arange(1, cotangent.shape[1] + 1, device=x.device).cos()
+    others = few.pull(cotangent.unsqueeze(0))[1:]
+    if bool(((others != 0) & ~others.isnan()).any()):  # NaN: zero times a weight that is not finite, not a mixture
+        raise ValueError(
+            "model: mixes the examples of a batch (logits[0] have a gradient with respect to x[1:]), wants each "
+            "example's logits computed from that example alone; normalise with stored statistics or pass one example at a time"
+        )
+
+
+@contextlib.contextmanager
+def linearize(model: Model, x: Tensor, *, differentiable: bool = False) -> Iterator[Linearization]:
+    """A `Linearization` of the model at x [B, *S], B >= 1, after every check of both that can be made.
+
+    Inside, graphs are recorded whatever the ambient mode and autocast is off (the model itself runs under the caller's).
+    The model keeps its flags, gradients, buffers and hooks, and the random number generators their state.
+    differentiable=True records on the caller's own x where that requires a gradient, and takes operations that have second
+    derivatives.
+    """
+    check_input(x)
+    check_evaluation_mode(model)
+    with recording(model, x), math_attention() if differentiable else contextlib.nullcontext():
+        plain = x.clone() if x.is_inference() else x
+        if plain.shape[0] > 1:
+            _check_independent(model, plain)
+        own = differentiable and plain.requires_grad
+        graph = Linearization(model, plain if own else plain.detach().requires_grad_())
+        with torch.autocast(x.device.type, enabled=False):
+            yield graph
+
+
+@dataclass(frozen=True)
+class Selection:
+    """What a method found: winners int64 [B, 2] (i*, j*), their rows pair [B, 2, D], its own fields of `Geometry`."""
+
+    winners: Tensor
+    pair: Tensor
+    provenance: dict[str, Any]
+
+
+class Nearest:
+    """The predicted row and the nearest row so far, pair [B, 2, D], of a stream of rows in any order of classes.
+
+    distances: m_j / ‖Δ_j‖_q of the rows seen, +inf elsewhere, float64 [B, n].
+    """
+
+    def __init__(self, graph: Linearization, norm: float, backend: str) -> None:
+        self._norm, self._backend = norm, backend
+        self.prediction = graph.logits.argmax(1)
+        anchor = graph.rows(self.prediction.unsqueeze(0))
+        self.pair = torch.cat((anchor, anchor), 1)
+        scores = graph.logits.double()
+        self._margin = scores.gather(1, self.prediction.unsqueeze(1)) - scores
+        self.distances = torch.full_like(scores, math.inf)
+        self._nearest = self.prediction.new_empty(len(scores), 0)
+
+    def visit(self, classes: Tensor, rows: Tensor) -> None:
+        """Takes rows [B, c, D] of classes int64 [B, c], none of them the predicted one."""
+        distance = ops.row_distances(self.pair[:, 0], rows, self._norm, self._backend)
+        self.distances.scatter_(1, classes, reference.ratios(self._margin.gather(1, classes), distance))
+        known = self._nearest.shape[1]  # 1, or 0 at first
+        contenders, order = torch.cat((self._nearest, classes), 1).sort(1)  # the lowest class among equals comes first
+        which = reference.nearest(self.distances.gather(1, contenders), self._margin.gather(1, contenders)).unsqueeze(1)
+        slot = order.gather(1, which)
+        row = rows.gather(1, (slot - known).clamp(min=0).unsqueeze(2).expand(-1, 1, rows.shape[2]))
+        self.pair[:, 1:] = torch.where((slot >= known).unsqueeze(2), row, self.pair[:, 1:])
+        self._nearest = contenders.gather(1, which)
+
+    @property
+    def winners(self) -> Tensor:
+        """Prediction and nearest class so far: int64 [B, 2]."""
+        return torch.cat((self.prediction.unsqueeze(1), self._nearest), 1)
