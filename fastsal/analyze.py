@@ -44,7 +44,7 @@ def _select(
     provenance: dict[str, Any] = {"method": "exact", "distances": nearest.distances.to(graph.logits.dtype)}
     if isinstance(method, Candidates):
         nothing = graph.logits.new_zeros(B)
-        provenance = {"method": "candidates", "certified": nothing.bool(), "lower_bound": nothing}
+        provenance = {"method": "candidates", "distances": None, "certified": nothing.bool(), "lower_bound": nothing}
     provenance["vjps"] = nearest.prediction.new_full((B,), others.shape[1] + 1)
     return Selection(nearest.winners, nearest.pair, provenance)
 
@@ -86,9 +86,9 @@ def analyze(
         `distances` and `lower_bound` carry none.
 
     Returns a `Geometry`: the equations of Etmann, Lunz, Maass and Schönlieb, ICML 2019 (arXiv 1905.04172), in float64
-    for float64 x, else in float32. The Jacobian [B, n, D] is never held: beside the model's own activations the memory is
-    O(chunk_size · B · D). Works under `torch.no_grad()`, `inference_mode()` and autocast, and leaves the model's flags,
-    gradients, buffers and hooks and the random number generators as it found them.
+    for float64 x, else in float32. The Jacobian [B, n, D] is never held: beside the model's own activations the memory
+    is O(chunk_size · B · D). Works under `torch.no_grad()`, `inference_mode()` and autocast, and leaves the model's
+    flags, gradients, buffers and hooks and the random number generators as it found them.
 
     The reductions are deterministic; the model's own arithmetic may differ in the last bits with batch and chunk size.
 

@@ -27,12 +27,12 @@ def recording(model: Model, x: Tensor) -> Iterator[None]:
     Autocast stays as the caller has it, but for its cache of weights: one filled under inference_mode has no graph.
     """
     parameters = model.parameters() if isinstance(model, nn.Module) else ()
-    devices = {tensor.device for tensor in (x, *parameters) if tensor.device.type != "cpu"}
+    devices = {tensor.device for tensor in (x, *parameters) if tensor.is_cuda}
     cached = torch.is_autocast_cache_enabled()
     with (
         torch.inference_mode(False),
         torch.enable_grad(),
-        torch.random.fork_rng(list(devices), device_type=next(iter(devices)).type if devices else "cuda"),
+        torch.random.fork_rng(devices),
     ):
         torch.set_autocast_cache_enabled(False)
         try:
@@ -103,9 +103,8 @@ def call(model: Model, x: Tensor) -> Tensor:
 
 
 def _out_of_memory(error: RuntimeError) -> bool:
-    return isinstance(error, torch.OutOfMemoryError) or any(
-        text in str(error) for text in ("not enough memory", "DefaultCPUAllocator")
-    )
+    texts = ("out of memory", "not enough memory", "DefaultCPUAllocator", "ALLOC_FAILED")
+    return isinstance(error, torch.OutOfMemoryError) or any(text in str(error) for text in texts)
 
 
 def default_chunk_size(rows: int, device: torch.device) -> int:
@@ -120,8 +119,8 @@ def default_chunk_size(rows: int, device: torch.device) -> int:
 class Linearization:
     """A model's forward pass at x [B, *S], recorded: logits and, by backward passes, any rows of the Jacobian.
 
-    Made by `linearize` and valid inside its context. x: the input flattened to [B, D]; logits: [B, n] in the output dtype
-    of x, detached; graph_logits: the same with their graph.
+    Made by `linearize` and valid inside its context. x: the input flattened to [B, D]; logits: [B, n] in the output
+    dtype of x, detached; graph_logits: the same with their graph.
     """
 
     def __init__(self, model: Model, leaf: Tensor) -> None:
@@ -205,7 +204,8 @@ def _check_independent(model: Model, x: Tensor) -> None:
     if bool(((others != 0) & ~others.isnan()).any()):  # NaN: zero times a weight that is not finite, not a mixture
         raise ValueError(
             "model: mixes the examples of a batch (logits[0] have a gradient with respect to x[1:]), wants each "
-            "example's logits computed from that example alone; normalise with stored statistics or pass one example at a time"
+            "example's logits computed from that example alone; normalise with stored statistics, or pass the examples "
+            "one at a time"
         )
 
 
@@ -213,10 +213,10 @@ def _check_independent(model: Model, x: Tensor) -> None:
 def linearize(model: Model, x: Tensor, *, differentiable: bool = False) -> Iterator[Linearization]:
     """A `Linearization` of the model at x [B, *S], B >= 1, after every check of both that can be made.
 
-    Inside, graphs are recorded whatever the ambient mode and autocast is off (the model itself runs under the caller's).
+    Inside, graphs are recorded whatever the ambient mode, and autocast is off (the model ran under the caller's).
     The model keeps its flags, gradients, buffers and hooks, and the random number generators their state.
-    differentiable=True records on the caller's own x where that requires a gradient, and takes operations that have second
-    derivatives.
+    differentiable=True records on the caller's own x where that requires a gradient, and takes operations that have
+    second derivatives.
     """
     check_input(x)
     check_evaluation_mode(model)
