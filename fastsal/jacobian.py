@@ -24,7 +24,8 @@ _DROPOUT = (nn.modules.dropout._DropoutNd, nn.MultiheadAttention, nn.RNNBase)
 def recording(model: Model, x: Tensor) -> Iterator[None]:
     """Records graphs whatever the ambient mode (no_grad, inference_mode), and puts every RNG state back afterwards.
 
-    Autocast stays as the caller has it, but for its cache of weights: one filled under inference_mode has no graph.
+    Autocast stays as the caller has it, but for its cache of weights: before torch 2.11 one filled under no_grad has
+    no graph.
     """
     parameters = model.parameters() if isinstance(model, nn.Module) else ()
     devices = {tensor.device for tensor in (x, *parameters) if tensor.is_cuda}

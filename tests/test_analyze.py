@@ -6,6 +6,7 @@ import math
 import random
 import re
 
+import cases
 import pytest
 import torch
 import torch.nn.functional as F
@@ -93,55 +94,14 @@ def dense(model, x):
     return logits.detach(), torch.stack(rows, 1)
 
 
-def scales(logits, jacobian, x, norm, prediction, runner_up):
-    """The scale of every scalar's error: DESIGN section 2, "Accuracy"."""
-    q = reference.dual(norm)
-    index = torch.arange(len(x))
-    g = jacobian[index, prediction].double()
-    g_dag = g - jacobian[index, runner_up].double()
-    x = x.flatten(1).double()
-    psi = logits[index, prediction].double()
-    margin = psi - logits[index, runner_up].double()
-
-    def of(score, v):
-        dot, total, size = (x * v).sum(1).abs(), (x * v).abs().sum(1), reference.vector_norm(v, q)
-        beta = (score - (x * v).sum(1)).abs()
-        return total / size, score.abs() + total, (score.abs() + total) / (dot + beta), (score.abs() + total) / size
-
-    alignment, offset, homogeneity, _ = of(psi, g)
-    alignment_dag, offset_dag, homogeneity_dag, residual = of(margin, g_dag)
-    return {
-        "linearized_robustness": margin / reference.vector_norm(g_dag, q),
-        "alignment": alignment,
-        "binarized_logit": margin,
-        "binarized_alignment": alignment_dag,
-        "offset": offset,
-        "binarized_offset": offset_dag,
-        "direction_gap": torch.ones_like(psi),
-        "bound": alignment + reference.vector_norm(x, norm) + residual,
-        "homogeneity": homogeneity,
-        "binarized_homogeneity": homogeneity_dag,
-    }
-
-
 def compare(result, logits, jacobian, x, norm, tolerance):
-    truth, prediction, runner_up, distances = reference.margin_geometry(
-        logits.double(), jacobian.double(), x.double().flatten(1), norm
-    )
-    out = torch.float64 if x.dtype == torch.float64 else torch.float32
-    assert torch.equal(result.prediction, prediction)
-    assert torch.equal(result.runner_up, runner_up)
-    scale = scales(logits, jacobian, x, norm, prediction, runner_up)
-    for name, value in truth.items():
+    truth = cases.geometry_truth(logits, jacobian, x.flatten(1), norm)
+    for name in ("prediction", "runner_up"):
+        assert getattr(result, name).tolist() == truth.values[name].tolist()
+    for name in (*reference.SCALARS, "distances"):
         got = getattr(result, name)
-        assert got.shape == value.shape
-        assert got.dtype == out
-        error = ((got.double() - value).abs() / scale[name]).max().item()
-        assert error <= tolerance, (name, error)
-    if result.distances is not None:
-        assert result.distances.shape == distances.shape
-        assert result.distances.dtype == out
-        torch.testing.assert_close(result.distances.double(), distances, rtol=tolerance, atol=0.0)
+        assert got.dtype == cases.out_dtype(x.dtype)
+        cases.assert_close(name, got, truth.values[name], truth.scales[name], tolerance)
 
 
 class TestValues:
@@ -241,8 +201,23 @@ class TestValues:
 
     def test_constant_gradients_have_unit_stride(self):
         """x.sum(1) has an expanded gradient of stride 0."""
-        result = analyze(lambda x: torch.stack((x.sum(1), -x.sum(1), 0 * x[:, 0]), 1), torch.ones(2, 5))
+
+        def model(x):
+            return torch.stack((x.sum(1), -x.sum(1), 0 * x[:, 0]), 1)
+
+        result = analyze(model, torch.ones(2, 5))
         torch.testing.assert_close(result.linearized_robustness, torch.full((2,), math.sqrt(5)))
+        with linearize(lambda x: x.sum(1), torch.ones(2, 5)) as graph:
+            for classes in torch.zeros(1, 2, dtype=torch.int64), torch.ones(3, 2, dtype=torch.int64):
+                assert graph.rows(classes).stride(2) == 1
+
+    def test_a_model_may_overwrite_its_input(self):
+        torch.manual_seed(0)
+        layers, x = (nn.Linear(20, 9), nn.Linear(9, 4)), torch.randn(3, 20)
+        held = x.clone()
+        result = analyze(nn.Sequential(nn.ReLU(inplace=True), *layers), x)
+        assert torch.equal(x, held)
+        assert torch.equal(result.distances, analyze(nn.Sequential(nn.ReLU(), *layers), x).distances)
 
     @pytest.mark.parametrize("shape", [(0, 20), (0, 2, 8, 8)])
     def test_empty_batch(self, shape):
@@ -396,9 +371,10 @@ class TestMemory:
         model, x = make("mlp", batch=1)
 
         def fail(count):
-            raise torch.OutOfMemoryError("CUDA out of memory")
+            if passes:  # the predicted row has gone through
+                raise torch.OutOfMemoryError("CUDA out of memory")
 
-        spy(monkeypatch, fail)
+        passes = spy(monkeypatch, fail)
         with pytest.raises(torch.OutOfMemoryError):
             analyze(model, x)
 
@@ -663,6 +639,7 @@ class TestErrors:
             (lambda x: x.detach(), ValueError, "model: its logits do not depend on x"),
             (lambda x: torch.ones(3, 4, requires_grad=True), ValueError, "model: its logits do not depend on x"),
             (lambda x: x - x.mean(0), ValueError, "model: mixes the examples of a batch"),
+            (lambda x: x + x.mean(0) - x.mean(0).flip(0), ValueError, "model: mixes the examples of a batch"),
             (lambda x: x.flip(0), ValueError, "model: mixes the examples of a batch"),
             (batch_statistics(), ValueError, "model: mixes the examples of a batch"),
         ],
