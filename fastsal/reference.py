@@ -27,6 +27,9 @@ SCALARS = (
 )
 
 
+_ZERO = -2200  # the exponent of a zero: below that of any product of two float64
+
+
 def dual(norm: float) -> float:
     """The q with 1/p + 1/q = 1, for p in {1, 2, inf}."""
     return {1.0: math.inf, 2.0: 2.0, math.inf: 1.0}[norm]
@@ -40,10 +43,10 @@ def _exponent(v: Tensor, dim: int | None = -1) -> Tensor:
 
 
 def _shift(v: Tensor, exponent: Tensor) -> Tensor:
-    """v · 2^exponent, in three exact steps, since 2^exponent itself may lie outside the range of float64."""
-    exponent = exponent.clamp(-3000, 3000)
-    third = torch.div(exponent, 3, rounding_mode="trunc")
-    for step in (third, third, exponent - 2 * third):
+    """v · 2^exponent, in two exact steps, since 2^exponent itself may lie outside the range of float64."""
+    exponent = exponent.clamp(-2044, 2044)
+    half = exponent >> 1
+    for step in (half, exponent - half):
         v = v * ((step + 1023) << 52).view(torch.float64)
     return v
 
@@ -63,6 +66,17 @@ def _norm(v: Tensor, q: float) -> Tensor:
     square = (v * v).sum(-1)
     zero = square == 0
     return torch.where(zero, 0.0, torch.where(zero, 1.0, square).sqrt())
+
+
+def _dot(x: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+    """(s, e) with ⟨x, v⟩ = s · 2^e along the last dimension, the largest term near 1; e is `_ZERO` if every term is 0.
+
+    Each term has its own exponent: max|x| · max|v| may be far above every product of entries.
+    """
+    ex, ev = _exponent(x, None), _exponent(v, None)
+    terms = _shift(x, -ex) * _shift(v, -ev)
+    e = torch.where(terms.detach() == 0, _ZERO, ex + ev).amax(-1)
+    return _shift(terms, ex + ev - e.unsqueeze(-1)).sum(-1), e
 
 
 def vector_norm(v: Tensor, q: float) -> Tensor:
@@ -108,18 +122,18 @@ def two_row_scalars(logits: Tensor, rows: Tensor, x: Tensor, norm: float) -> dic
     g = rows[:, 0]
     g_dag = rows[:, 0] - rows[:, 1]
     ex, eg, ed = _exponent(x), _exponent(g), _exponent(g_dag)
-    x, g, g_dag = (_shift(v, -e.unsqueeze(1)) for v, e in ((x, ex), (g, eg), (g_dag, ed)))
-    norm_g, norm_dag = _norm(g, q), _norm(g_dag, q)
+    x_unit, g_unit, dag_unit = (_shift(v, -e.unsqueeze(1)) for v, e in ((x, ex), (g, eg), (g_dag, ed)))
+    norm_g, norm_dag = _norm(g_unit, q), _norm(dag_unit, q)
 
     def parts(score: Tensor, v: Tensor, ev: Tensor, norm_v: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """α = |⟨x,v⟩|/‖v‖, β = score − ⟨x,v⟩, |β|/‖v‖ and the homogeneity, for a gradient v."""
-        dot = (x * v).sum(-1)
-        e = torch.maximum(_exponent(score, None), ex + ev)
-        dot_e = _shift(dot, ex + ev - e)
+        dot, e_dot = _dot(x, v)
+        e = torch.maximum(torch.where(score.detach() == 0, _ZERO, _exponent(score, None)), e_dot)
+        dot_e = _shift(dot, e_dot - e)
         beta = _shift(score, -e) - dot_e
         homogeneity = _divide(dot_e.abs(), dot_e.abs() + beta.abs())
         return (
-            _shift(_divide(dot.abs(), norm_v), ex),
+            _shift(_divide(dot.abs(), norm_v), e_dot - ev),
             _shift(beta, e),
             _shift(_divide(beta.abs(), norm_v), e - ev),
             homogeneity,
@@ -127,7 +141,7 @@ def two_row_scalars(logits: Tensor, rows: Tensor, x: Tensor, norm: float) -> dic
 
     alignment, offset, _, homogeneity = parts(psi, g, eg, norm_g)
     alignment_dag, offset_dag, residual, homogeneity_dag = parts(margin, g_dag, ed, norm_dag)
-    gap = _norm(_divide(g_dag, norm_dag.unsqueeze(1)) - _divide(g, norm_g.unsqueeze(1)), q)
+    gap = _norm(_divide(dag_unit, norm_dag.unsqueeze(1)) - _divide(g_unit, norm_g.unsqueeze(1)), q)
     return {
         "linearized_robustness": ratios(margin, _shift(norm_dag, ed)),
         "alignment": alignment,
@@ -136,7 +150,7 @@ def two_row_scalars(logits: Tensor, rows: Tensor, x: Tensor, norm: float) -> dic
         "offset": offset,
         "binarized_offset": offset_dag,
         "direction_gap": gap,
-        "bound": alignment + _shift(_norm(x, norm) * gap, ex) + residual,
+        "bound": alignment + _shift(_norm(x_unit, norm) * gap, ex) + residual,
         "homogeneity": homogeneity,
         "binarized_homogeneity": homogeneity_dag,
     }
@@ -182,10 +196,9 @@ def pairwise_margins(
         difference = jacobian[:, i : i + 1].double() - jacobian.double()
         distances.append(vector_norm(difference, q))
         if x is not None:
-            ex, ed = _exponent(x.double()).unsqueeze(1), _exponent(difference)
-            scaled = _shift(difference, -ed.unsqueeze(2))
-            dot = (_shift(x.double().unsqueeze(1), -ex.unsqueeze(2)) * scaled).sum(-1)
-            projections.append(_shift(_divide(dot, _norm(scaled, q)), ex))
+            ed = _exponent(difference)
+            dot, e_dot = _dot(x.double().unsqueeze(1), difference)
+            projections.append(_shift(_divide(dot, _norm(_shift(difference, -ed.unsqueeze(2)), q)), e_dot - ed))
     distance = torch.stack(distances, 1).masked_fill(diagonal, 0.0)
     difference = scores.unsqueeze(2) - scores.unsqueeze(1)
     margin = ratios(difference, distance).masked_fill(diagonal, math.inf)
