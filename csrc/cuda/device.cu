@@ -1,0 +1,26 @@
+// What the module knows of the device: whether its kernels run there.
+#include "fastsal/cuda.h"
+#include "launch.cuh"
+
+namespace fastsal {
+namespace {
+
+__global__ void probe_kernel() {}
+
+}  // namespace
+
+std::string why_not() {
+  cudaFuncAttributes attributes;
+  const cudaError_t code = cudaFuncGetAttributes(&attributes, reinterpret_cast<const void*>(probe_kernel));
+  if (code == cudaSuccess) return "";
+  cudaGetLastError();  // it is reported here, not by the next launch
+  return cudaGetErrorString(code);
+}
+
+int runtime_version() {
+  int version = 0;
+  check(cudaRuntimeGetVersion(&version), "cudaRuntimeGetVersion");
+  return version;
+}
+
+}  // namespace fastsal

@@ -1,0 +1,296 @@
+// pairwise_margins: ‖g_i - g_j‖_q and <x, g_i - g_j> of all pairs i < j by direct differences, tiled like a matrix product.
+//
+// A pair's entries are added in the order of D by one thread, 16 at a time, in segments of kSegment entries; so its sum
+// does not depend on the tile, nor on whether one block does all the segments or one each.
+#include "dispatch.cuh"
+#include "fastsal/cuda.h"
+#include "launch.cuh"
+#include "warp.cuh"
+
+namespace fastsal {
+namespace {
+
+constexpr int kThreads = 256;
+constexpr int kSegment = 2048;
+constexpr int kFlush = 16;  // additions before a float32 accumulator is flushed
+constexpr int kDot = 3;     // a fourth kind of fold beside q = 0, 1, 2: <x, d>
+
+template <class T>
+struct Problem {
+  using Out = Real<T>;
+  const Out* logits_ptr;  // [B, n]
+  const T* jacobian_ptr;
+  int64_t stride_b, stride_n;
+  const void* x_ptr;  // or null
+  bool x_is_float;
+  int64_t x_stride_b;
+  Shape shape;
+  Out *distance_ptr, *margin_ptr;  // [B, n, n]
+  Out* nearest_margin_ptr;         // [B, n]
+  int64_t* nearest_ptr;            // [B, n]
+  Out* projection_ptr;             // [B, n, n]
+  bool split;
+  double* norm_ptr;  // split: [B, segments, n, n] of sums; else [B, n, n] of Running
+  double* dot_ptr;   // likewise
+
+  __host__ __device__ int64_t segments() const { return ceil_div(shape.D, kSegment); }
+  __device__ const T* row(int64_t b, int64_t j) const { return jacobian_ptr + b * stride_b + j * stride_n; }
+  __device__ Input<T> x(int64_t b) const {
+    const int64_t offset = b * x_stride_b * static_cast<int64_t>(x_is_float ? sizeof(float) : sizeof(T));
+    return {static_cast<const char*>(x_ptr) + offset, x_is_float};
+  }
+};
+
+// Threads kSide x kSide of a block, each with kEdge x kEdge pairs; kDepth entries of every row in shared memory at a time.
+template <int edge, int side, int depth>
+struct Tile {
+  static constexpr int kEdge = edge, kSide = side, kDepth = depth, kRows = edge * side, kThreads = side * side;
+};
+using LargeTile = Tile<4, 16, 32>;
+using SmallTile = Tile<2, 8, 64>;  // 10 classes fill little of a large one
+
+__host__ __device__ inline int64_t tile_rows(int64_t n) {
+  return n <= SmallTile::kRows ? SmallTile::kRows : LargeTile::kRows;
+}
+__host__ __device__ inline int64_t tile_pairs(int64_t n) {
+  const int64_t tiles = ceil_div(n, tile_rows(n));
+  return tiles * (tiles + 1) / 2;
+}
+
+// 16 bytes of a row in shared memory.
+template <class R>
+struct Word {
+  static constexpr int kEntries = kPackBytes / sizeof(R);
+  R entries[kEntries];
+};
+template <class R>
+__device__ __forceinline__ Word<R> word_of(const uint4& words) {
+  Word<R> word;
+  memcpy(&word, &words, sizeof(word));
+  return word;
+}
+
+// Rows first to first + kRows - 1, entries k to k + kDepth - 1; what lies outside the Jacobian is 0.
+template <class P, class T, bool aligned>
+__device__ void load_tile(const Problem<T>& p, int64_t b, int64_t first, int64_t k, uint4* tile, int pitch) {
+  constexpr int kPack = Layout<T>::kPack, kPacks = P::kDepth / kPack;
+  for (int i = threadIdx.x; i < P::kRows * kPacks; i += P::kThreads) {
+    const int row = i / kPacks, column = i % kPacks * kPack;
+    const int64_t left = first + row < p.shape.n ? p.shape.D - k - column : 0;
+    const T* from = left > 0 ? p.row(b, first + row) + k + column : p.jacobian_ptr;
+    const Pack<T> pack = load_pack<aligned>(from, left < kPack ? static_cast<int>(left) : kPack);
+    Real<T>* to = reinterpret_cast<Real<T>*>(tile + row * pitch) + column;
+#pragma unroll
+    for (int c = 0; c < kPack; ++c) to[c] = real(pack.entries[c]);
+  }
+}
+
+template <int kind, class T, class P>
+__global__ void __launch_bounds__(P::kThreads) tile_kernel(const __grid_constant__ Problem<T> p) {
+  using R = Real<T>;
+  constexpr int kWordEntries = Word<R>::kEntries, kWords = P::kDepth / kWordEntries;
+  constexpr int kPitch = kWords + 1;  // the padding spreads rows over the banks
+  __shared__ uint4 tiles[2][P::kRows * kPitch];
+  __shared__ uint4 x_tile[kWords];
+  const int64_t n = p.shape.n, pairs = tile_pairs(n), parts = p.split ? p.segments() : 1;
+  const int64_t b = blockIdx.x / (pairs * parts), part = blockIdx.x / pairs % parts;
+  int64_t pair = blockIdx.x % pairs, tile_i = 0, tiles_in_row = ceil_div(n, P::kRows);
+  for (; pair >= tiles_in_row; --tiles_in_row, ++tile_i) pair -= tiles_in_row;
+  const int64_t first_i = tile_i * P::kRows, first_j = (tile_i + pair) * P::kRows;
+  const int ty = threadIdx.x / P::kSide, tx = threadIdx.x % P::kSide;
+  const uintptr_t address = reinterpret_cast<uintptr_t>(p.jacobian_ptr) | (p.stride_b * sizeof(T)) |
+                            (p.stride_n * sizeof(T));
+  const bool aligned = address % kPackBytes == 0 && p.shape.D % Layout<T>::kPack == 0;
+
+  for (int64_t segment = part; segment < (p.split ? part + 1 : p.segments()); ++segment) {
+    Running<kind, R> sums[P::kEdge][P::kEdge];
+    const int64_t end = (segment + 1) * kSegment < p.shape.D ? (segment + 1) * kSegment : p.shape.D;
+    for (int64_t k = segment * kSegment; k < end; k += P::kDepth) {
+      __syncthreads();  // the tiles are still in use
+      for (int side = 0; side < (first_i == first_j ? 1 : 2); ++side) {
+        if (aligned) {
+          load_tile<P, T, true>(p, b, side == 0 ? first_i : first_j, k, tiles[side], kPitch);
+        } else {
+          load_tile<P, T, false>(p, b, side == 0 ? first_i : first_j, k, tiles[side], kPitch);
+        }
+      }
+      if constexpr (kind == kDot) {
+        const Input<T> x = p.x(b);
+        for (int c = threadIdx.x; c < P::kDepth; c += P::kThreads) {
+          reinterpret_cast<R*>(x_tile)[c] = k + c < p.shape.D ? static_cast<R>(x(k + c)) : 0;
+        }
+      }
+      __syncthreads();
+      const uint4* rows_i = tiles[0] + ty * kPitch;
+      const uint4* rows_j = tiles[first_i == first_j ? 0 : 1] + tx * kPitch;
+#pragma unroll
+      for (int start = 0; start < kWords; start += kFlush / kWordEntries) {
+        R parts_of[P::kEdge][P::kEdge] = {};
+#pragma unroll
+        for (int w = start; w < start + kFlush / kWordEntries; ++w) {
+          Word<R> a[P::kEdge], c[P::kEdge], x{};
+#pragma unroll
+          for (int e = 0; e < P::kEdge; ++e) {
+            a[e] = word_of<R>(rows_i[e * P::kSide * kPitch + w]);
+            c[e] = word_of<R>(rows_j[e * P::kSide * kPitch + w]);
+          }
+          if constexpr (kind == kDot) x = word_of<R>(x_tile[w]);
+#pragma unroll
+          for (int e = 0; e < P::kEdge * P::kEdge; ++e) {
+            R& sum = parts_of[e / P::kEdge][e % P::kEdge];
+#pragma unroll
+            for (int v = 0; v < kWordEntries; ++v) {
+              const R d = a[e / P::kEdge].entries[v] - c[e % P::kEdge].entries[v];
+              if constexpr (kind == kDot) {
+                sum = multiply_add(x.entries[v], d, sum);
+              } else {
+                sum = fold<kind>(sum, d);
+              }
+            }
+          }
+        }
+#pragma unroll
+        for (int e = 0; e < P::kEdge * P::kEdge; ++e) {
+          sums[e / P::kEdge][e % P::kEdge].add(parts_of[e / P::kEdge][e % P::kEdge]);
+        }
+      }
+    }
+    double* out_ptr = kind == kDot ? p.dot_ptr : p.norm_ptr;
+#pragma unroll
+    for (int e = 0; e < P::kEdge * P::kEdge; ++e) {
+      const int64_t i = first_i + ty + e / P::kEdge * P::kSide, j = first_j + tx + e % P::kEdge * P::kSide;
+      if (i >= j || j >= n) continue;
+      const double total = sums[e / P::kEdge][e % P::kEdge].total();
+      if (p.split) {
+        out_ptr[((b * parts + part) * n + i) * n + j] = total;
+      } else {
+        auto& running = reinterpret_cast<Running<kind, double>*>(out_ptr)[(b * n + i) * n + j];
+        Running<kind, double> next = segment == 0 ? Running<kind, double>() : running;
+        next.add(total);
+        running = next;
+      }
+    }
+  }
+}
+
+// The sum of pair i < j over all segments.
+template <int kind, class T>
+__device__ double join_segments(const Problem<T>& p, const double* sums_ptr, int64_t b, int64_t i, int64_t j) {
+  const int64_t n = p.shape.n, count = p.segments();
+  if (!p.split) return reinterpret_cast<const Running<kind, double>*>(sums_ptr)[(b * n + i) * n + j].total();
+  Running<kind, double> sum;
+  for (int64_t s = 0; s < count; ++s) sum.add(sums_ptr[((b * count + s) * n + i) * n + j]);
+  return sum.total();
+}
+
+// Whether the sum made in Real<T> lost nothing that counts to overflow or underflow, like in_range of a chunk.
+template <int kind, class T>
+__device__ bool pair_in_range(double sum) {
+  constexpr bool is_double = sizeof(T) == sizeof(double);
+  if (kind < 2) return is_double || sum <= 0x1p1000;
+  return magnitude(sum) >= (is_double ? 0x1p-900 : 0x1p-99) && magnitude(sum) <= 0x1p1000;
+}
+
+// A warp for row i of an example: the sums become results. A pair out of range is done again by the whole warp.
+template <int q, class T>
+__global__ void __launch_bounds__(kThreads) finish_kernel(const __grid_constant__ Problem<T> p) {
+  const int64_t n = p.shape.n, warp = (blockIdx.x * static_cast<int64_t>(kThreads) + threadIdx.x) / kLanes;
+  const int64_t b = warp / n, i = warp % n;
+  if (b >= p.shape.B) return;
+  const double psi = p.logits_ptr[b * n + i];
+  Candidate best = {INFINITY, INFINITY, INT64_MAX};
+  for (int64_t base = 0; base < n; base += kLanes) {
+    const int64_t j = base + lane_id(), low = i < j ? i : j, high = i < j ? j : i;
+    const bool is_pair = j < n && j != i;
+    double norm = is_pair ? join_segments<q>(p, p.norm_ptr, b, low, high) : 0;
+    double dot = is_pair && p.x_ptr ? join_segments<kDot>(p, p.dot_ptr, b, low, high) : 0;
+    const bool safe = pair_in_range<q, T>(norm) && (!p.x_ptr || pair_in_range<kDot, T>(dot));
+    Scaled distance = root<q>(Scaled{norm, 0}), projection = {i < j ? dot : -dot, 0};
+    unsigned unsafe = __ballot_sync(kAllLanes, is_pair && !safe);
+    for (int lane = 0; unsafe != 0; ++lane, unsafe >>= 1) {
+      if (!(unsafe & 1u)) continue;
+      const T *row_i = p.row(b, i), *row_j = p.row(b, base + lane);
+      const auto d = [=](int64_t k) {
+        return static_cast<double>(real(row_i[k])) - static_cast<double>(real(row_j[k]));
+      };
+      const Scaled fold_again = fold_safely<q, T>(p.shape.D, d);
+      const Scaled dot_again = p.x_ptr ? dot_safely(p.shape.D, p.x(b), d) : Scaled{0, 0};
+      if (lane_id() == lane) distance = root<q>(fold_again), projection = dot_again;
+    }
+    if (j >= n) continue;
+    const double length = j == i ? 0 : to_double(distance), difference = psi - p.logits_ptr[b * n + j];
+    const Candidate candidate = {j == i ? INFINITY : ratio(difference, length), difference, j};
+    const int64_t at = (b * n + i) * n + j;
+    store(&p.distance_ptr[at], length);
+    store(&p.margin_ptr[at], candidate.ratio);
+    if (p.x_ptr) {
+      const Scaled quotient = {projection.value / distance.value, projection.exponent - distance.exponent};
+      store(&p.projection_ptr[at], j == i ? NAN : to_double(quotient));
+    }
+    if (j != i && is_nearer(candidate, best)) best = candidate;
+  }
+  for (int distance = kLanes / 2; distance > 0; distance /= 2) {
+    const Candidate other = exchange(best, distance);
+    if (is_nearer(other, best)) best = other;
+  }
+  if (lane_id() == 0) {
+    store(&p.nearest_margin_ptr[b * n + i], best.ratio);
+    p.nearest_ptr[b * n + i] = best.index;
+  }
+}
+
+template <int kind, class T>
+void launch_tiles(const Problem<T>& p, uintptr_t stream) {
+  const int64_t blocks = pairwise_margins_blocks(p.shape, p.split);
+  if (tile_rows(p.shape.n) == SmallTile::kRows) {
+    launch("tile_kernel", tile_kernel<kind, T, SmallTile>, blocks, SmallTile::kThreads, 0, stream, p);
+  } else {
+    launch("tile_kernel", tile_kernel<kind, T, LargeTile>, blocks, LargeTile::kThreads, 0, stream, p);
+  }
+}
+
+int64_t sums_count(Shape shape, bool split) {  // of double
+  return shape.B * shape.n * shape.n * (split ? ceil_div(shape.D, kSegment) : 2);
+}
+
+}  // namespace
+
+int64_t pairwise_margins_blocks(Shape shape, bool split) {
+  return shape.B * tile_pairs(shape.n) * (split ? ceil_div(shape.D, kSegment) : 1);
+}
+
+int64_t pairwise_margins_scratch(Shape shape, bool with_x, bool split) {
+  return sums_count(shape, split) * static_cast<int64_t>(sizeof(double)) * (with_x ? 2 : 1);
+}
+
+void pairwise_margins(int norm, int dtype, uintptr_t logits, RowsArgument jacobian, InputArgument x, Shape shape,
+                      uintptr_t distance, uintptr_t margin, uintptr_t nearest_margin, uintptr_t nearest,
+                      uintptr_t projection, bool split, uintptr_t scratch, uintptr_t stream) {
+  with_type(dtype, [&](auto type) {
+    using T = typename decltype(type)::type;
+    const Problem<T> p = {pointer<const Real<T>>(logits),
+                          pointer<const T>(jacobian.data),
+                          jacobian.stride_b,
+                          jacobian.stride_n,
+                          pointer<const void>(x.data),
+                          x.dtype == 0,
+                          x.stride_b,
+                          shape,
+                          pointer<Real<T>>(distance),
+                          pointer<Real<T>>(margin),
+                          pointer<Real<T>>(nearest_margin),
+                          pointer<int64_t>(nearest),
+                          pointer<Real<T>>(projection),
+                          split,
+                          pointer<double>(scratch),
+                          pointer<double>(scratch) + sums_count(shape, split)};
+    if (x.data) launch_tiles<kDot>(p, stream);
+    with_norm(norm, [&](auto q) {
+      launch_tiles<q.value>(p, stream);
+      launch("finish_kernel", finish_kernel<q.value, T>, ceil_div(shape.B * shape.n * kLanes, kThreads), kThreads, 0,
+             stream, p);
+    });
+  });
+}
+
+}  // namespace fastsal
