@@ -135,7 +135,7 @@ def extensions() -> list[Extension]:
     """The native modules that this environment asks for."""
     from pybind11.setup_helpers import Pybind11Extension
 
-    headers = sources(f"{INCLUDE}/**/*.h") + sources("csrc/cpu/*.h")
+    headers = sources("csrc/**/*.h") + sources("csrc/cuda/*.cuh")
 
     def extension(name: str, cpp_sources: list[str]) -> Extension:
         flags = list(CXX_FLAGS)

@@ -14,7 +14,7 @@ MODULES = ["fastsal", *(module.name for module in pkgutil.walk_packages(fastsal.
 
 @pytest.mark.parametrize("name", [name for name in MODULES if name not in NATIVE and not name.endswith("__main__")])
 def test_examples(name):
-    if name == "fastsal.kernels.triton":
+    if "triton" in name:
         pytest.importorskip("triton")
     results = doctest.testmod(importlib.import_module(name))
     assert results.failed == 0
