@@ -19,8 +19,9 @@ struct Rows {
 template <int q, class T, bool aligned>
 __device__ __forceinline__ double fold_chunk(const T* anchor, const T* const (&rows)[kRows], int length) {
   using L = Layout<T>;
+  constexpr int kUnroll = aligned ? 2 : 1;  // entry by entry, two steps' loads would spill
   Real<T> sums[kRows][L::kAccumulators] = {};
-#pragma unroll 2
+#pragma unroll kUnroll
   for (int k = lane_id() * L::kPack; k - lane_id() * L::kPack < length; k += L::kStep) {
     const Pack<T> a = load_pack<aligned>(anchor + k, length - k);
     Pack<T> b[kRows];

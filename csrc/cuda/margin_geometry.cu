@@ -109,7 +109,7 @@ struct Example {
 };
 
 template <int q, class T>
-__global__ void __launch_bounds__(kThreads) margin_geometry_kernel(const __grid_constant__ Problem<T> p) {
+__global__ void __launch_bounds__(kThreads, 2) margin_geometry_kernel(const __grid_constant__ Problem<T> p) {
   const int64_t warp = threadIdx.x / kLanes, warps = blockDim.x / kLanes;
   for (int64_t b = blockIdx.x; b < p.shape.B; b += gridDim.x) {
     const Example<q, T> example(p, b, dynamic_shared());
@@ -151,7 +151,7 @@ __global__ void __launch_bounds__(kThreads) predict_kernel(const __grid_constant
 }
 
 template <int q, class T>
-__global__ void __launch_bounds__(kThreads) fold_rows_kernel(const __grid_constant__ Problem<T> p) {
+__global__ void __launch_bounds__(kThreads, 2) fold_rows_kernel(const __grid_constant__ Problem<T> p) {
   const int64_t tasks = distance_tasks(p.shape.n, chunks<T>(p.shape.D));
   const int64_t task = blockIdx.x * static_cast<int64_t>(kWarps) + threadIdx.x / kLanes, b = task / tasks;
   if (b < p.shape.B) Example<q, T>(p, b).fold_rows(task % tasks);
@@ -166,7 +166,7 @@ __global__ void __launch_bounds__(kThreads) join_rows_kernel(const __grid_consta
 
 // The blocks of one example all select the same runner-up; the first of them writes it down.
 template <int q, class T>
-__global__ void __launch_bounds__(kThreads) two_rows_kernel(const __grid_constant__ Problem<T> p, int64_t blocks) {
+__global__ void __launch_bounds__(kThreads, 1) two_rows_kernel(const __grid_constant__ Problem<T> p, int64_t blocks) {
   const Example<q, T> example(p, blockIdx.x / blocks);
   const int64_t runner_up = example.select(), chunk = blockIdx.x % blocks * kWarps + threadIdx.x / kLanes;
   if (threadIdx.x == 0 && chunk == 0) example.runner_up() = runner_up;

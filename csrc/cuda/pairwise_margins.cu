@@ -85,8 +85,9 @@ __device__ void load_tile(const Problem<T>& p, int64_t b, int64_t first, int64_t
   }
 }
 
+// One block a multiprocessor is enough for ptxas to know: with the aim of two it spills.
 template <int kind, class T, class P>
-__global__ void __launch_bounds__(P::kThreads) tile_kernel(const __grid_constant__ Problem<T> p) {
+__global__ void __launch_bounds__(P::kThreads, 1) tile_kernel(const __grid_constant__ Problem<T> p) {
   using R = Real<T>;
   constexpr int kWordEntries = Word<R>::kEntries, kWords = P::kDepth / kWordEntries;
   constexpr int kPitch = kWords + 1;  // the padding spreads rows over the banks
@@ -123,7 +124,7 @@ __global__ void __launch_bounds__(P::kThreads) tile_kernel(const __grid_constant
       __syncthreads();
       const uint4* rows_i = tiles[0] + ty * kPitch;
       const uint4* rows_j = tiles[first_i == first_j ? 0 : 1] + tx * kPitch;
-#pragma unroll
+#pragma unroll 1
       for (int start = 0; start < kWords; start += kFlush / kWordEntries) {
         R parts_of[P::kEdge][P::kEdge] = {};
 #pragma unroll
@@ -193,7 +194,7 @@ __device__ bool pair_in_range(double sum) {
 
 // A warp for row i of an example: the sums become results. A pair out of range is done again by the whole warp.
 template <int q, class T>
-__global__ void __launch_bounds__(kThreads) finish_kernel(const __grid_constant__ Problem<T> p) {
+__global__ void __launch_bounds__(kThreads, 1) finish_kernel(const __grid_constant__ Problem<T> p) {
   const int64_t n = p.shape.n, warp = (blockIdx.x * static_cast<int64_t>(kThreads) + threadIdx.x) / kLanes;
   const int64_t b = warp / n, i = warp % n;
   if (b >= p.shape.B) return;

@@ -10,7 +10,7 @@ namespace {
 constexpr int kThreads = 256;
 
 template <int q, class T>
-__global__ void __launch_bounds__(kThreads)
+__global__ void __launch_bounds__(kThreads, 2)
     fold_rows_kernel(const T* anchor_ptr, int64_t anchor_stride_b, const T* rows_ptr, int64_t stride_b, int64_t stride_n,
                      Shape shape, Fold<T>* folds) {
   const int64_t tasks = distance_tasks(shape.n, chunks<T>(shape.D));
@@ -21,7 +21,7 @@ __global__ void __launch_bounds__(kThreads)
 }
 
 template <int q, class T>
-__global__ void __launch_bounds__(kThreads)
+__global__ void __launch_bounds__(kThreads, 2)
     join_rows_kernel(const Fold<T>* folds, int64_t rows, int64_t chunks, int lanes, double* out) {
   const int64_t row = (blockIdx.x * static_cast<int64_t>(kThreads) + threadIdx.x) / lanes;
   const double distance = join_chunks<q, T>(folds, row < rows ? row : -1, chunks, lanes);

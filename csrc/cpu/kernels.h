@@ -1,0 +1,55 @@
+// The table of inner loops that each SIMD level fills in. Drivers know no element types; kernels know no examples.
+#pragma once
+
+#include <stdint.h>
+
+#include "fastsal/finalize.h"
+
+namespace fastsal {
+
+enum Dtype { kFloat32 = 0, kFloat64 = 1, kFloat16 = 2, kBFloat16 = 3, kDtypes = 4 };
+constexpr int64_t kElementSize[kDtypes] = {4, 8, 2, 2};
+
+// D is cut into segments of this many elements whatever the batch or thread count: the reduction tree depends on D alone.
+constexpr int64_t kSegment = 8192;
+constexpr int kTileRows = 4;
+constexpr int kTileAnchors = 2;
+
+inline int64_t segments(int64_t D) { return (D + kSegment - 1) / kSegment; }
+
+struct Strides {
+  int64_t anchor, row;
+};
+
+// One segment of every pair (anchor, row): the q-sum of anchor - row goes to norm[a * anchor + r * row] and, where x
+// is given (as float, or double for double rows), <x, anchor - row> to the same place in dot. `ahead` (or null) says
+// where the data needed next lies, for each row.
+using TileFn = void (*)(const void* const* anchors, int n_anchors, const void* const* rows, int n_rows, const void* x,
+                        int64_t len, const void* const* ahead, Scaled* norm, Scaled* dot, Strides out);
+// One segment of the sums of stage 2, norms still as q-sums (norm_x as p-sum).
+using TwoRowFn = void (*)(const void* g, const void* row, const void* x, int64_t len, TwoRow* out);
+// One segment of the q-sum of d/‖d‖ - g/‖g‖.
+using GapFn = double (*)(const void* g, const void* row, int64_t len, Unit d, Unit g_unit);
+using UpcastFn = void (*)(const void* from, int64_t len, double* to);
+// out[k] = sum_j w[j] * phi(rows[i][k] - rows[j][k]) for one chunk of `Kernels::chunk` columns, rows [n, chunk].
+using PushFn = void (*)(const double* rows, int64_t n, int64_t i, const double* w, double* out);
+
+struct Kernels {
+  const char* name;
+  int64_t chunk;
+  TileFn tile[3][kDtypes];
+  TwoRowFn two_row[3][kDtypes][2];  // [..][1]: x is float32
+  GapFn gap[3][kDtypes];
+  UpcastFn upcast[kDtypes];
+  PushFn push[3];  // [kMax] is null
+};
+
+extern const Kernels kBaselineKernels;
+#if defined(__x86_64__)
+extern const Kernels kAvx2Kernels;
+extern const Kernels kAvx512Kernels;
+#endif
+
+const Kernels& kernels();  // the level in use
+
+}  // namespace fastsal

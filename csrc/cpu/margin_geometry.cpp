@@ -1,0 +1,169 @@
+#include <vector>
+
+#include "parallel.h"
+#include "stage1.h"
+
+namespace fastsal {
+namespace {
+
+struct Winners {
+  int64_t prediction;
+  Candidate runner_up;
+};
+
+class Example {
+ public:
+  Example(int q, const Logits& logits, const Rows& jacobian, const Inputs& x, Output scalars, int64_t* indices,
+          Output distances)
+      : q_(q), logits_(logits), jacobian_(jacobian), x_(x), scalars_(scalars), indices_(indices),
+        distances_(distances), stage1_(q, jacobian), n_segments_(stage1_.segment_count()),
+        two_row_(kernels().two_row[q][jacobian.dtype][x.dtype == kFloat32]), gap_(kernels().gap[q][jacobian.dtype]) {}
+
+  const Stage1& stage1() const { return stage1_; }
+
+  int64_t prediction(int64_t b) const {
+    int64_t best = 0;
+    for (int64_t j = 1; j < jacobian_.n; ++j) {
+      if (is_before(-logit(b, j), -logit(b, best))) best = j;
+    }
+    return best;
+  }
+
+  // Combines stage 1's partials [n, segments] into the distances and the runner-up.
+  Winners select(int64_t b, int64_t prediction, const Scaled* partial) const {
+    const int64_t n = jacobian_.n;
+    Candidate best = {0, 0, -1};
+    distances_.set(b * n + prediction, INFINITY);
+    for (int64_t j = 0; j < n; ++j) {
+      if (j == prediction) continue;
+      const double margin = logit(b, prediction) - logit(b, j);
+      const double norm = to_double(norm_segments(q_, partial + j * n_segments_, n_segments_));
+      const Candidate candidate = {ratio(margin, norm), margin, j};
+      distances_.set(b * n + j, candidate.ratio);
+      if (best.index < 0 || is_nearer(candidate, best)) best = candidate;
+    }
+    indices_[b] = prediction;
+    indices_[jacobian_.B + b] = best.index;
+    return {prediction, best};
+  }
+
+  void sums(int64_t b, int64_t segment, const Winners& rows, TwoRow* out) const {
+    const int64_t at = segment * kSegment;
+    two_row_(row(b, rows.prediction, at), row(b, rows.runner_up.index, at),
+             x_.row(b) + at * kElementSize[x_.dtype], length(at), out);
+  }
+
+  // The norms and dot products over all of D from their segments.
+  TwoRow combine(const TwoRow* partial, Scaled* scratch) const {
+    auto gather = [&](Scaled TwoRow::* field) {
+      for (int64_t s = 0; s < n_segments_; ++s) scratch[s] = partial[s].*field;
+      return scratch;
+    };
+    const int p = q_ == kL2 ? kL2 : q_ == kL1 ? kMax : kL1;
+    return {sum_segments(gather(&TwoRow::dot_g), n_segments_), sum_segments(gather(&TwoRow::dot_d), n_segments_),
+            norm_segments(q_, gather(&TwoRow::norm_g), n_segments_),
+            norm_segments(q_, gather(&TwoRow::norm_d), n_segments_),
+            norm_segments(p, gather(&TwoRow::norm_x), n_segments_)};
+  }
+
+  Scaled gap(int64_t b, int64_t segment, const Winners& rows, const TwoRow& sums) const {
+    const int64_t at = segment * kSegment;
+    return {gap_(row(b, rows.prediction, at), row(b, rows.runner_up.index, at), length(at), unit_of(sums.norm_d),
+                 unit_of(sums.norm_g)),
+            0};
+  }
+
+  void finish(int64_t b, const Winners& rows, const TwoRow& sums, const Scaled* gaps) const {
+    double all[kScalars];
+    two_row_scalars(logit(b, rows.prediction), rows.runner_up.margin, rows.runner_up.ratio, sums,
+                    to_double(norm_segments(q_, gaps, n_segments_)), all);
+    for (int s = 0; s < kScalars; ++s) scalars_.set(s * jacobian_.B + b, all[s]);
+  }
+
+  // Everything for one example, while its rows are in cache.
+  void run(int64_t b, Scaled* partial, TwoRow* two_row, Scaled* gaps) const {
+    const int64_t top = prediction(b);
+    prefetch_x(b);
+    stage1_.run_all(b, row(b, top, 0), top, partial);
+    const Winners rows = select(b, top, partial);
+    for (int64_t s = 0; s < n_segments_; ++s) sums(b, s, rows, two_row + s);
+    const TwoRow total = combine(two_row, gaps);
+    for (int64_t s = 0; s < n_segments_; ++s) gaps[s] = gap(b, s, rows, total);
+    finish(b, rows, total, gaps);
+  }
+
+  const char* row(int64_t b, int64_t j, int64_t at) const {
+    return jacobian_.row(b, j) + at * kElementSize[jacobian_.dtype];
+  }
+
+ private:
+  double logit(int64_t b, int64_t j) const { return logits_.at(b * jacobian_.n + j); }
+  int64_t length(int64_t at) const { return jacobian_.D - at < kSegment ? jacobian_.D - at : kSegment; }
+
+  // A short x would be fetched too late by the time stage 2 starts.
+  void prefetch_x(int64_t b) const {
+    constexpr int64_t kShort = 16384;
+    const int64_t bytes = jacobian_.D * kElementSize[x_.dtype];
+    for (int64_t k = 0; bytes <= kShort && k < bytes; k += 64) __builtin_prefetch(x_.row(b) + k);
+  }
+
+  int q_;
+  const Logits& logits_;
+  const Rows& jacobian_;
+  const Inputs& x_;
+  Output scalars_;
+  int64_t* indices_;
+  Output distances_;
+  Stage1 stage1_;
+  int64_t n_segments_;
+  TwoRowFn two_row_;
+  GapFn gap_;
+};
+
+}  // namespace
+
+void margin_geometry(int q, const Logits& logits, const Rows& jacobian, const Inputs& x, Output scalars,
+                     int64_t* indices, Output distances, int threads) {
+  const Example example(q, logits, jacobian, x, scalars, indices, distances);
+  const Stage1& stage1 = example.stage1();
+  const int64_t B = jacobian.B, n = jacobian.n, n_segments = stage1.segment_count(), n_blocks = stage1.block_count();
+  threads = useful_threads(threads, B * n_blocks * n_segments, B * n * jacobian.D);
+
+  if (threads == 1 || B >= 32 * threads) {
+    const auto per_thread = static_cast<size_t>(threads);
+    std::vector<Scaled> partial(per_thread * static_cast<size_t>(n * n_segments));
+    std::vector<TwoRow> two_row(per_thread * static_cast<size_t>(n_segments));
+    std::vector<Scaled> gaps(per_thread * static_cast<size_t>(n_segments));
+    const int64_t chunk = 1 + B / (32 * threads) / 8;
+    parallel_for(threads, B, chunk, [&](int64_t b, int t) {
+      example.run(b, partial.data() + t * n * n_segments, two_row.data() + t * n_segments,
+                  gaps.data() + t * n_segments);
+    });
+    return;
+  }
+
+  std::vector<int64_t> predictions(static_cast<size_t>(B));
+  for (int64_t b = 0; b < B; ++b) predictions[b] = example.prediction(b);
+  std::vector<Scaled> partial(static_cast<size_t>(B * n * n_segments));
+  parallel_for(threads, B * n_blocks, 1, [&](int64_t unit, int) {
+    const int64_t b = unit / n_blocks, top = predictions[b];
+    for (int64_t s = 0; s < n_segments; ++s) {
+      stage1.run(b, unit % n_blocks, s, example.row(b, top, 0), top, partial.data() + b * n * n_segments);
+    }
+  });
+  std::vector<Winners> winners(static_cast<size_t>(B));
+  for (int64_t b = 0; b < B; ++b) winners[b] = example.select(b, predictions[b], partial.data() + b * n * n_segments);
+  std::vector<TwoRow> two_row(static_cast<size_t>(B * n_segments)), total(static_cast<size_t>(B));
+  std::vector<Scaled> gaps(static_cast<size_t>(B * n_segments));
+  parallel_for(threads, B * n_segments, 1, [&](int64_t unit, int) {
+    example.sums(unit / n_segments, unit % n_segments, winners[unit / n_segments], &two_row[unit]);
+  });
+  for (int64_t b = 0; b < B; ++b) total[b] = example.combine(&two_row[b * n_segments], &gaps[b * n_segments]);
+  parallel_for(threads, B * n_segments, 1, [&](int64_t unit, int) {
+    const int64_t b = unit / n_segments;
+    gaps[unit] = example.gap(b, unit % n_segments, winners[b], total[b]);
+  });
+  for (int64_t b = 0; b < B; ++b) example.finish(b, winners[b], total[b], &gaps[b * n_segments]);
+}
+
+}  // namespace fastsal

@@ -1,0 +1,114 @@
+#include <cmath>
+#include <cstring>
+#include <vector>
+
+#include "ops.h"
+#include "parallel.h"
+
+namespace fastsal {
+namespace {
+
+// Round to nearest even from float, which is how torch narrows too.
+uint16_t to_bfloat(float v) {
+  uint32_t bits;
+  std::memcpy(&bits, &v, 4);
+  if (v != v) return 0x7fc0;
+  return static_cast<uint16_t>((bits + 0x7fff + (bits >> 16 & 1)) >> 16);
+}
+
+uint16_t to_half(float v) {
+  const uint16_t sign = std::signbit(v) ? 0x8000 : 0;
+  const float a = std::fabs(v);
+  if (a != a) return 0x7e00;
+  if (a >= 65520.0f) return sign | 0x7c00;
+  // In units of the last place of the result; the carry of the rounding runs into the exponent by itself.
+  const int exponent = a < 0x1p-14f ? -14 : std::ilogb(a);
+  const double units = std::nearbyint(std::ldexp(static_cast<double>(a), 10 - exponent));
+  return static_cast<uint16_t>(sign | static_cast<int>(units + (exponent + 14) * 1024.0));
+}
+
+void store(char* out, Dtype dtype, int64_t at, double value) {
+  switch (dtype) {
+    case kFloat64: reinterpret_cast<double*>(out)[at] = value; break;
+    case kFloat16: reinterpret_cast<uint16_t*>(out)[at] = to_half(static_cast<float>(value)); break;
+    case kBFloat16: reinterpret_cast<uint16_t*>(out)[at] = to_bfloat(static_cast<float>(value)); break;
+    default: reinterpret_cast<float*>(out)[at] = static_cast<float>(value);
+  }
+}
+
+// q = infinity: only the entries where |g_i - g_j| is largest, so each pair is searched first. to: [D], added to.
+void push_largest(const double* own, const double* other, int64_t D, double weight, double* to) {
+  double top = 0;
+  int64_t count = 0;
+  for (int64_t k = 0; k < D; ++k) {
+    const double d = std::fabs(own[k] - other[k]);
+    if (d == top) {
+      ++count;
+    } else if (!(d < top) && top == top) {
+      top = d;
+      count = 1;
+    }
+  }
+  if (top == 0) return;
+  const double share = weight / static_cast<double>(count);
+  for (int64_t k = 0; k < D; ++k) {
+    const double d = own[k] - other[k];
+    if (top != top) {
+      to[k] = NAN;
+    } else if (std::fabs(d) == top) {
+      to[k] += std::copysign(share, d) * (share < 0 ? -1 : 1);
+    }
+  }
+}
+
+}  // namespace
+
+void pairwise_backward(int q, const double* w, const double* v, const Rows& jacobian, const Inputs& x,
+                       char* grad_jacobian, double* grad_x, int threads) {
+  const Kernels& level = kernels();
+  const int64_t B = jacobian.B, n = jacobian.n, D = jacobian.D, size = kElementSize[jacobian.dtype];
+  // Columns are handled in chunks that are narrow enough for all n rows of a chunk to stay in cache, in double.
+  const int64_t width = q == kMax ? D : level.chunk, n_chunks = (D + width - 1) / width, units = B * n_chunks;
+  threads = useful_threads(threads, units, B * n * n * D);
+  std::vector<double> rows(static_cast<size_t>(threads * n * width)), sums(static_cast<size_t>(threads * width));
+  std::vector<double> x_rows(static_cast<size_t>(threads * width));
+
+  parallel_for(threads, units, 1, [&](int64_t unit, int thread) {
+    const int64_t b = unit / n_chunks, begin = unit % n_chunks * width, len = D - begin < width ? D - begin : width;
+    double* own = rows.data() + thread * n * width;
+    double* sum = sums.data() + thread * width;
+    double* x_row = x_rows.data() + thread * width;
+    const double* w_b = w + b * n * n;
+    const double* v_b = v ? v + b * n * n : nullptr;
+    for (int64_t j = 0; j < n; ++j) {
+      level.upcast[jacobian.dtype](jacobian.row(b, j) + begin * size, len, own + j * width);
+      for (int64_t k = len; k < width; ++k) own[j * width + k] = 0;
+    }
+    if (v_b) level.upcast[x.dtype](x.row(b) + begin * kElementSize[x.dtype], len, x_row);
+    for (int64_t i = 0; i < n; ++i) {
+      if (q == kMax) {
+        for (int64_t k = 0; k < len; ++k) sum[k] = 0;
+        for (int64_t j = 0; j < n; ++j) push_largest(own + i * width, own + j * width, len, w_b[i * n + j], sum);
+      } else {
+        level.push[q](own, n, i, w_b + i * n, sum);
+      }
+      if (v_b) {
+        double along_x = 0;
+        for (int64_t j = 0; j < n; ++j) along_x += v_b[i * n + j];
+        for (int64_t k = 0; k < len; ++k) sum[k] += along_x * x_row[k];
+      }
+      for (int64_t k = 0; k < len; ++k) store(grad_jacobian, jacobian.dtype, (b * n + i) * D + begin + k, sum[k]);
+    }
+    if (grad_x == nullptr) return;
+    for (int64_t k = 0; k < len; ++k) sum[k] = 0;
+    for (int64_t i = 0; i < n; ++i) {
+      for (int64_t j = i + 1; j < n; ++j) {
+        const double weight = v_b[i * n + j];
+        for (int64_t k = 0; k < len; ++k) sum[k] += weight * (own[i * width + k] - own[j * width + k]);
+      }
+    }
+    for (int64_t k = 0; k < len; ++k) grad_x[b * D + begin + k] = sum[k];
+  });
+}
+
+}  // namespace fastsal

@@ -1,0 +1,38 @@
+// Work shared out between threads. Which thread computes a unit never shows in a result.
+#pragma once
+
+#include <stdint.h>
+
+#ifdef _OPENMP
+#include <omp.h>
+#endif
+
+namespace fastsal {
+
+// How many threads are worth waking for `units` units of work that read `elements` elements in all.
+inline int useful_threads(int threads, int64_t units, int64_t elements) {
+#ifdef _OPENMP
+  constexpr int64_t kSerialElements = 65536;  // below this a parallel region costs more than it saves
+  if (elements < kSerialElements || units < 2 || threads < 2) return 1;
+  return units < threads ? static_cast<int>(units) : threads;
+#else
+  (void)threads, (void)units, (void)elements;
+  return 1;
+#endif
+}
+
+// body(unit, thread) for every unit, handed out `chunk` at a time. The body must not throw: scratch is allocated before.
+template <class Body>
+void parallel_for(int threads, int64_t units, int64_t chunk, const Body& body) {
+#ifdef _OPENMP
+  if (threads > 1) {
+#pragma omp parallel for num_threads(threads) schedule(dynamic, chunk)
+    for (int64_t unit = 0; unit < units; ++unit) body(unit, omp_get_thread_num());
+    return;
+  }
+#endif
+  (void)threads, (void)chunk;
+  for (int64_t unit = 0; unit < units; ++unit) body(unit, 0);
+}
+
+}  // namespace fastsal
