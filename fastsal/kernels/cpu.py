@@ -30,6 +30,12 @@ def why_not(jacobian: Tensor) -> str:
     return _reason or ("" if jacobian.device.type == "cpu" else f"tensors are on {jacobian.device}, not on the CPU")
 
 
+def _native() -> ModuleType:
+    if _cpu is None:
+        raise RuntimeError(f"backend 'cpu' cannot run: {_reason}")
+    return _cpu
+
+
 def info() -> dict[str, object]:
     """SIMD level and OpenMP of the native module."""
     if _cpu is None:
@@ -47,10 +53,9 @@ def _x_arguments(x: Tensor | None) -> tuple[int, int, int]:
 
 def row_distances(anchor: Tensor, rows: Tensor, norm: float) -> Tensor:
     """‖anchor − row‖_q: float64 [B, c] from anchor [B, D] and rows [B, c, D]."""
-    assert _cpu is not None
     B, c, D = rows.shape
     out = torch.empty(B, c, dtype=torch.float64)
-    _cpu.row_distances(
+    _native().row_distances(
         _DUAL_CODES[norm],
         _CODES[rows.dtype],
         anchor.data_ptr(),
@@ -69,13 +74,12 @@ def row_distances(anchor: Tensor, rows: Tensor, norm: float) -> Tensor:
 
 def margin_geometry(logits: Tensor, jacobian: Tensor, x: Tensor, norm: float) -> tuple[Tensor, Tensor, Tensor]:
     """Scalars [10, B], (prediction, runner_up) [2, B] and distances [B, n], in one pass over the Jacobian [B, n, D]."""
-    assert _cpu is not None
     B, n, D = jacobian.shape
     logits = _scores(logits, jacobian)
     scalars = torch.empty(10, B, dtype=logits.dtype)
     indices = torch.empty(2, B, dtype=torch.int64)
     distances = torch.empty(B, n, dtype=logits.dtype)
-    _cpu.margin_geometry(
+    _native().margin_geometry(
         _DUAL_CODES[norm],
         _CODES[jacobian.dtype],
         logits.data_ptr(),
@@ -99,7 +103,6 @@ def pairwise_margins(
     logits: Tensor, jacobian: Tensor, x: Tensor | None, norm: float
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """distance, margin [B, n, n], nearest_margin, nearest [B, n] and the projection [B, n, n] (empty without x)."""
-    assert _cpu is not None
     B, n, D = jacobian.shape
     logits = _scores(logits, jacobian)
     distance = torch.empty(B, n, n, dtype=logits.dtype)
@@ -107,7 +110,7 @@ def pairwise_margins(
     nearest_margin = torch.empty(B, n, dtype=logits.dtype)
     nearest = torch.empty(B, n, dtype=torch.int64)
     projection = torch.empty_like(distance) if x is not None else distance.new_empty(0)
-    _cpu.pairwise_margins(
+    _native().pairwise_margins(
         _DUAL_CODES[norm],
         _CODES[jacobian.dtype],
         logits.data_ptr(),
@@ -127,3 +130,31 @@ def pairwise_margins(
         torch.get_num_threads(),
     )
     return distance, margin, nearest_margin, nearest, projection
+
+
+def pairwise_backward(
+    w: Tensor, v: Tensor | None, jacobian: Tensor, x: Tensor | None, norm: float
+) -> tuple[Tensor, Tensor]:
+    """grad_jacobian [B, n, D] in its dtype and grad_x [B, D] in x's (empty without x); see reference.pairwise_backward."""
+    B, n, D = jacobian.shape
+    grad_jacobian = torch.empty(B, n, D, dtype=jacobian.dtype)
+    grad_x = torch.empty((0,) if x is None else (B, D), dtype=torch.float64)
+    w = w.contiguous()
+    v = None if v is None else v.contiguous()
+    _native().pairwise_backward(
+        _DUAL_CODES[norm],
+        _CODES[jacobian.dtype],
+        w.data_ptr(),
+        0 if v is None else v.data_ptr(),
+        jacobian.data_ptr(),
+        jacobian.stride(0),
+        jacobian.stride(1),
+        *_x_arguments(x),
+        B,
+        n,
+        D,
+        grad_jacobian.data_ptr(),
+        0 if x is None else grad_x.data_ptr(),
+        torch.get_num_threads(),
+    )
+    return grad_jacobian, grad_x if x is None else grad_x.to(x.dtype)
