@@ -24,7 +24,7 @@ def output_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
-def _floating(name: str, value: Any) -> None:
+def floating(name: str, value: Any) -> None:
     if not isinstance(value, Tensor):
         raise TypeError(f"{name}: got {type(value).__name__}, wants a torch.Tensor")
     if value.dtype not in DTYPES:
@@ -48,7 +48,7 @@ def tensors(logits: Tensor, jacobian: Tensor, x: Tensor | None) -> tuple[Tensor,
     """Checks logits [B, n], jacobian [B, n, *S] and x [B, *S]; returns them with S flattened to D, without a copy."""
     named = {"logits": logits, "jacobian": jacobian} | ({} if x is None else {"x": x})
     for name, value in named.items():
-        _floating(name, value)
+        floating(name, value)
     if logits.dim() == 1 or (logits.dim() == 2 and logits.shape[1] == 1):
         raise ValueError(
             f"logits: got shape {tuple(logits.shape)}, wants [B, n] with n >= 2; for a binary classifier with one score F "
@@ -61,7 +61,9 @@ def tensors(logits: Tensor, jacobian: Tensor, x: Tensor | None) -> tuple[Tensor,
             f"jacobian: got shape {tuple(jacobian.shape)}, wants [B, n, *S] with [B, n] = {list(logits.shape)} as in logits"
         )
     if 0 in jacobian.shape[2:]:
-        raise ValueError(f"jacobian: got shape {tuple(jacobian.shape)}, wants at least one input dimension entry (D >= 1)")
+        raise ValueError(
+            f"jacobian: got shape {tuple(jacobian.shape)}, wants at least one input dimension entry (D >= 1)"
+        )
     if x is not None and x.shape != (jacobian.shape[0], *jacobian.shape[2:]):
         raise ValueError(
             f"x: got shape {tuple(x.shape)}, wants [B, *S] = {[jacobian.shape[0], *jacobian.shape[2:]]} to go with jacobian"

@@ -68,7 +68,7 @@ class _KernelValues(torch.autograd.Function):
         ctx.set_materialize_grads(False)
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
         return None, *(None if grad is None else grad.double() for grad in grads)
 
 
@@ -109,9 +109,7 @@ def margin_geometry(
 
 
 def _geometry(logits: Tensor, jacobian: Tensor, x: Tensor, norm: float, backend: str) -> Geometry:
-    values, indices, distances = ops.margin_geometry(
-        logits.detach(), jacobian.detach(), x.detach(), norm, backend
-    )
+    values, indices, distances = ops.margin_geometry(logits.detach(), jacobian.detach(), x.detach(), norm, backend)
     prediction, runner_up = indices.unbind(0)
     scalars = values.unbind(0)
     if torch.is_grad_enabled() and (logits.requires_grad or jacobian.requires_grad or x.requires_grad):

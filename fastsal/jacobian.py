@@ -62,7 +62,7 @@ def flatten(value: Tensor, lead: int) -> Tensor:
 
 def check_input(x: Tensor) -> None:
     """x [B, *S] is a floating-point tensor with D >= 1."""
-    checks._floating("x", x)
+    checks.floating("x", x)
     if x.dim() == 0 or 0 in x.shape[1:]:
         raise ValueError(f"x: got shape {tuple(x.shape)}, wants [B, *S] with at least one entry an example (D >= 1)")
 

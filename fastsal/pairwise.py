@@ -44,7 +44,7 @@ class _PairwiseMargins(torch.autograd.Function):
         ctx.save_for_backward(logits, jacobian, x, distance, margin, nearest, projection)
 
     @staticmethod
-    def backward(  # type: ignore[override]
+    def backward(
         ctx: Any, grad_distance: Tensor, grad_margin: Tensor, grad_nearest: Tensor, _: Any, grad_projection: Tensor
     ) -> tuple[Tensor | None, ...]:
         logits, jacobian, x, distance, margin, nearest, projection = ctx.saved_tensors
@@ -52,7 +52,7 @@ class _PairwiseMargins(torch.autograd.Function):
             outputs = reference.pairwise_margins(logits, jacobian, x, ctx.norm)
             pairs = [(outputs[0], grad_distance), (outputs[1], grad_margin), (outputs[2], grad_nearest)]
             if ctx.has_x:
-                pairs.append((outputs[4], grad_projection))
+                pairs.append((outputs[4], grad_projection))  # type: ignore[arg-type]
             wanted = [t for t, need in zip((logits, jacobian, x), ctx.needs_input_grad, strict=False) if need]
             found = iter(
                 torch.autograd.grad(

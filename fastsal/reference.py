@@ -184,8 +184,8 @@ def pairwise_margins(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor | None]:
     """All logit pairs from logits [B, n], jacobian [B, n, D] and x [B, D] or None.
 
-    Returns distance, margin (float64 [B, n, n]), nearest_margin (float64 [B, n]), nearest (int64 [B, n]) and the projection
-    ⟨x, g_i − g_j⟩ / ‖g_i − g_j‖_q (float64 [B, n, n], None without x), whose absolute value is the alignment.
+    Returns distance, margin (float64 [B, n, n]), nearest_margin (float64 [B, n]), nearest (int64 [B, n]) and the
+    projection ⟨x, g_i − g_j⟩ / ‖g_i − g_j‖_q (float64 [B, n, n], None without x), whose absolute value is the alignment.
     """
     B, n, _ = jacobian.shape
     q = dual(norm)
@@ -215,8 +215,8 @@ def pairwise_backward(
     """The chain rule's last step for `pairwise_margins`, from the weights of each pair.
 
     w (symmetric) and v (antisymmetric) [B, n, n], jacobian [B, n, D], x [B, D]. Returns, in float64,
-    Σ_j w_ij φ(g_i − g_j) + Σ_j v_ij x [B, n, D] and Σ_{i<j} v_ij (g_i − g_j) [B, D] (None without v), where φ(d) is d for
-    q = 2, sign(d) for q = 1, and for q = inf sign(d) on the largest entries, shared evenly among equals.
+    Σ_j w_ij φ(g_i − g_j) + Σ_j v_ij x [B, n, D] and Σ_{i<j} v_ij (g_i − g_j) [B, D] (None without v), where φ(d) is d
+    for q = 2, sign(d) for q = 1, and for q = inf sign(d) on the largest entries, shared evenly among equals.
     """
     q = dual(norm)
     grad_x = None if v is None or x is None else torch.zeros(x.shape, dtype=torch.float64, device=x.device)
