@@ -24,12 +24,13 @@ def run_python(tmp_path: Path) -> Callable[..., subprocess.CompletedProcess[str]
     import fastsal
 
     package_home = str(Path(fastsal.__file__).resolve().parent.parent)
+    search = os.pathsep.join(filter(None, (package_home, os.environ.get("PYTHONPATH"))))
 
     def run(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
         return subprocess.run(
             [sys.executable, *arguments],
             cwd=tmp_path,
-            env={**os.environ, "PYTHONPATH": package_home, **environment},
+            env={**os.environ, "PYTHONPATH": search, **environment},
             capture_output=True,
             text=True,
             stdin=subprocess.DEVNULL,
