@@ -1,5 +1,6 @@
-// Stage 1: the folds of anchor - row over chunks of D, and their sums. A warp takes one chunk of kRows rows, which share
-// the loads of the anchor; the warps of a block take the same chunk of other rows, so that the anchor comes from L1.
+// Stage 1: the folds of anchor - row over chunks of D, and their sums. A warp takes one chunk of kRows rows, which
+// share the loads of the anchor; the warps of a block take the same chunk of other rows, so that the anchor comes from
+// L1.
 #pragma once
 
 #include "warp.cuh"
@@ -45,9 +46,8 @@ __device__ __forceinline__ double fold_chunk(const T* anchor, const T* const (&r
 // The slow path of anchor - row, in float64.
 template <int q, class T>
 __device__ __noinline__ Fold<T> fold_chunk_safely(const T* anchor, const T* row, int length) {
-  const Scaled fold = fold_safely<q, T>(length, [=](int64_t k) {
-    return static_cast<double>(real(anchor[k])) - static_cast<double>(real(row[k]));
-  });
+  const Scaled fold = fold_safely<q, T>(
+      length, [=](int64_t k) { return static_cast<double>(real(anchor[k])) - static_cast<double>(real(row[k])); });
   return FoldOf<T>::make(fold.value, fold.exponent);
 }
 
@@ -71,8 +71,8 @@ __device__ void fold_task(int64_t task, const T* anchor, Rows<T> rows, int64_t s
   }
   anchor += start;
   const bool aligned = address % kPackBytes == 0 && D % Layout<T>::kPack == 0;
-  const double fold = aligned ? fold_chunk<q, T, true>(anchor, chunk_of, length)
-                              : fold_chunk<q, T, false>(anchor, chunk_of, length);
+  const double fold =
+      aligned ? fold_chunk<q, T, true>(anchor, chunk_of, length) : fold_chunk<q, T, false>(anchor, chunk_of, length);
   const int r = row_of_lane<kRows>(lane_id());
   const bool writes = wanted(r) && lane_id() % (kLanes / kRows) == 0, safe = in_range<q, T>(fold);
   if (writes && safe) folds[(first + r) * chunks<T>(D) + chunk] = FoldOf<T>::make(fold, 0);
@@ -85,7 +85,8 @@ __device__ void fold_task(int64_t task, const T* anchor, Rows<T> rows, int64_t s
   }
 }
 
-// The norm of a row from its chunks' folds, by `joining_lanes(chunks)` neighbouring lanes; rows < 0 only keep them company.
+// The norm of a row from its chunks' folds, by `joining_lanes(chunks)` neighbouring lanes; rows < 0 only keep them
+// company.
 template <int q, class T>
 __device__ __forceinline__ double join_chunks(const Fold<T>* folds, int64_t row, int64_t chunks, int lanes) {
   Fold<T> fold{};

@@ -1,5 +1,6 @@
-// margin_geometry: the Jacobian is read once. Six small steps, each written for "worker i of so many"; either one block does
-// all of them for an example in its shared memory, or six kernels spread each over the device. Both give the same bits.
+// margin_geometry: the Jacobian is read once. Six small steps, each written for "worker i of so many"; either one block
+// does all of them for an example in its shared memory, or six kernels spread each over the device. Both give the same
+// bits.
 #include "dispatch.cuh"
 #include "distances.cuh"
 #include "fastsal/cuda.h"
@@ -11,8 +12,9 @@ namespace {
 
 constexpr int kThreads = 256;
 constexpr int kWarps = kThreads / kLanes;
-constexpr int64_t kSharedBytes = 40 * 1024;  // below the 48 KiB that need no opt-in, and several blocks fit beside the L1
-constexpr int64_t kGapBlocks = 64;           // each joins all of an example's TwoRowFolds first
+constexpr int64_t kSharedBytes =
+    40 * 1024;                      // below the 48 KiB that need no opt-in, and several blocks fit beside the L1
+constexpr int64_t kGapBlocks = 64;  // each joins all of an example's TwoRowFolds first
 
 template <class T>
 struct Problem {
@@ -63,8 +65,8 @@ struct Example {
   __device__ Example(const Problem<T>& problem, int64_t index, char* workspace)
       : p(problem), b(index), chunk_count(chunks<T>(problem.shape.D)), w(workspace, problem.shape.n, chunk_count) {}
   __device__ Example(const Problem<T>& problem, int64_t index)
-      : Example(problem, index, problem.scratch_ptr + index * Workspace<T>::bytes(problem.shape.n,
-                                                                                 chunks<T>(problem.shape.D))) {}
+      : Example(problem, index,
+                problem.scratch_ptr + index * Workspace<T>::bytes(problem.shape.n, chunks<T>(problem.shape.D))) {}
 
   __device__ double logit(int64_t j) const { return p.logits_ptr[b * p.shape.n + j]; }
   __device__ const T* row(int64_t j) const { return p.jacobian_ptr + b * p.stride_b + j * p.stride_n; }
@@ -225,9 +227,8 @@ int64_t of_type(int dtype, F f) {
 }  // namespace
 
 int64_t margin_geometry_tasks(int dtype, Shape shape) {
-  return of_type(dtype, [&](auto type) {
-    return distance_tasks(shape.n, chunks<typename decltype(type)::type>(shape.D));
-  });
+  return of_type(dtype,
+                 [&](auto type) { return distance_tasks(shape.n, chunks<typename decltype(type)::type>(shape.D)); });
 }
 
 int64_t margin_geometry_bytes(int dtype, Shape shape) {

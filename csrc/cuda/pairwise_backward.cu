@@ -1,5 +1,6 @@
-// pairwise_backward: grad g_i = sum_j w_ij phi(g_i - g_j) + sum_j v_ij x, and grad x = sum_{i<j} v_ij (g_i - g_j), in float64,
-// which the weights' range asks for; phi as in fastsal/reference.py. The differences are formed again, entry by entry.
+// pairwise_backward: grad g_i = sum_j w_ij phi(g_i - g_j) + sum_j v_ij x, and grad x = sum_{i<j} v_ij (g_i - g_j), in
+// float64, which the weights' range asks for; phi as in fastsal/reference.py. The differences are formed again, entry
+// by entry.
 #include "dispatch.cuh"
 #include "fastsal/cuda.h"
 #include "launch.cuh"
@@ -93,7 +94,8 @@ __global__ void __launch_bounds__(kThreads) grad_rows_kernel(const __grid_consta
   }
 }
 
-// sum_{i<j} v_ij (g_i - g_j) = sum_i s_i (g_i - g_0) with s_i = sum_j v_ij, since v is antisymmetric and so the s_i add to 0.
+// sum_{i<j} v_ij (g_i - g_j) = sum_i s_i (g_i - g_0) with s_i = sum_j v_ij, since v is antisymmetric and so the s_i add
+// to 0.
 template <class T>
 __global__ void __launch_bounds__(kThreads) grad_x_kernel(const __grid_constant__ Problem<T> p) {
   const int64_t D = p.shape.D, tiles = ceil_div(D, kThreads), b = blockIdx.x / tiles;

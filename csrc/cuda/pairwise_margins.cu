@@ -1,4 +1,5 @@
-// pairwise_margins: ‖g_i - g_j‖_q and <x, g_i - g_j> of all pairs i < j by direct differences, tiled like a matrix product.
+// pairwise_margins: ‖g_i - g_j‖_q and <x, g_i - g_j> of all pairs i < j by direct differences, tiled like a matrix
+// product.
 //
 // A pair's entries are added in the order of D by one thread, 16 at a time, in segments of kSegment entries; so its sum
 // does not depend on the tile, nor on whether one block does all the segments or one each.
@@ -41,7 +42,8 @@ struct Problem {
   }
 };
 
-// Threads kSide x kSide of a block, each with kEdge x kEdge pairs; kDepth entries of every row in shared memory at a time.
+// Threads kSide x kSide of a block, each with kEdge x kEdge pairs; kDepth entries of every row in shared memory at a
+// time.
 template <int edge, int side, int depth>
 struct Tile {
   static constexpr int kEdge = edge, kSide = side, kDepth = depth, kRows = edge * side, kThreads = side * side;
@@ -99,8 +101,8 @@ __global__ void __launch_bounds__(P::kThreads, 1) tile_kernel(const __grid_const
   for (; pair >= tiles_in_row; --tiles_in_row, ++tile_i) pair -= tiles_in_row;
   const int64_t first_i = tile_i * P::kRows, first_j = (tile_i + pair) * P::kRows;
   const int ty = threadIdx.x / P::kSide, tx = threadIdx.x % P::kSide;
-  const uintptr_t address = reinterpret_cast<uintptr_t>(p.jacobian_ptr) | (p.stride_b * sizeof(T)) |
-                            (p.stride_n * sizeof(T));
+  const uintptr_t address =
+      reinterpret_cast<uintptr_t>(p.jacobian_ptr) | (p.stride_b * sizeof(T)) | (p.stride_n * sizeof(T));
   const bool aligned = address % kPackBytes == 0 && p.shape.D % Layout<T>::kPack == 0;
 
   for (int64_t segment = part; segment < (p.split ? part + 1 : p.segments()); ++segment) {

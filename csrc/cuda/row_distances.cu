@@ -11,8 +11,8 @@ constexpr int kThreads = 256;
 
 template <int q, class T>
 __global__ void __launch_bounds__(kThreads, 2)
-    fold_rows_kernel(const T* anchor_ptr, int64_t anchor_stride_b, const T* rows_ptr, int64_t stride_b, int64_t stride_n,
-                     Shape shape, Fold<T>* folds) {
+    fold_rows_kernel(const T* anchor_ptr, int64_t anchor_stride_b, const T* rows_ptr, int64_t stride_b,
+                     int64_t stride_n, Shape shape, Fold<T>* folds) {
   const int64_t tasks = distance_tasks(shape.n, chunks<T>(shape.D));
   const int64_t task = (blockIdx.x * static_cast<int64_t>(kThreads) + threadIdx.x) / kLanes, b = task / tasks;
   if (b >= shape.B) return;

@@ -49,8 +49,11 @@ __device__ void two_row_task(int64_t chunk, const Winners<T>& rows, int64_t D, T
     x_fold = fold<kPrimal<q>>(x_fold, x);
     if (is_double) size_g = fold<1>(size_g, x * g), size_d = fold<1>(size_d, x * d);
   }
-  TwoRowFolds sums = {{join_lanes<1>(dot_g), 0}, {join_lanes<1>(dot_d), 0}, {join_lanes<q>(g_fold), 0},
-                      {join_lanes<q>(d_fold), 0}, {join_lanes<kPrimal<q>>(x_fold), 0}};
+  TwoRowFolds sums = {{join_lanes<1>(dot_g), 0},
+                      {join_lanes<1>(dot_d), 0},
+                      {join_lanes<q>(g_fold), 0},
+                      {join_lanes<q>(d_fold), 0},
+                      {join_lanes<kPrimal<q>>(x_fold), 0}};
   if constexpr (is_double) {
     const bool safe = in_range<2, T>(join_lanes<1>(size_g)) && in_range<2, T>(join_lanes<1>(size_d)) &&
                       in_range<q, T>(sums.g.value) && in_range<q, T>(sums.d.value) &&

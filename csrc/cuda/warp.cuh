@@ -1,4 +1,5 @@
-// What the lanes of a warp do together. Every order is fixed: an addition's two operands may swap, which changes no bit.
+// What the lanes of a warp do together. Every order is fixed: an addition's two operands may swap, which changes no
+// bit.
 #pragma once
 
 #include <cuda_runtime.h>
@@ -78,8 +79,8 @@ __device__ __forceinline__ Pack<T> load_pack(const T* from, int left) {
   return pack;
 }
 
-// The fold of `length` entries by the warp, without overflow or underflow: float64 holds the square of any narrower entry;
-// entries of float64 are scaled by the largest.
+// The fold of `length` entries by the warp, without overflow or underflow: float64 holds the square of any narrower
+// entry; entries of float64 are scaled by the largest.
 template <int q, class T, class Entry>
 __device__ Scaled fold_safely(int64_t length, Entry entry) {
   int64_t exponent = 0;

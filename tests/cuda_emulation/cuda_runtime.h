@@ -1,9 +1,10 @@
 // The part of CUDA that fastsal's kernels use, on the CPU: the tests compile csrc/cuda against this header with a C++
 // compiler, and so run the kernels' own source without a GPU.
 //
-// The threads of a block are fibers of one system thread. A fiber runs until a barrier or a warp exchange, which it leaves
-// only when all the others have come. Unlike a GPU this also reports divergent barriers, exchanges that lack a lane, and
-// misaligned loads; FASTSAL_EMULATION_REVERSE=1 runs blocks and threads in the opposite order, so that a race shows.
+// The threads of a block are fibers of one system thread. A fiber runs until a barrier or a warp exchange, which it
+// leaves only when all the others have come. Unlike a GPU this also reports divergent barriers, exchanges that lack a
+// lane, and misaligned loads; FASTSAL_EMULATION_REVERSE=1 runs blocks and threads in the opposite order, so that a race
+// shows.
 #pragma once
 
 #include <setjmp.h>
@@ -193,7 +194,8 @@ struct cudaLaunchConfig_t {
 };
 
 template <class... Parameters, class... Arguments>
-cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t* config, void (*kernel)(Parameters...), Arguments... arguments) {
+cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t* config, void (*kernel)(Parameters...),
+                               Arguments... arguments) {
   const char* order = std::getenv("FASTSAL_EMULATION_REVERSE");
   const bool reverse = order && *order == '1';
   gridDim = config->gridDim;

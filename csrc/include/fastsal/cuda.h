@@ -1,7 +1,8 @@
 // What fastsal._cuda launches: device pointers, strides in elements, and a stream, all as integers.
 //
-// `norm` is the dual q (0 is infinity). Types are 0 float32, 1 float64, 2 float16, 3 bfloat16; logits and results are float64
-// where the Jacobian is, else float32; x has the Jacobian's type or float32. Everything runs on the current device.
+// `norm` is the dual q (0 is infinity). Types are 0 float32, 1 float64, 2 float16, 3 bfloat16; logits and results are
+// float64 where the Jacobian is, else float32; x has the Jacobian's type or float32. Everything runs on the current
+// device.
 #pragma once
 
 #include <cstdint>
@@ -30,7 +31,8 @@ int64_t row_distances_scratch(int dtype, Shape shape);
 void row_distances(int norm, int dtype, uintptr_t anchor, int64_t anchor_stride_b, RowsArgument rows, Shape shape,
                    uintptr_t out, uintptr_t scratch, uintptr_t stream);
 
-// `fused`: one block does a whole example in shared memory, which it must fit in, instead of six kernels that spread it.
+// `fused`: one block does a whole example in shared memory, which it must fit in, instead of six kernels that spread
+// it.
 int64_t margin_geometry_bytes(int dtype, Shape shape);  // of memory for one example
 bool margin_geometry_fits(int dtype, Shape shape);
 int64_t margin_geometry_tasks(int dtype, Shape shape);  // warps that one example keeps busy
@@ -46,8 +48,8 @@ void pairwise_margins(int norm, int dtype, uintptr_t logits, RowsArgument jacobi
                       uintptr_t distance, uintptr_t margin, uintptr_t nearest_margin, uintptr_t nearest,
                       uintptr_t projection, bool split, uintptr_t scratch, uintptr_t stream);
 
-// From w, v (float64 [B, n, n]; v 0 is none), as fastsal.reference.pairwise_backward defines it. The gradients have the types
-// of the Jacobian and of x and are contiguous.
+// From w, v (float64 [B, n, n]; v 0 is none), as fastsal.reference.pairwise_backward defines it. The gradients have the
+// types of the Jacobian and of x and are contiguous.
 int64_t pairwise_backward_scratch(int norm, Shape shape);
 void pairwise_backward(int norm, int dtype, uintptr_t w, uintptr_t v, RowsArgument jacobian, InputArgument x,
                        Shape shape, uintptr_t grad_jacobian, uintptr_t grad_x, uintptr_t scratch, uintptr_t stream);

@@ -82,20 +82,15 @@ FASTSAL_HD inline void store(Half* to, double v) {
 #endif
 }
 
-// a >= 0 or NaN, b likewise: the larger, NaN above all. As integers, since one comparison then sees NaN too.
+// a >= 0 or NaN, b likewise: the larger, NaN above all. float32 as integers, since one comparison then sees NaN too.
 FASTSAL_HD inline float larger(float a, float b) {
   const uint32_t x = bit_cast<uint32_t>(a), y = bit_cast<uint32_t>(b);
   return bit_cast<float>(x > y ? x : y);
 }
-FASTSAL_HD inline double larger(double a, double b) {
-  const uint64_t x = bit_cast<uint64_t>(a), y = bit_cast<uint64_t>(b);
-  return bit_cast<double>(x > y ? x : y);
-}
+FASTSAL_HD inline double larger(double a, double b) { return b > a || b != b ? b : a; }
 
 FASTSAL_HD inline float magnitude(float v) { return bit_cast<float>(bit_cast<uint32_t>(v) & 0x7fffffffu); }
-FASTSAL_HD inline double magnitude(double v) {
-  return bit_cast<double>(bit_cast<uint64_t>(v) & 0x7fffffffffffffffull);
-}
+FASTSAL_HD inline double magnitude(double v) { return bit_cast<double>(bit_cast<uint64_t>(v) & 0x7fffffffffffffffull); }
 FASTSAL_HD inline float multiply_add(float a, float b, float c) { return fmaf(a, b, c); }
 FASTSAL_HD inline double multiply_add(double a, double b, double c) { return fma(a, b, c); }
 
@@ -109,7 +104,8 @@ FASTSAL_HD inline R join(R a, R b) {
   }
 }
 
-// The q-norm as a fold over entries: a sum of squares, a sum of magnitudes, or the largest magnitude (q = 0 is infinity).
+// The q-norm as a fold over entries: a sum of squares, a sum of magnitudes, or the largest magnitude (q = 0 is
+// infinity).
 template <int q, class R>
 FASTSAL_HD inline R fold(R sum, R entry) {
   if constexpr (q == 2) {
@@ -142,8 +138,9 @@ FASTSAL_HD inline Scaled root(Scaled fold) {
   return q == 2 ? Scaled{sqrt(fold.value), fold.exponent / 2} : fold;
 }
 
-// A fold of many parts. Sums keep what rounding loses (Knuth's two-sum), so that neither the number of parts nor float32
-// shows; this costs six float32 additions where a flush to float64 would wait for a consumer GPU's few float64 units.
+// A fold of many parts. Sums keep what rounding loses (Knuth's two-sum), so that neither the number of parts nor
+// float32 shows; this costs six float32 additions where a flush to float64 would wait for a consumer GPU's few float64
+// units.
 template <int q, class R>
 struct Running {
   R sum = 0, lost = 0;
@@ -191,9 +188,9 @@ constexpr int kPackBytes = 16;
 constexpr int kChunkBytes = 4096;
 template <class T>
 struct Layout {
-  static constexpr int kPack = kPackBytes / sizeof(T);        // adjacent entries that a lane loads at once
-  static constexpr int kStep = kPack * kLanes;                // entries that the warp loads at once
-  static constexpr int kChunk = kChunkBytes / sizeof(T);      // at most 16 additions to a float32 accumulator
+  static constexpr int kPack = kPackBytes / sizeof(T);         // adjacent entries that a lane loads at once
+  static constexpr int kStep = kPack * kLanes;                 // entries that the warp loads at once
+  static constexpr int kChunk = kChunkBytes / sizeof(T);       // at most 16 additions to a float32 accumulator
   static constexpr int kAccumulators = kPack < 4 ? kPack : 4;  // entry c of a pack goes to accumulator c % 4
 };
 FASTSAL_HD inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
