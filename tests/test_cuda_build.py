@@ -1,0 +1,121 @@
+"""The installed fastsal._cuda as the build left it: architectures, registers and spills, and manners without a driver.
+
+Nothing is compiled here that the build has compiled already; only sm_100, which it leaves to PTX, is.
+"""
+
+import importlib.util
+import os
+import re
+import shutil
+import subprocess
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+import torch
+
+ROOT = Path(__file__).resolve().parent.parent
+SOURCES = sorted((ROOT / "csrc/cuda").glob("*.cu"))
+CUDA = importlib.util.find_spec("fastsal._cuda")
+KERNELS = {
+    *("fold_rows_kernel", "join_rows_kernel", "predict_kernel", "two_rows_kernel", "gap_kernel", "finalize_kernel"),
+    *("margin_geometry_kernel", "tile_kernel", "finish_kernel", "probe_kernel"),
+    *("sum_weights_kernel", "tops_kernel", "grad_rows_kernel", "grad_x_kernel"),
+}
+
+needs_module = pytest.mark.skipif(CUDA is None, reason="fastsal was installed without fastsal._cuda (no nvcc)")
+
+
+def tool(name):
+    """A CUDA tool: of CUDA_HOME, on PATH, or of Triton's wheel, which has cuobjdump."""
+    folders = [os.path.join(os.environ.get("CUDA_HOME", ""), "bin")]
+    triton = importlib.util.find_spec("triton")
+    if triton is not None:
+        folders.append(str(Path(triton.origin).parent / "backends/nvidia/bin"))
+    found = shutil.which(name, path=folders[0]) or shutil.which(name) or shutil.which(name, path=folders[-1])
+    return found or pytest.skip(f"no {name} in CUDA_HOME, on PATH or in Triton's package")
+
+
+def cuobjdump(option):
+    command = [tool("cuobjdump"), option, CUDA.origin]
+    return subprocess.run(command, capture_output=True, text=True, check=True).stdout
+
+
+@needs_module
+def test_architectures():
+    """Machine code for every architecture asked for, and PTX of the newest."""
+    wanted = sorted(int(arch) for arch in os.environ.get("FASTSAL_CUDA_ARCHS", "80;90").split(";"))
+    found = re.findall(r"sm_(\d+)\.cubin", cuobjdump("--list-elf"))
+    assert sorted({int(arch) for arch in found}) == wanted
+    assert all(found.count(str(arch)) == len(SOURCES) for arch in wanted)
+    assert re.findall(r"sm_(\d+)\.ptx", cuobjdump("--list-ptx")) == [str(wanted[-1])] * len(SOURCES)
+
+
+@needs_module
+def test_registers_and_spills(record_property):
+    """Every kernel keeps its values in registers: no stack frame, which is where spills go."""
+    usage = re.findall(r"Function (\w+):\n\s*REG:(\d+) STACK:(\d+) SHARED:(\d+) LOCAL:(\d+)", cuobjdump("-res-usage"))
+    kernels = [row for row in usage if re.search(r"\d[a-z_]+_kernel", row[0])]
+    names = {re.search(r"\d([a-z_]+_kernel)", row[0]).group(1) for row in kernels}
+    assert names == KERNELS
+    lines = [f"{name} {registers} {stack} {local}" for name, registers, stack, _, local in kernels]
+    record_property("kernel registers stack local", "\n".join(lines))
+    print(*lines, sep="\n")
+    assert not [line for line in lines if not line.endswith(" 0 0")]
+
+
+@needs_module
+def test_import_needs_no_driver(run_python):
+    """The module imports and answers everywhere; a launch without a driver is an error that says so."""
+    code = (
+        "import sys, importlib.util as u\n"
+        "spec = u.spec_from_file_location('_cuda', sys.argv[1])\n"
+        "cuda = u.module_from_spec(spec)\n"
+        "spec.loader.exec_module(cuda)\n"
+        "print(cuda.runtime_version() >= 11000, 'torch' in sys.modules, bool(cuda.why_not()))\n"
+        "try:\n"
+        "    cuda.row_distances(2, 0, 0, 1, 0, 1, 1, 1, 1, 1, 0, 0, 0)\n"
+        "except RuntimeError as error:\n"
+        "    print(error)\n"
+    )
+    result = run_python("-c", code, CUDA.origin, CUDA_VISIBLE_DEVICES="")
+    assert result.returncode == 0, result.stderr
+    first, second = result.stdout.splitlines()
+    assert first == "True False True"
+    assert second.startswith("fold_rows_kernel: ")
+
+
+@needs_module
+@pytest.mark.parametrize(("norm", "dtype", "named"), [(3, 0, "norm"), (2, 4, "dtype")])
+def test_unknown_codes_are_refused(norm, dtype, named):
+    from fastsal import _cuda
+
+    with pytest.raises(RuntimeError, match=f"{named}: got code {max(norm, dtype)}"):
+        _cuda.row_distances(norm, dtype, 0, 1, 0, 1, 1, 1, 1, 1, 0, 0, 0)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a device")
+def test_refuses_politely_without_a_device():
+    import fastsal
+    from fastsal import ops
+
+    reason = fastsal.info()["backends"]["cuda"]
+    assert "torch.cuda.is_available()" in reason or "cannot be imported" in reason
+    with pytest.raises(RuntimeError, match="backend 'cuda' cannot run: "):
+        ops.choose("cuda", torch.zeros(1, 2, 3))
+
+
+def test_compiles_for_sm_100(tmp_path):
+    """The architecture that the build covers by PTX; ptxas must find registers for it too."""
+    nvcc = tool("nvcc")
+
+    def compile_one(source):
+        flags = ["-O3", "-std=c++17", f"-I{ROOT / 'csrc/include'}", "-gencode=arch=compute_100,code=sm_100", "-cubin"]
+        command = [nvcc, *flags, "-Xptxas=-v", "-o", str(tmp_path / source.stem), str(source)]
+        return subprocess.run(command, capture_output=True, text=True)
+
+    with ThreadPoolExecutor(2) as pool:
+        for result in pool.map(compile_one, SOURCES):
+            assert result.returncode == 0, result.stderr
+            spills = re.findall(r"[1-9]\d* bytes spill stores", result.stderr)
+            assert not spills, result.stderr
