@@ -12,6 +12,8 @@ constexpr int64_t kElementSize[kDtypes] = {4, 8, 2, 2};
 
 // D is cut into segments of this many elements whatever the batch or thread count: the reduction tree depends on D alone.
 constexpr int64_t kSegment = 8192;
+// Rows and anchors that one call of a tile kernel takes; with two anchors or with x at most kTileRows.
+constexpr int kMaxRows = 8;
 constexpr int kTileRows = 4;
 constexpr int kTileAnchors = 2;
 
@@ -23,7 +25,7 @@ struct Strides {
 
 // One segment of every pair (anchor, row): the q-sum of anchor - row goes to norm[a * anchor + r * row] and, where x
 // is given (as float, or double for double rows), <x, anchor - row> to the same place in dot. `ahead` (or null) says
-// where the data needed next lies, for each row.
+// where data needed soon lies, for each row.
 using TileFn = void (*)(const void* const* anchors, int n_anchors, const void* const* rows, int n_rows, const void* x,
                         int64_t len, const void* const* ahead, Scaled* norm, Scaled* dot, Strides out);
 // One segment of the sums of stage 2, norms still as q-sums (norm_x as p-sum).
@@ -36,6 +38,7 @@ using PushFn = void (*)(const double* rows, int64_t n, int64_t i, const double* 
 
 struct Kernels {
   const char* name;
+  int block_rows;  // rows that stage 1 reads together: as many as the registers hold, for streams of memory in flight
   int64_t chunk;
   TileFn tile[3][kDtypes];
   TwoRowFn two_row[3][kDtypes][2];  // [..][1]: x is float32

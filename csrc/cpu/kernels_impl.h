@@ -292,6 +292,7 @@ __attribute__((noinline)) static Scaled exact_dot(const T* a, const T* r, const 
 
 // Float additions in a row before a lane is flushed to double: two accumulators of this many, then one to join them.
 constexpr int kAdds = 16;
+constexpr int kBlockRows = kBytes == 64 ? 8 : 4;
 
 template <int Q, class T, int A, int R, bool X>
 static void tile(const T* const* anchors, const T* const* rows, const typename Compute<T>::Scalar* x, int64_t len,
@@ -342,7 +343,8 @@ static void tile(const T* const* anchors, const T* const* rows, const typename C
     for (; k < end; k += 2 * W) {
       if (ahead) {
         for (int r = 0; r < R; ++r) {
-          for (int b = 0; b < 2; b += kPrefetchEvery) __builtin_prefetch(ahead[r] + (k + b * W) * sizeof(T));
+          // Into the second level cache: fetched to the first it would compete with the loads for fill buffers.
+          for (int b = 0; b < 2; b += kPrefetchEvery) __builtin_prefetch(ahead[r] + (k + b * W) * sizeof(T), 0, 2);
         }
       }
       step_at(0, k);
@@ -390,6 +392,15 @@ static void tile_rows(const T* const* anchors, int n_anchors, const T* const* ro
   for (int i = 0; i < n_anchors; ++i) {
     Scaled* d = X ? dot + i * out.anchor : nullptr;
     Scaled* n = norm + i * out.anchor;
+    if constexpr (!X && kBlockRows > 4) {
+      switch (n_rows) {
+        case 8: tile<Q, T, 1, 8, X>(anchors + i, rows, x, len, ahead, n, d, out); continue;
+        case 7: tile<Q, T, 1, 7, X>(anchors + i, rows, x, len, ahead, n, d, out); continue;
+        case 6: tile<Q, T, 1, 6, X>(anchors + i, rows, x, len, ahead, n, d, out); continue;
+        case 5: tile<Q, T, 1, 5, X>(anchors + i, rows, x, len, ahead, n, d, out); continue;
+        default: break;
+      }
+    }
     switch (n_rows) {
       case 4: tile<Q, T, 1, 4, X>(anchors + i, rows, x, len, ahead, n, d, out); break;
       case 3: tile<Q, T, 1, 3, X>(anchors + i, rows, x, len, ahead, n, d, out); break;
@@ -403,8 +414,8 @@ template <int Q, class T>
 static void tile_entry(const void* const* anchors, int n_anchors, const void* const* rows, int n_rows, const void* x,
                        int64_t len, const void* const* ahead, Scaled* norm, Scaled* dot, Strides out) {
   const T* a[kTileAnchors];
-  const T* r[kTileRows];
-  const char* next[kTileRows];
+  const T* r[kMaxRows];
+  const char* next[kMaxRows];
   for (int i = 0; i < n_anchors; ++i) a[i] = static_cast<const T*>(anchors[i]);
   for (int i = 0; i < n_rows; ++i) r[i] = static_cast<const T*>(rows[i]);
   if (ahead) {
@@ -426,10 +437,11 @@ constexpr int kBlock = 32;
 template <int Q, class T, class X>
 static void two_row(const void* g_ptr, const void* row_ptr, const void* x_ptr, int64_t len, TwoRow* out) {
   constexpr int P = Q == kL2 ? kL2 : Q == kL1 ? kMax : kL1;  // the norm of x is the dual of the gradients'
+  constexpr bool kCross = Q == kL2 && sizeof(T) < 8;
   const T* g = static_cast<const T*>(g_ptr);
   const T* row = static_cast<const T*>(row_ptr);
   const X* x = static_cast<const X*>(x_ptr);
-  VecD total[5] = {}, acc[5] = {};
+  VecD total[6] = {}, acc[6] = {};
   auto step = [&](VecD gv, VecD rv, VecD xv) {
     const VecD d = gv - rv;
     acc[0] = acc[0] + xv * gv;
@@ -437,6 +449,7 @@ static void two_row(const void* g_ptr, const void* row_ptr, const void* x_ptr, i
     acc[2] = join<Q>(acc[2], term<Q>(gv));
     acc[3] = join<Q>(acc[3], term<Q>(d));
     acc[4] = join<P>(acc[4], term<P>(xv));
+    if constexpr (kCross) acc[5] = acc[5] + gv * d;
   };
   auto drain = [&] {
     total[0] = total[0] + acc[0];
@@ -444,6 +457,7 @@ static void two_row(const void* g_ptr, const void* row_ptr, const void* x_ptr, i
     total[2] = join<Q>(total[2], acc[2]);
     total[3] = join<Q>(total[3], acc[3]);
     total[4] = join<P>(total[4], acc[4]);
+    if constexpr (kCross) total[5] = total[5] + acc[5];
     for (VecD& v : acc) v = VecD{};
   };
   constexpr int W = kHalfLanes;
@@ -463,7 +477,8 @@ static void two_row(const void* g_ptr, const void* row_ptr, const void* x_ptr, i
           {reduce<kL1>(total[1]), 0},
           {reduce<Q>(total[2]), 0},
           {reduce<Q>(total[3]), 0},
-          {reduce<P>(total[4]), 0}};
+          {reduce<P>(total[4]), 0},
+          {reduce<kL1>(total[5]), 0}};
   if constexpr (sizeof(T) == 8) {
     auto get_x = [=](int64_t k) { return as_double(x[k]); };
     auto get_g = [=](int64_t k) { return as_double(g[k]); };
@@ -477,14 +492,17 @@ static void two_row(const void* g_ptr, const void* row_ptr, const void* x_ptr, i
   }
 }
 
-template <int Q, class T>
-static double gap(const void* g_ptr, const void* row_ptr, int64_t len, Unit du, Unit gu) {
-  const T* g = static_cast<const T*>(g_ptr);
-  const T* row = static_cast<const T*>(row_ptr);
+template <int Q, class T, bool Shifted>
+static double gap_sum(const T* g, const T* row, int64_t len, Unit du, Unit gu) {
   constexpr int W = kHalfLanes;
   VecD total = {}, acc[2] = {};
   auto step = [&](int h, VecD gv, VecD rv) {
-    acc[h] = join<Q>(acc[h], term<Q>((gv - rv) * du.power * du.inverse - gv * gu.power * gu.inverse));
+    VecD d = gv - rv;
+    if constexpr (Shifted) {
+      d = d * du.power;
+      gv = gv * gu.power;
+    }
+    acc[h] = join<Q>(acc[h], term<Q>(d * du.inverse - gv * gu.inverse));
   };
   auto drain = [&] {
     total = join<Q>(total, join<Q>(acc[0], acc[1]));
@@ -505,6 +523,14 @@ static double gap(const void* g_ptr, const void* row_ptr, int64_t len, Unit du, 
   }
   drain();
   return reduce<Q>(total);
+}
+
+template <int Q, class T>
+static double gap(const void* g_ptr, const void* row_ptr, int64_t len, Unit du, Unit gu) {
+  const T* g = static_cast<const T*>(g_ptr);
+  const T* row = static_cast<const T*>(row_ptr);
+  if (du.power == 1 && gu.power == 1) return gap_sum<Q, T, false>(g, row, len, du, gu);
+  return gap_sum<Q, T, true>(g, row, len, du, gu);
 }
 
 // ---- Backward of pairwise_margins ----
@@ -550,6 +576,7 @@ static void push(const double* rows, int64_t n, int64_t i, const double* w, doub
 
 static constexpr Kernels kTable = {
     FASTSAL_LEVEL,
+    kBlockRows,
     kChunk,
     {FASTSAL_TYPES(tile_entry, kMax), FASTSAL_TYPES(tile_entry, kL1), FASTSAL_TYPES(tile_entry, kL2)},
     {FASTSAL_TWO_ROW(kMax), FASTSAL_TWO_ROW(kL1), FASTSAL_TWO_ROW(kL2)},

@@ -63,7 +63,13 @@ class Example {
     return {sum_segments(gather(&TwoRow::dot_g), n_segments_), sum_segments(gather(&TwoRow::dot_d), n_segments_),
             norm_segments(q_, gather(&TwoRow::norm_g), n_segments_),
             norm_segments(q_, gather(&TwoRow::norm_d), n_segments_),
-            norm_segments(p, gather(&TwoRow::norm_x), n_segments_)};
+            norm_segments(p, gather(&TwoRow::norm_x), n_segments_),
+            sum_segments(gather(&TwoRow::cross), n_segments_)};
+  }
+
+  // Whether the direction gap needs its pass over the rows: finish() can do without for q = 2 below float64.
+  bool needs_gap(const TwoRow& sums) const {
+    return q_ != kL2 || jacobian_.dtype == kFloat64 || !(squared_gap(sums) > kSmallSquaredGap);
   }
 
   Scaled gap(int64_t b, int64_t segment, const Winners& rows, const TwoRow& sums) const {
@@ -74,21 +80,21 @@ class Example {
   }
 
   void finish(int64_t b, const Winners& rows, const TwoRow& sums, const Scaled* gaps) const {
+    const double gap = needs_gap(sums) ? to_double(norm_segments(q_, gaps, n_segments_)) : sqrt(squared_gap(sums));
     double all[kScalars];
-    two_row_scalars(logit(b, rows.prediction), rows.runner_up.margin, rows.runner_up.ratio, sums,
-                    to_double(norm_segments(q_, gaps, n_segments_)), all);
+    two_row_scalars(logit(b, rows.prediction), rows.runner_up.margin, rows.runner_up.ratio, sums, gap, all);
     for (int s = 0; s < kScalars; ++s) scalars_.set(s * jacobian_.B + b, all[s]);
   }
 
   // Everything for one example, while its rows are in cache.
   void run(int64_t b, Scaled* partial, TwoRow* two_row, Scaled* gaps) const {
     const int64_t top = prediction(b);
-    prefetch_x(b);
     stage1_.run_all(b, row(b, top, 0), top, partial);
+    prefetch_x(b + 1);
     const Winners rows = select(b, top, partial);
     for (int64_t s = 0; s < n_segments_; ++s) sums(b, s, rows, two_row + s);
     const TwoRow total = combine(two_row, gaps);
-    for (int64_t s = 0; s < n_segments_; ++s) gaps[s] = gap(b, s, rows, total);
+    for (int64_t s = 0; s < n_segments_ && needs_gap(total); ++s) gaps[s] = gap(b, s, rows, total);
     finish(b, rows, total, gaps);
   }
 
@@ -104,7 +110,8 @@ class Example {
   void prefetch_x(int64_t b) const {
     constexpr int64_t kShort = 16384;
     const int64_t bytes = jacobian_.D * kElementSize[x_.dtype];
-    for (int64_t k = 0; bytes <= kShort && k < bytes; k += 64) __builtin_prefetch(x_.row(b) + k);
+    if (b == jacobian_.B || bytes > kShort) return;
+    for (int64_t k = 0; k < bytes; k += 64) __builtin_prefetch(x_.row(b) + k, 0, 2);
   }
 
   int q_;
@@ -161,7 +168,7 @@ void margin_geometry(int q, const Logits& logits, const Rows& jacobian, const In
   for (int64_t b = 0; b < B; ++b) total[b] = example.combine(&two_row[b * n_segments], &gaps[b * n_segments]);
   parallel_for(threads, B * n_segments, 1, [&](int64_t unit, int) {
     const int64_t b = unit / n_segments;
-    gaps[unit] = example.gap(b, unit % n_segments, winners[b], total[b]);
+    if (example.needs_gap(total[b])) gaps[unit] = example.gap(b, unit % n_segments, winners[b], total[b]);
   });
   for (int64_t b = 0; b < B; ++b) example.finish(b, winners[b], total[b], &gaps[b * n_segments]);
 }
