@@ -12,10 +12,10 @@ import torch
 from torch import Tensor
 
 from fastsal import checks, reference
-from fastsal.kernels import cpu
+from fastsal.kernels import cpu, cuda, triton
 
-BACKENDS: dict[str, ModuleType] = {"cpu": cpu}
-AUTO = {"cpu": ("cpu",)}  # device type -> order of preference, set by measurement; the reference comes last everywhere
+BACKENDS: dict[str, ModuleType] = {"cpu": cpu, "cuda": cuda, "triton": triton}
+AUTO = {"cpu": ("cpu",), "cuda": ("cuda", "triton")}  # device type -> order of preference, set by measurement; the reference comes last everywhere
 
 
 def choose(backend: str, jacobian: Tensor) -> str:
