@@ -12,6 +12,7 @@ import math
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 SCALARS = (
     "linearized_robustness",
@@ -57,13 +58,18 @@ def _divide(a: Tensor, b: Tensor) -> Tensor:
     return torch.where(zero, (a / b).detach(), a / torch.where(zero, 1.0, b))
 
 
+def _sum(v: Tensor) -> Tensor:
+    """Σ along the last dimension as two halves: torch would share a lone sum out among threads, in another order."""
+    return pad(v, (0, v.shape[-1] % 2)).unflatten(-1, (2, -1)).sum(-1).sum(-1)
+
+
 def _norm(v: Tensor, q: float) -> Tensor:
     """‖v‖_q along the last dimension, for v whose largest entry is near 1."""
     if q == 1:
-        return v.abs().sum(-1)
+        return _sum(v.abs())
     if q == math.inf:
         return v.abs().amax(-1)
-    square = (v * v).sum(-1)
+    square = _sum(v * v)
     zero = square == 0
     return torch.where(zero, 0.0, torch.where(zero, 1.0, square).sqrt())
 
@@ -76,7 +82,7 @@ def _dot(x: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
     ex, ev = _exponent(x, None), _exponent(v, None)
     terms = _shift(x, -ex) * _shift(v, -ev)
     e = torch.where(terms.detach() == 0, _ZERO, ex + ev).amax(-1)
-    return _shift(terms, ex + ev - e.unsqueeze(-1)).sum(-1), e
+    return _sum(_shift(terms, ex + ev - e.unsqueeze(-1))), e
 
 
 def vector_norm(v: Tensor, q: float) -> Tensor:
