@@ -92,18 +92,10 @@ def test_nearly_identical_rows(target, norm, dtype):
     check(target, logits.to(dtype), jacobian.to(dtype), x.to(dtype), norm)
 
 
-SCALES = [
-    *((torch.float32, scale) for scale in (1e-43, 1e-30, 1e-25, 1e-20, 1e10, 1e20, 1e30, 1e37)),
-    *((torch.float64, scale) for scale in (1e-290, 1e-200, 1e-150, 1e150, 1e200, 1e300)),
-    *((torch.bfloat16, scale) for scale in (1e-39, 1e-30, 1e30)),
-    *((torch.float16, scale) for scale in (1e-7, 1e4)),
-]
-
-
 @cases.long_double
 @each_target
 @each_norm
-@pytest.mark.parametrize(("dtype", "scale"), SCALES)
+@pytest.mark.parametrize(("dtype", "scale"), cases.SCALES)
 @pytest.mark.parametrize("D", [9, 300])
 def test_scaled_gradients(target, norm, dtype, scale, D):
     """Saturated and exploding models: the right class and the right values far below and above 1."""
@@ -328,23 +320,12 @@ def test_input_shapes_are_kept_out_of_the_way(target):
     cases.assert_same_results(shaped, flat)
 
 
-def far_jacobian(tmp_path, dtype, stride_b, stride_n, shape):
-    """A Jacobian whose rows lie 2³¹ elements apart, on a sparse file that takes up a few pages."""
-    B, n, D = shape
-    size = (B - 1) * stride_b + (n - 1) * stride_n + D
-    storage = torch.from_file(str(tmp_path / "sparse"), shared=True, size=size, dtype=dtype)
-    return storage.as_strided(shape, (stride_b, stride_n, 1))
-
-
 @each_target
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 @pytest.mark.parametrize("axis", ["batch", "class"])
 def test_offsets_beyond_32_bits(target, tmp_path, dtype, axis):
-    far = 2**31 + 11
-    strides = (far, 40) if axis == "batch" else (40, far)
     logits, near, x = cases.inputs(2, 3, 33, dtype)
-    jacobian = far_jacobian(tmp_path, dtype, *strides, (2, 3, 33))
-    jacobian.copy_(near)
+    jacobian = cases.far_jacobian(tmp_path, near, axis)
     expected = cases.margin_geometry(target, logits, near, x)
     with cases.poisoned():
         result = fastsal.margin_geometry(logits, jacobian, x, backend=target.backend)
