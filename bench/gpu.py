@@ -469,7 +469,8 @@ def main(arguments: list[str] | None = None) -> int:
         return 0
     facts = machine(device)
     name = re.sub(r"\W+", "-", facts["device"].lower()).strip("-")
-    report = Report(options.json or ROOT / "bench" / "results" / f"{name}.json", device)
+    default = ROOT / ("build" if options.dry_run else "bench/results") / f"{name}.json"
+    report = Report(options.json or default, device)
     for phase in options.only or phases:
         phases[phase](report, device, DEADLINES[phase])
     table(report)
