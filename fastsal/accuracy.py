@@ -1,0 +1,115 @@
+"""How far results are from the float64 reference, in units of each quantity's own scale.
+
+The scale is the value itself for norms, distances and ρ̃, and the sum of the absolute terms where terms may cancel: an error of
+1e-6 (1e-13 for float64 inputs) of it is what fastsal allows itself. The test suite, `fastsal check` and `fastsal demo` all
+measure with this one yardstick.
+"""
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastsal import reference
+
+SAME_RATIO = 2e-6  # two classes whose ratios differ by less than this, relatively, may stand for each other
+
+
+def tolerance(dtype: torch.dtype) -> float:
+    """The largest scaled error allowed for inputs of this dtype."""
+    return 1e-13 if dtype == torch.float64 else 1e-6
+
+
+def worst(got: Tensor, want: Tensor, scale: Tensor) -> float:
+    """The largest |got − want| / scale, for a float64 want: inf unless infinities and NaN are in the same places."""
+    if got.numel() == 0:
+        return 0.0
+    finfo = torch.finfo(got.dtype)
+    rounded = want.to(got.dtype)
+    same = (got.isnan() & want.isnan()) | ((got == rounded) & rounded.isinf())
+    error = (got.double() - want).abs()
+    subnormal = error <= 4 * finfo.smallest_normal * finfo.eps  # where a float has no digits left to be relative to
+    relative = torch.where(subnormal, 0.0, error / scale)
+    relative = torch.where(same, 0.0, torch.where(scale.isfinite() | subnormal, relative, math.inf))
+    return float(relative.nan_to_num(nan=math.inf).max())
+
+
+def _chosen(got: Tensor, want: Tensor, ratio: Tensor) -> tuple[float, Tensor]:
+    """(0 or inf, index to compare at) of an argmin over the last dimension of `ratio`, where `want` is the right one."""
+    inside = got.clamp(0, ratio.shape[-1] - 1)
+    here, least = (ratio.gather(-1, index.unsqueeze(-1)).squeeze(-1) for index in (inside, want))
+    close = (inside == got) & ((here - least).abs() <= SAME_RATIO * least.abs())
+    allowed = (got == want) | close
+    return 0.0 if bool(allowed.all()) else math.inf, torch.where(allowed, inside, want)
+
+
+def _absolute(score: Tensor, v: Tensor, x: Tensor, norm: float) -> tuple[Tensor, Tensor]:
+    """Σ|x_k v_k| / ‖v‖_q and |score| + Σ|x_k v_k|: the reference itself, on absolute values."""
+    zero = torch.zeros_like(score)
+    rows = torch.stack((v.abs(), torch.zeros_like(v)), 1)
+    scalars = reference.two_row_scalars(torch.stack((-score.abs(), zero), 1), rows, x.abs(), norm)
+    return scalars["alignment"], scalars["offset"].abs()
+
+
+def _scales(values: dict[str, Tensor], logits: Tensor, rows: Tensor, x: Tensor, norm: float) -> dict[str, Tensor]:
+    """The scale of every scalar, from values [B], logits [B, 2], rows [B, 2, D] and x [B, D], all float64."""
+    scales = {name: values[name].abs() for name in ("linearized_robustness", "binarized_logit")}
+    for prefix, score, v in (
+        ("", logits[:, 0], rows[:, 0]),
+        ("binarized_", logits[:, 0] - logits[:, 1], rows[:, 0] - rows[:, 1]),
+    ):
+        alignment, offset = _absolute(score, v, x, norm)
+        size = (x * v).sum(-1).abs() + values[f"{prefix}offset"].abs()
+        scales |= {f"{prefix}alignment": alignment, f"{prefix}offset": offset, f"{prefix}homogeneity": offset / size}
+    scales["direction_gap"] = torch.ones_like(logits[:, 0])
+    # The three terms of the bound: α, ‖x‖_p · gap, and (|Ψ†| + Σ|x_k g†_k|) / ‖g†‖_q.
+    scales["bound"] = (
+        scales["alignment"]
+        + reference.vector_norm(x, norm)
+        + scales["linearized_robustness"]
+        + scales["binarized_alignment"]
+    )
+    return scales
+
+
+def scaled_errors(result: Any, logits: Tensor, jacobian: Tensor, x: Tensor, norm: float) -> dict[str, float]:
+    """The worst scaled error of every quantity of a `Geometry` of logits [B, n], jacobian [B, n, *S] and x [B, *S].
+
+    `prediction` and `runner_up` count 0 or inf; a runner-up may differ from the reference's where their ratios differ by
+    less than 2e-6, and the scalars are then compared at the runner-up found. `distances` are left out where None.
+    """
+    logits, jacobian, x = logits.detach(), jacobian.detach().flatten(2), x.detach().flatten(1)
+    _, prediction, runner_up, distances = reference.margin_geometry(logits, jacobian, x, norm)
+    errors = {"prediction": 0.0 if bool((result.prediction == prediction).all()) else math.inf}
+    errors["runner_up"], runner_up = _chosen(result.runner_up, runner_up, distances)
+
+    winners = torch.stack((prediction, runner_up), 1)
+    rows = jacobian.gather(1, winners.unsqueeze(2).expand(-1, -1, jacobian.shape[2])).double()
+    scores = logits.gather(1, winners).double()
+    values = reference.two_row_scalars(scores, rows, x, norm)
+    scales = _scales(values, scores, rows, x.double(), norm)
+    for name in reference.SCALARS:
+        errors[name] = worst(getattr(result, name).detach(), values[name], scales[name])
+    if result.distances is not None:
+        errors["distances"] = worst(result.distances, distances, distances.abs())
+    return errors
+
+
+def pairwise_errors(result: Any, logits: Tensor, jacobian: Tensor, x: Tensor | None, norm: float) -> dict[str, float]:
+    """The worst scaled error of every quantity of a `PairwiseMargins`, like `scaled_errors`."""
+    logits, jacobian = logits.detach(), jacobian.detach().flatten(2)
+    x = None if x is None else x.detach().flatten(1)
+    distance, margin, _, nearest, projection = reference.pairwise_margins(logits, jacobian, x, norm)
+    errors = {
+        "distance": worst(result.distance.detach(), distance, distance),
+        "margin": worst(result.margin.detach(), margin, margin.abs()),
+    }
+    errors["nearest"], nearest = _chosen(result.nearest, nearest, margin)
+    nearest_margin = margin.gather(2, nearest.unsqueeze(2)).squeeze(2)
+    errors["nearest_margin"] = worst(result.nearest_margin.detach(), nearest_margin, nearest_margin.abs())
+    if x is not None and projection is not None:
+        rows, size = jacobian.double(), x.double().abs().unsqueeze(1)
+        scale = torch.stack([(size * (row.unsqueeze(1) - rows).abs()).sum(-1) for row in rows.unbind(1)], 1) / distance
+        errors["alignment"] = worst(result.alignment.detach(), projection.abs(), scale)
+    return errors

@@ -1,0 +1,77 @@
+"""The subcommands of `fastsal`, one a module (`add_arguments` and `run`), and what they share: errors and output files."""
+
+import contextlib
+import importlib
+import os
+import traceback
+from collections.abc import Iterator
+from pathlib import Path
+from types import ModuleType, TracebackType
+from typing import IO
+
+import torch
+
+import fastsal
+
+# Not the user's own code: this package, the installed ones beside torch, the standard library.
+_OTHERS = (
+    *(str(Path(file).parent) for file in (fastsal.__file__, Path(torch.__file__).parent, os.__file__)),
+    "<frozen",
+)
+
+
+class CommandError(Exception):
+    """What the user has to put right, in one line; the command ends with status 2."""
+
+
+class Blame:
+    """Whatever is raised inside, by the user's own files and code, becomes a `CommandError` that names `what` and the place.
+
+    Foreign code raises anything, SystemExit included; a Ctrl-C passes through.
+    """
+
+    def __init__(self, what: str) -> None:
+        self.what = what
+
+    def __enter__(self) -> None:
+        return None
+
+    def __exit__(self, kind: object, error: BaseException | None, where: TracebackType | None) -> None:
+        if isinstance(error, CommandError) or not isinstance(error, Exception | SystemExit):
+            return
+        text = " ".join(f"{type(error).__name__}: {error}".split())
+        text = text if len(text) <= 500 else f"{text[:500]} ..."
+        frames = [frame for frame in traceback.extract_tb(where) if not frame.filename.startswith(_OTHERS)]
+        place = f" ({frames[-1].filename}:{frames[-1].lineno})" if frames else ""
+        raise CommandError(f"{self.what}: {text}{place}") from error
+
+
+def extra(name: str) -> ModuleType:
+    """The module of this name, or one line on how to install it."""
+    try:
+        return importlib.import_module(name)
+    except ImportError as error:
+        raise CommandError(f"{error}; pip install 'fastsal[demo]'") from error
+
+
+def check_output(path: Path, endings: tuple[str, ...]) -> None:
+    """Says now, not after the work, that a file cannot be written."""
+    if path.suffix not in endings:
+        raise CommandError(f"--out {path}: the ending decides the format, wants {' or '.join(endings)}")
+    if path.is_dir():
+        raise CommandError(f"--out {path}: is a folder")
+    if not os.access(path.parent, os.W_OK):
+        raise CommandError(f"--out {path}: cannot write into the folder {path.parent}")
+
+
+@contextlib.contextmanager
+def replacing(path: Path) -> Iterator[IO[bytes]]:
+    """A file beside `path` to write into, renamed to it at the end; whatever interrupts leaves nothing behind."""
+    beside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    with Blame(f"--out {path}"):
+        try:
+            with beside.open("wb") as file:
+                yield file
+            beside.replace(path)
+        finally:
+            beside.unlink(missing_ok=True)

@@ -1,0 +1,207 @@
+"""train two small networks on scikit-learn's handwritten digits, measure both, and draw their saliency maps
+
+One is trained as usual, the other with a double-backpropagation penalty, the squared norm of the loss gradient at the
+input. That makes a network more robust; the table and the picture show how much, and that its saliency maps also look
+more like the digits. Takes half a minute on two cores, needs no download, and gives the same numbers for the same seed.
+"""
+
+import argparse
+import contextlib
+import dataclasses
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import cross_entropy
+
+from fastsal import ops
+from fastsal.accuracy import scaled_errors
+from fastsal.analyze import analyze
+from fastsal.commands import check_output, extra, replacing
+from fastsal.commands.check import best_time
+from fastsal.geometry import Geometry, margin_geometry
+from fastsal.jacobian import linearize
+
+PENALTY = 0.5
+EPOCHS = 40
+BATCH = 64
+SHOWN = 8
+QUANTITIES = ("linearized_robustness", "alignment", "bound", "homogeneity")
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The options."""
+    parser.add_argument("--out", type=Path, default=Path("fastsal-demo.png"), help="the picture; default: %(default)s")
+    parser.add_argument("--seed", type=int, default=0, help="of the split, the networks and the training; default: 0")
+
+
+@dataclasses.dataclass(frozen=True)
+class Digits:
+    """Images [N, 1, 8, 8] with pixels in [0, 1] and their classes [N], split three to one."""
+
+    train_x: Tensor
+    train_y: Tensor
+    test_x: Tensor
+    test_y: Tensor
+
+
+@dataclasses.dataclass(frozen=True)
+class Measured:
+    """A trained network's accuracy on the test digits, and their geometry."""
+
+    model: nn.Module
+    accuracy: float
+    geometry: Geometry
+
+
+def load_digits(seed: int) -> Digits:
+    """The 1797 scans that come with scikit-learn."""
+    digits = extra("sklearn.datasets").load_digits()
+    x = torch.from_numpy(digits.images).float().unsqueeze(1) / 16
+    y = torch.from_numpy(digits.target)
+    order = torch.randperm(len(x), generator=torch.Generator().manual_seed(seed))
+    train, test = order[: len(x) * 3 // 4], order[len(x) * 3 // 4 :]
+    return Digits(x[train], y[train], x[test], y[test])
+
+
+def network() -> nn.Sequential:
+    """A small CNN: logits [B, 10] from images [B, 1, 8, 8]."""
+    return nn.Sequential(
+        nn.Conv2d(1, 16, 3, padding=1),
+        nn.ReLU(),
+        nn.Conv2d(16, 32, 3, stride=2, padding=1),
+        nn.ReLU(),
+        nn.Flatten(),
+        nn.Linear(512, 64),
+        nn.ReLU(),
+        nn.Linear(64, 10),
+    )
+
+
+@contextlib.contextmanager
+def single_thread() -> Iterator[None]:
+    """Images of 8 x 8 are not worth a second thread, and with one the numbers are the same on any number of cores."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
+
+
+def train(digits: Digits, penalty: float, seed: int, epochs: int) -> nn.Module:
+    """Minimises the mean over examples of ℓ(x) + penalty · ‖∇ℓ(x)‖², ℓ the cross-entropy of one example."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        model = network()
+        optimizer = torch.optim.Adam(model.parameters())
+        schedule = torch.optim.lr_scheduler.OneCycleLR(
+            optimizer, max_lr=5e-3, epochs=epochs, steps_per_epoch=-(-len(digits.train_x) // BATCH)
+        )
+        for _ in range(epochs):
+            for batch in torch.randperm(len(digits.train_x)).split(BATCH):
+                x = digits.train_x[batch].requires_grad_(penalty > 0)
+                losses = cross_entropy(model(x), digits.train_y[batch], reduction="none")
+                objective = losses.mean()
+                if penalty > 0:
+                    # No example's loss depends on another's input, so the sum's gradient holds each one's own.
+                    (gradient,) = torch.autograd.grad(losses.sum(), x, create_graph=True)
+                    objective = objective + penalty * gradient.square().flatten(1).sum(1).mean()
+                optimizer.zero_grad()
+                objective.backward()
+                optimizer.step()
+                schedule.step()
+    return model.eval()
+
+
+def measure(digits: Digits, penalty: float, seed: int, epochs: int = EPOCHS) -> Measured:
+    """Trains a network and analyses the whole test split with it."""
+    with single_thread():
+        model = train(digits, penalty, seed, epochs)
+        geometry = analyze(model, digits.test_x, keep_saliency=True)
+    accuracy = (geometry.prediction == digits.test_y).double().mean().item()
+    return Measured(model, accuracy, geometry)
+
+
+def table(plain: Measured, penalised: Measured) -> str:
+    """Accuracy and medians side by side."""
+    lines = [f"{'':30}{'plain':>12}{'penalised':>12}"]
+    lines.append(f"{'test accuracy':30}{plain.accuracy:12.4f}{penalised.accuracy:12.4f}")
+    for name in QUANTITIES:
+        medians = [getattr(one.geometry, name).median().item() for one in (plain, penalised)]
+        lines.append(f"{f'median {name}':30}" + "".join(f"{value:12.4f}" for value in medians))
+    return "\n".join(lines)
+
+
+def accelerated(x: Tensor, models: list[nn.Module]) -> str:
+    """The kernel on the Jacobians of x: its largest scaled error, and its time beside that of the reference."""
+    largest, where = 0.0, ""
+    for model in models:
+        with linearize(model, x) as graph:
+            logits, flat = graph.logits, graph.x.detach()
+            classes = torch.arange(logits.shape[1]).unsqueeze(1).expand(-1, len(x))
+            jacobian = graph.rows(classes)
+        result = margin_geometry(logits, jacobian, flat)
+        error, name = max((error, name) for name, error in scaled_errors(result, logits, jacobian, flat, 2.0).items())
+        largest, where = max((largest, where), (error, name))
+    backend = ops.choose("auto", jacobian)
+    fast, eager = (
+        best_time(lambda name=name: margin_geometry(logits, jacobian, flat, backend=name), "cpu", 10)  # type: ignore[misc]
+        for name in (backend, "reference")
+    )
+    shape = " x ".join(map(str, jacobian.shape))
+    return (
+        f"largest deviation from the float64 reference: {largest:.1e} of its scale, in {where} (limit 1e-6)\n"
+        f"margin_geometry on the Jacobian {shape} (model passes not counted): {1e3 * fast:.3f} ms on the {backend} backend,\n"
+        f"{1e3 * eager:.3f} ms on the reference backend (eager torch, float64), {eager / fast:.1f} times as long"
+    )
+
+
+def picture(digits: Digits, plain: Measured, penalised: Measured, out: Path) -> None:
+    """The first test digits of every other class, with the saliency maps of both networks beneath."""
+    figure = extra("matplotlib.figure").Figure(figsize=(1.45 * SHOWN + 1.6, 5.6), layout="constrained")
+    axes = figure.subplots(3, SHOWN)
+    shown = [int((digits.test_y == digit).nonzero()[0]) for digit in range(SHOWN)]
+    rows = (("plain training", plain), ("double backpropagation", penalised))
+    for column, index in enumerate(shown):
+        axes[0, column].imshow(digits.test_x[index, 0], cmap="gray_r", vmin=0, vmax=1)
+        axes[0, column].set_title(f"digit {int(digits.test_y[index])}", fontsize=10)
+    axes[0, 0].set_ylabel("input x", fontsize=10)
+    for row, (name, measured) in enumerate(rows, 1):
+        maps: Any = measured.geometry.saliency
+        maps = maps[shown, 0]
+        limit = maps.abs().max().item()
+        for column, index in enumerate(shown):
+            axis = axes[row, column]
+            image = axis.imshow(maps[column], cmap="RdBu_r", vmin=-limit, vmax=limit)
+            values = (getattr(measured.geometry, field)[index].item() for field in QUANTITIES[:2])
+            axis.set_title("ρ̃ {:.2f}   α {:.2f}".format(*values), fontsize=9)
+        axes[row, 0].set_ylabel(name, fontsize=10)
+        figure.colorbar(image, ax=list(axes[row]), shrink=0.9, pad=0.01, label="gradient of the logit")
+    for axis in axes.flat:
+        axis.set_xticks([])
+        axis.set_yticks([])
+    figure.suptitle(
+        "Saliency maps: gradient of the predicted logit by pixel (red: more ink raises it). "
+        "ρ̃ linearised robustness, α alignment",
+        fontsize=11,
+    )
+    with replacing(out) as file:
+        figure.savefig(file, format=out.suffix[1:], dpi=130)
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Trains, measures, prints and draws."""
+    check_output(arguments.out, (".png", ".pdf", ".svg"))
+    extra("matplotlib.figure")
+    digits = load_digits(arguments.seed)
+    print(f"training two networks on {len(digits.train_x)} digits of 8 x 8 pixels in [0, 1] ...", flush=True)
+    plain, penalised = (measure(digits, penalty, arguments.seed) for penalty in (0.0, PENALTY))
+    print(f"\n{len(digits.test_x)} test digits, every class's gradient, Euclidean norm, distances in pixel units")
+    print(table(plain, penalised), end="\n\n")
+    print(accelerated(digits.test_x, [plain.model, penalised.model]))
+    picture(digits, plain, penalised, arguments.out)
+    print(f"wrote {arguments.out}")
+    return 0
