@@ -1,7 +1,7 @@
 """Compiles every Triton kernel ahead of time, without a GPU, and lists registers, spills and shared memory.
 
-    python bench/triton_matrix.py                    the full matrix: both tile sizes, both kinds of address, 80, 90 and 100
-    python bench/triton_matrix.py --default          what the tests compile: one launch of everything, 80 and 90
+    python bench/triton_matrix.py                    the full matrix: every launch of a range of shapes, odd ones too
+    python bench/triton_matrix.py --default          what the tests compile: each kernel × dtype × norm once
     python bench/triton_matrix.py --json matrix.json
 
 The launches are those of fastsal/kernels/triton.py itself, caught on their way to the device.
@@ -139,14 +139,16 @@ def compiled(work: tuple[Launch, int]) -> dict[str, Any]:
 def main() -> None:
     """Prints the table, or writes it as JSON."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--default", action="store_true", help="the default configuration only, for 80 and 90")
+    parser.add_argument("--default", action="store_true", help="each kernel × dtype × norm once")
+    parser.add_argument("--capabilities", type=int, nargs="+", default=[80, 90, 100])
     parser.add_argument("--json", type=Path, help="where to write the table")
     parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1)
     arguments = parser.parse_args()
-    if arguments.default:
-        work = [(launch, capability) for capability in (80, 90) for launch in default(capability)]
-    else:
-        work = [(launch, capability) for capability in (80, 90, 100) for launch in caught(capability, SHAPES)]
+    work = [
+        (launch, capability)
+        for capability in arguments.capabilities
+        for launch in (default(capability) if arguments.default else caught(capability, SHAPES))
+    ]
     with ProcessPoolExecutor(arguments.jobs) as pool:
         rows = list(pool.map(compiled, work, chunksize=4))
     for row in rows:

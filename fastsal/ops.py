@@ -15,7 +15,8 @@ from fastsal import checks, reference
 from fastsal.kernels import cpu, cuda, triton
 
 BACKENDS: dict[str, ModuleType] = {"cpu": cpu, "cuda": cuda, "triton": triton}
-AUTO = {"cpu": ("cpu",), "cuda": ("cuda", "triton")}  # device type -> order of preference, set by measurement; the reference comes last everywhere
+# Device type -> order of preference, set by measurement; the reference comes last everywhere.
+AUTO = {"cpu": ("cpu",), "cuda": ("cuda", "triton")}
 
 
 def choose(backend: str, jacobian: Tensor) -> str:
