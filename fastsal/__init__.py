@@ -1,9 +1,10 @@
 """fastsal: linearised robustness, saliency alignment and the bound that ties them, at the hardware's limit."""
 
 from fastsal.analyze import Candidates, analyze
+from fastsal.certify import Certified
 from fastsal.geometry import Geometry, margin_geometry
 from fastsal.ops import info
 from fastsal.pairwise import PairwiseMargins, pairwise_margins
 
 __version__ = "0.1.0"
-__all__ = ["Candidates", "Geometry", "PairwiseMargins", "analyze", "info", "margin_geometry", "pairwise_margins"]
+__all__ = ["Candidates", "Certified", "Geometry", "PairwiseMargins", "analyze", "info", "margin_geometry", "pairwise_margins"]

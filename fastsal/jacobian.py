@@ -2,6 +2,7 @@
 
 import contextlib
 import math
+import time
 import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -125,7 +126,10 @@ class Linearization:
     """
 
     def __init__(self, model: Model, leaf: Tensor) -> None:
-        self._leaf = leaf
+        self.model = model
+        device = leaf.device.type
+        self.autocast = (torch.is_autocast_enabled(device), torch.get_autocast_dtype(device))
+        self._leaf, self.shape = leaf, leaf.shape
         self._name = type(model).__name__
         self._batched = True
         # A clone, so that a model may overwrite its input in place.
@@ -137,6 +141,16 @@ class Linearization:
                 "model: its logits do not depend on x (they carry no gradient); wants logits computed from x with "
                 "differentiable torch operations, without no_grad, detach or a trip through numpy inside the model"
             )
+
+    def same_precision(self) -> torch.autocast:
+        """The autocast state that the forward pass ran under, for running the model again."""
+        enabled, dtype = self.autocast
+        return torch.autocast(self._leaf.device.type, dtype=dtype, enabled=enabled, cache_enabled=False)
+
+    def at(self, examples: Tensor) -> "Linearization":
+        """The same model recorded at some of the examples only, int64 [e]."""
+        with self.same_precision():
+            return Linearization(self.model, self._leaf.detach()[examples].requires_grad_())
 
     def _grad(self, cotangents: Tensor, batched: bool, create_graph: bool) -> Tensor:
         # Outside autocast: backward operations take the dtype their forward had, and nothing else may be rounded.
@@ -272,3 +286,121 @@ class Nearest:
     def winners(self) -> Tensor:
         """Prediction and nearest class so far: int64 [B, 2]."""
         return torch.cat((self.prediction.unsqueeze(1), self._nearest), 1)
+
+
+class ModelPasses:
+    """VJPs and JVPs of a model at some examples, int64 [E], of a recorded batch: `certify.Passes`.
+
+    JVPs are forward-mode, vmapped over the directions; where a module has no forward-mode rule (LSTM), the derivative of the
+    VJP in its cotangent. Attention runs as plain operations in both, since its fused kernels have neither.
+    """
+
+    def __init__(self, graph: Linearization, examples: Tensor, chunk_size: int | None) -> None:
+        self._base, self._own = graph, examples
+        self._record(torch.arange(len(examples), device=examples.device))
+        self.logits = graph.logits[examples]
+        self.dimension = graph.x.shape[1]
+        self.roundoff = _roundoff(graph)
+        default = 64 if examples.device.type == "cpu" else 512
+        self.pairs = default if chunk_size is None else chunk_size * len(examples)
+        self._ways = [self._forward_mode, self._double_backward]
+        self._seconds = [math.inf, math.inf]  # of a VJP, of a JVP: the quickest so far
+
+    def _record(self, examples: Tensor) -> None:
+        own = self._own[examples]
+        self._held, self._graph = examples, self._base if len(own) == len(self._base.logits) else self._base.at(own)
+
+    def price(self) -> float:
+        """JVP over VJP, rounded to a power of two so that a repeated run takes the same decisions."""
+        vjp, jvp = self._seconds
+        return 2.0 ** min(2, max(-1, round(math.log2(jvp / vjp)))) if math.inf > jvp else 1.0
+
+    def pull(self, examples: Tensor, cotangents: Tensor) -> Tensor:
+        """cotangents [e, c, n] times the Jacobians: [e, c, D]."""
+        if 2 * len(examples) <= len(self._held) or not bool(torch.isin(examples, self._held).all()):
+            self._record(examples)
+        slot = torch.searchsorted(self._held, examples)
+        padded = cotangents.new_zeros(cotangents.shape[1], len(self._held), cotangents.shape[2])
+        padded[:, slot] = cotangents.transpose(0, 1)
+        size = max(1, self.pairs // len(self._held))
+        return torch.cat(self._chunks(self._pull, padded, size), 1)[slot]
+
+    def push(self, examples: Tensor, directions: Tensor) -> Tensor | None:
+        """The Jacobians times directions [e, k, D]: [e, k, n]; None, with a warning, where the model cannot."""
+        x = self._base.x.detach()[self._own[examples]].view(-1, *self._base.shape[1:])
+        tangents = directions.to(x.dtype).transpose(0, 1).reshape(-1, *x.shape)
+        while self._ways:
+            try:
+                parts = self._chunks(lambda part: self._ways[0](x, part), tangents, max(1, self.pairs // len(examples)))
+                return torch.cat(parts).transpose(0, 1)
+            except RuntimeError as error:
+                if _out_of_memory(error):
+                    raise
+                reason = str(error).strip().partition("\n")[0]
+                self._ways.pop(0)
+        name = type(self._base.model).__name__
+        warnings.warn(
+            f"{name}: has neither forward-mode nor second derivatives ({reason}); taking every row", stacklevel=2
+        )
+        return None
+
+    def _chunks(self, run: Callable[[Tensor], Tensor], stack: Tensor, size: int) -> list[Tensor]:
+        """run over stack [k, ...] in parts of `size`, halved where memory runs out."""
+        parts, start = [], 0
+        while start < len(stack):
+            part = stack[start : start + size]
+            try:
+                parts.append(self._timed(run, part))
+            except RuntimeError as error:
+                if len(part) == 1 or not _out_of_memory(error):
+                    raise
+                size = len(part) // 2
+                continue
+            start += len(part)
+        return parts
+
+    def _timed(self, run: Callable[[Tensor], Tensor], part: Tensor) -> Tensor:
+        if part.is_cuda:
+            torch.cuda.synchronize(part.device)
+        start = time.perf_counter()
+        result = run(part)
+        if part.is_cuda:
+            torch.cuda.synchronize(part.device)
+        kind = int(run != self._pull)
+        self._seconds[kind] = min(self._seconds[kind], (time.perf_counter() - start) / (len(part) * part.shape[1]))
+        return result
+
+    def _pull(self, cotangents: Tensor) -> Tensor:
+        return self._graph.pull(cotangents)
+
+    def _forward_mode(self, x: Tensor, tangents: Tensor) -> Tensor:
+        def logits(value: Tensor) -> Tensor:
+            return call(self._base.model, value.clone())
+
+        def push(tangent: Tensor) -> Tensor:
+            return torch.func.jvp(logits, (x,), (tangent,))[1]
+
+        with torch.no_grad(), math_attention(), self._base.same_precision():
+            pushed: Tensor = torch.func.vmap(push, randomness="same")(tangents)
+        return pushed
+
+    def _double_backward(self, x: Tensor, tangents: Tensor) -> Tensor:
+        leaf = x.clone().requires_grad_()
+        with math_attention(), torch.backends.cudnn.flags(enabled=False):  # cudnn's RNNs have no second derivative
+            with self._base.same_precision():
+                logits = call(self._base.model, leaf.clone())
+            dummy = torch.zeros_like(logits, requires_grad=True)
+            (pulled,) = torch.autograd.grad(logits, leaf, dummy, create_graph=True)
+            (pushed,) = torch.autograd.grad(pulled, dummy, tangents, is_grads_batched=True)
+        return pushed
+
+
+def _roundoff(graph: Linearization) -> float:
+    """The unit roundoff of the coarsest arithmetic that the model's passes run in: x, autocast, parameters, TF32."""
+    parameters = graph.model.parameters() if isinstance(graph.model, nn.Module) else ()
+    dtypes = {graph.x.dtype, *(p.dtype for p in parameters if p.is_floating_point())}
+    enabled, dtype = graph.autocast
+    coarsest = max(torch.finfo(dtype).eps for dtype in (dtypes | {dtype} if enabled else dtypes)) / 2
+    matmul = {"highest": 0.0, "high": 2.0**-11, "medium": 2.0**-8}[torch.get_float32_matmul_precision()]
+    convolution = 2.0**-11 if graph.x.is_cuda and torch.backends.cudnn.allow_tf32 else 0.0
+    return max(coarsest, matmul, convolution) if graph.x.dtype != torch.float64 else coarsest
