@@ -48,6 +48,7 @@ BLOCK = 2  # range finder directions a step: as good as one at a time, and half 
 MAX_STEPS = 24
 AHEAD = (1, 2, 4)
 CAUTION = 2.0  # the forecast is optimistic: some classes have more of their norm outside the basis than the average
+DEPENDENT = 1e-4  # what is left of a row that the basis spans is rounding: no direction worth a JVP
 WORTHWHILE = 24  # with no more classes than this left, rows are cheaper than any probing
 COUNTS = (10, 12, 16, 20, 24, 28, 32, 40, 48, 64, 96)  # first rounds to choose from
 ROUNDS = ((1.0, 0.4), (1.4, 0.3), (2.0, 0.2), (3.0, 0.1))  # (count relative to the first round, share of δ)
@@ -251,16 +252,16 @@ class _Search:
         if not r:
             return
         rows = rows.double() / self.unit[e].view(-1, 1, 1)
-        size = reference.vector_norm(rows, 2.0)
+        size = rows.square().sum(2).sqrt()
         inside = rows @ self.basis[e].mT
         pick = classes.unsqueeze(1)
         gap = inside.mT - self.components[e].gather(2, pick.expand(-1, r, -1))
-        good = reference.vector_norm(gap.mT, 2.0) <= self.eta * size
+        good = gap.square().sum(1).sqrt() <= self.eta * size
         if s:
             along = rows @ self.probes[:s].T - inside @ (self.basis[e] @ self.probes[:s].T)
             drawn = torch.arange(s, device=self.device) < self.counts[e].unsqueeze(1)
             gap = torch.where(drawn.unsqueeze(2), along.mT - self.probed[e].gather(2, pick.expand(-1, s, -1)), 0.0)
-            good &= reference.vector_norm(gap.mT, 2.0) <= self.eta * self.counts[e].unsqueeze(1).double().sqrt() * size
+            good &= gap.square().sum(1).sqrt() <= self.eta * self.counts[e].unsqueeze(1).double().sqrt() * size
         self.sound[e] &= good.all(1)
 
     # Step 1: the basis.
@@ -268,20 +269,19 @@ class _Search:
     def span(self, e: Tensor, rows: Tensor) -> bool:
         """Adds rows [e, c, D] to the basis of examples e, orthonormalised, and takes the JVPs; False if the model cannot."""
         basis = self.basis[e]
-        new: list[Tensor] = []
-        for row in rows.double().unbind(1):
-            length = reference.vector_norm(row, 2.0)
-            row = row / torch.where(length > 0, length, 1.0).unsqueeze(1)
-            for _ in range(2):
-                known = torch.cat((basis, *(one.unsqueeze(1) for one in new)), 1)
-                row = row - (known.mT @ (known @ row.unsqueeze(2))).squeeze(2)
-            length = row.square().sum(1, keepdim=True).sqrt()
-            row = torch.where(length > 1e-4, row / length, 0.0)  # what is left of a dependent row is rounding
-            for _ in range(2):
-                row = row - (known.mT @ (known @ row.unsqueeze(2))).squeeze(2)
-                row = torch.where(length > 1e-4, row / row.square().sum(1, keepdim=True).sqrt(), 0.0)
-            new.append(row)
-        directions = torch.stack(new, 1)
+        directions = basis.new_zeros(rows.shape)
+        for slot in range(rows.shape[1]):
+            row = rows[:, slot : slot + 1].double()
+            length = reference.vector_norm(row, 2.0).unsqueeze(2)
+            row = row / torch.where(length > 0, length, 1.0)
+            kept = torch.ones_like(length, dtype=torch.bool)
+            for _ in range(2):  # twice is enough
+                for known in (basis, directions[:, :slot]):
+                    row = row - (row @ known.mT) @ known
+                length = row.square().sum(2, keepdim=True).sqrt()
+                kept &= length > DEPENDENT
+                row = torch.where(kept, row / length, 0.0)
+            directions[:, slot : slot + 1] = row
         pushed = self.passes.push(e, directions)
         if pushed is None:
             return False
@@ -369,6 +369,7 @@ class _Search:
             cotangents = cotangents / torch.where(largest > 0, largest, 1.0)
             self.vjps[a] += BLOCK
             rows = self.passes.pull(a, cotangents.to(self.passes.logits.dtype))
+            self.sound[a] &= ~rows.isnan().flatten(1).any(1)
             self.span(a, rows)
         return plan
 

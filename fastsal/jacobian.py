@@ -301,7 +301,7 @@ class ModelPasses:
         self.logits = graph.logits[examples]
         self.dimension = graph.x.shape[1]
         self.roundoff = _roundoff(graph)
-        default = 64 if examples.device.type == "cpu" else 512
+        default = 256 if examples.device.type == "cpu" else 1024
         self.pairs = default if chunk_size is None else chunk_size * len(examples)
         self._ways = [self._forward_mode, self._double_backward]
         self._seconds = [math.inf, math.inf]  # of a VJP, of a JVP: the quickest so far
