@@ -327,6 +327,13 @@ static void tile(const T* const* anchors, const T* const* rows, const typename C
     if constexpr (X) xv = load_vector<Vec>(x + k);
     step(h, a, v, xv);
   };
+  // Into the second level cache: fetched to the first it would compete with the loads for fill buffers.
+  // Always inline: GCC takes a function that only prefetches for pure, and drops calls of it.
+  auto prefetch = [&](int64_t k) __attribute__((always_inline)) {
+    for (int r = 0; ahead && r < R; ++r) {
+      for (int b = 0; b < 2; b += kPrefetchEvery) __builtin_prefetch(ahead[r] + (k + b * W) * sizeof(T), 0, 2);
+    }
+  };
   auto drain = [&] {
     for (int i = 0; i < A; ++i) {
       for (int r = 0; r < R; ++r) {
@@ -341,12 +348,7 @@ static void tile(const T* const* anchors, const T* const* rows, const typename C
     const int64_t end = k + 2 * W * kAdds < whole ? k + 2 * W * kAdds : whole;
     clear();
     for (; k < end; k += 2 * W) {
-      if (ahead) {
-        for (int r = 0; r < R; ++r) {
-          // Into the second level cache: fetched to the first it would compete with the loads for fill buffers.
-          for (int b = 0; b < 2; b += kPrefetchEvery) __builtin_prefetch(ahead[r] + (k + b * W) * sizeof(T), 0, 2);
-        }
-      }
+      prefetch(k);
       step_at(0, k);
       step_at(1, k + W);
     }
@@ -354,6 +356,7 @@ static void tile(const T* const* anchors, const T* const* rows, const typename C
   }
   if (whole < len) {
     clear();
+    prefetch(whole);
     int64_t k = whole;
     if (k + W <= len) {
       step_at(0, k);

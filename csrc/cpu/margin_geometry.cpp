@@ -107,7 +107,8 @@ class Example {
   int64_t length(int64_t at) const { return jacobian_.D - at < kSegment ? jacobian_.D - at : kSegment; }
 
   // A short x would be fetched too late by the time stage 2 starts.
-  void prefetch_x(int64_t b) const {
+  // Always inline: GCC takes a function that only prefetches for pure, and drops calls of it.
+  __attribute__((always_inline)) void prefetch_x(int64_t b) const {
     constexpr int64_t kShort = 16384;
     const int64_t bytes = jacobian_.D * kElementSize[x_.dtype];
     if (b == jacobian_.B || bytes > kShort) return;
