@@ -29,6 +29,8 @@ def floating(name: str, value: Any) -> None:
         raise TypeError(f"{name}: got {type(value).__name__}, wants a torch.Tensor")
     if value.dtype not in DTYPES:
         raise TypeError(f"{name}: got dtype {value.dtype}, wants float32, float64, float16 or bfloat16")
+    if value.layout != torch.strided:
+        raise TypeError(f"{name}: got layout {value.layout}, wants a strided (dense) tensor; pass {name}.to_dense()")
 
 
 def _flat(name: str, value: Tensor, lead: int) -> Tensor:

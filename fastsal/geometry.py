@@ -103,6 +103,7 @@ def margin_geometry(
     (2, 0, 2.2361)
     """
     p = checks.norm(norm)
+    checks.floating("x", x)  # None is for pairwise_margins only
     logits, flat, flat_x = checks.tensors(logits, jacobian, x)
     assert flat_x is not None
     return _geometry(logits, flat, flat_x, p, backend)

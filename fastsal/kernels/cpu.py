@@ -138,7 +138,7 @@ def pairwise_backward(
     """grad_jacobian [B, n, D] in its dtype and grad_x [B, D] in x's (empty without x); see reference.pairwise_backward."""
     B, n, D = jacobian.shape
     grad_jacobian = torch.empty(B, n, D, dtype=jacobian.dtype)
-    grad_x = torch.empty((0,) if x is None else (B, D), dtype=torch.float64)
+    grad_x = torch.empty(0, dtype=jacobian.dtype) if x is None else torch.empty(B, D, dtype=torch.float64)
     w = w.contiguous()
     v = None if v is None else v.contiguous()
     _native().pairwise_backward(
