@@ -292,7 +292,7 @@ __attribute__((noinline)) static Scaled exact_dot(const T* a, const T* r, const 
 
 // Float additions in a row before a lane is flushed to double: two accumulators of this many, then one to join them.
 constexpr int kAdds = 16;
-constexpr int kBlockRows = kBytes == 64 ? 8 : 4;
+constexpr int kBlockRows = kBytes == 64 ? 10 : 4;
 
 template <int Q, class T, int A, int R, bool X>
 static void tile(const T* const* anchors, const T* const* rows, const typename Compute<T>::Scalar* x, int64_t len,
@@ -397,6 +397,8 @@ static void tile_rows(const T* const* anchors, int n_anchors, const T* const* ro
     Scaled* n = norm + i * out.anchor;
     if constexpr (!X && kBlockRows > 4) {
       switch (n_rows) {
+        case 10: tile<Q, T, 1, 10, X>(anchors + i, rows, x, len, ahead, n, d, out); continue;
+        case 9: tile<Q, T, 1, 9, X>(anchors + i, rows, x, len, ahead, n, d, out); continue;
         case 8: tile<Q, T, 1, 8, X>(anchors + i, rows, x, len, ahead, n, d, out); continue;
         case 7: tile<Q, T, 1, 7, X>(anchors + i, rows, x, len, ahead, n, d, out); continue;
         case 6: tile<Q, T, 1, 6, X>(anchors + i, rows, x, len, ahead, n, d, out); continue;
