@@ -32,7 +32,7 @@ def worst(got: Tensor, want: Tensor, scale: Tensor) -> float:
     subnormal = error <= 4 * finfo.smallest_normal * finfo.eps  # where a float has no digits left to be relative to
     relative = torch.where(subnormal, 0.0, error / scale)
     relative = torch.where(same, 0.0, torch.where(scale.isfinite() | subnormal, relative, math.inf))
-    return float(relative.nan_to_num(nan=math.inf).max())
+    return float(relative.nan_to_num(nan=math.inf, posinf=math.inf).max())
 
 
 def _chosen(got: Tensor, want: Tensor, ratio: Tensor) -> tuple[float, Tensor]:

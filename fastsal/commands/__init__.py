@@ -15,7 +15,7 @@ import fastsal
 
 # Not the user's own code: this package, the installed ones beside torch, the standard library.
 _OTHERS = (
-    *(str(Path(file).parent) for file in (fastsal.__file__, Path(torch.__file__).parent, os.__file__)),
+    *(f"{Path(file).parent}{os.sep}" for file in (fastsal.__file__, Path(torch.__file__).parent, os.__file__)),
     "<frozen",
 )
 

@@ -116,7 +116,7 @@ def train(digits: Digits, penalty: float, seed: int, epochs: int) -> nn.Module:
     return model.eval()
 
 
-def measure(digits: Digits, penalty: float, seed: int, epochs: int = EPOCHS) -> Measured:
+def measure(digits: Digits, penalty: float, seed: int, epochs: int) -> Measured:
     """Trains a network and analyses the whole test split with it."""
     with single_thread():
         model = train(digits, penalty, seed, epochs)
@@ -166,13 +166,13 @@ def picture(digits: Digits, plain: Measured, penalised: Measured, out: Path) -> 
     shown = [int((digits.test_y == digit).nonzero()[0]) for digit in range(SHOWN)]
     rows = (("plain training", plain), ("double backpropagation", penalised))
     for column, index in enumerate(shown):
-        axes[0, column].imshow(digits.test_x[index, 0], cmap="gray_r", vmin=0, vmax=1)
+        axes[0, column].imshow(digits.test_x[index, 0].numpy(), cmap="gray_r", vmin=0, vmax=1)
         axes[0, column].set_title(f"digit {int(digits.test_y[index])}", fontsize=10)
     axes[0, 0].set_ylabel("input x", fontsize=10)
     for row, (name, measured) in enumerate(rows, 1):
         maps: Any = measured.geometry.saliency
-        maps = maps[shown, 0]
-        limit = maps.abs().max().item()
+        maps = maps[shown, 0].numpy()
+        limit = abs(maps).max()
         for column, index in enumerate(shown):
             axis = axes[row, column]
             image = axis.imshow(maps[column], cmap="RdBu_r", vmin=-limit, vmax=limit)
@@ -198,7 +198,7 @@ def run(arguments: argparse.Namespace) -> int:
     extra("matplotlib.figure")
     digits = load_digits(arguments.seed)
     print(f"training two networks on {len(digits.train_x)} digits of 8 x 8 pixels in [0, 1] ...", flush=True)
-    plain, penalised = (measure(digits, penalty, arguments.seed) for penalty in (0.0, PENALTY))
+    plain, penalised = (measure(digits, penalty, arguments.seed, EPOCHS) for penalty in (0.0, PENALTY))
     print(f"\n{len(digits.test_x)} test digits, every class's gradient, Euclidean norm, distances in pixel units")
     print(table(plain, penalised), end="\n\n")
     print(accelerated(digits.test_x, [plain.model, penalised.model]))

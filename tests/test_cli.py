@@ -1,0 +1,643 @@
+"""The command line: its numbers, its files, its exit statuses, and one line for everything that a user can get wrong."""
+
+import csv
+import dataclasses
+import json
+import math
+import pickle
+import sys
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+import fastsal
+from fastsal import accuracy, ops, reference
+from fastsal.cli import COMMANDS, main
+from fastsal.commands import analyze, check, demo
+
+MODELS = """
+import torch
+from torch import nn
+
+def linear():
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Flatten(), nn.Linear(6, 5), nn.Tanh(), nn.Linear(5, 4))
+
+ready = linear()
+double = linear().double()
+wide = nn.Sequential(nn.Flatten(), nn.Linear(6, 60))
+score = nn.Sequential(nn.Flatten(), nn.Linear(6, 1))
+softmax = nn.Sequential(nn.Flatten(), nn.Linear(6, 4), nn.Softmax(1))
+number = 3
+
+def broken():
+    raise LookupError("no such\\nconfiguration")
+
+def leaves():
+    raise SystemExit(0)
+
+class Late(nn.Linear):
+    seen = 0
+
+    def forward(self, x):
+        self.seen += len(x)
+        if self.seen > 20:
+            raise self.error
+        return super().forward(x.flatten(1))
+
+def failing():
+    model = Late(6, 4)
+    model.error = ArithmeticError("late")
+    return model
+
+def interrupted():
+    model = Late(6, 4)
+    model.error = KeyboardInterrupt()
+    return model
+"""
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _one_thread():
+    """Everything here is small: a second thread would only wait, for long on a busy machine."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture
+def folder(tmp_path, monkeypatch):
+    """A folder to stand in: models.py under a name of its own, and data with every kind of value."""
+    monkeypatch.chdir(tmp_path)
+    name = f"models_{abs(hash(str(tmp_path)))}"
+    (tmp_path / f"{name}.py").write_text(MODELS)
+    x = np.random.default_rng(0).standard_normal((23, 2, 3)).astype(np.float32)
+    np.save("x.npy", x)
+    np.savez("xy.npz", x=x, y=np.arange(23) % 4)
+    yield name
+    sys.modules.pop(name, None)
+
+
+@pytest.fixture
+def run(folder, capsys):
+    """`run(out=..., **options)`: the analyze command, with its status, standard output and standard error."""
+
+    def call(**options):
+        options = {"model": f"{folder}:linear", "data": "x.npy", "out": "out.csv", **options}
+        if ":" not in options["model"]:
+            options["model"] = f"{folder}:{options['model']}"
+        arguments = [text for key, value in options.items() for text in (f"--{key.replace('_', '-')}", str(value))]
+        status = main(["analyze", *arguments])
+        return status, *capsys.readouterr()
+
+    return call
+
+
+def read_csv(path):
+    with open(path, newline="") as file:
+        rows = list(csv.DictReader(file))
+    return {name: [row[name] for row in rows] for name in rows[0]}
+
+
+def make(folder, name="linear"):
+    sys.path.insert(0, "")
+    try:
+        return getattr(__import__(folder), name)
+    finally:
+        sys.path.remove("")
+
+
+def scalars(result):
+    """The fields of a Geometry that are one value an example."""
+    fields = {field.name: getattr(result, field.name) for field in dataclasses.fields(result)}
+    return {name: value for name, value in fields.items() if isinstance(value, torch.Tensor) and value.dim() == 1}
+
+
+class TestAnalyze:
+    @pytest.mark.parametrize("options", [{}, {"norm": "inf", "chunk_size": 2}, {"method": "candidates", "norm": 1}])
+    def test_csv_holds_what_analyze_returns(self, run, folder, options):
+        status, out, err = run(**options, batch_size=7)
+        assert (status, err) == (0, "")
+        rows = read_csv("out.csv")
+        x = torch.from_numpy(np.load("x.npy"))
+        parts = [fastsal.analyze(make(folder)(), part, **options) for part in x.split(7)]
+        assert rows["index"] == [str(i) for i in range(23)]
+        for name in scalars(parts[0]):
+            want = torch.cat([getattr(part, name) for part in parts])
+            got = [json.loads(text.lower()) for text in rows[name]]
+            assert torch.equal(torch.tensor(got, dtype=want.dtype), want), name
+        assert set(rows["method"]) == {parts[0].method}
+        assert {float(text) for text in rows["failure_probability"]} == {0.0}
+        assert set(rows) == {"index", "method", "failure_probability", *scalars(parts[0])}
+        assert "23 examples of shape (2, 3), 4 classes" in out
+        assert "4 backward and 0 forward-mode, for n = 4 classes" in out
+
+    def test_npz_holds_what_analyze_returns(self, run, folder):
+        status, out, _ = run(out="out.npz", data="xy.npz", model="ready")
+        assert status == 0
+        x, y = (torch.from_numpy(np.load("xy.npz")[name]) for name in "xy")
+        result = fastsal.analyze(make(folder, "ready"), x)
+        with np.load("out.npz") as file:
+            for name, want in scalars(result).items():
+                assert file[name].dtype == want.numpy().dtype
+                assert np.array_equal(file[name], want.numpy()), name
+            assert file["index"].tolist() == list(range(23))
+        assert f"accuracy {(result.prediction == y).double().mean():.4f}" in out
+        quartiles = np.quantile(result.linearized_robustness.numpy(), [0.25, 0.5, 0.75], method="inverted_cdf")
+        (line,) = (line for line in out.splitlines() if line.startswith("linearized_robustness"))
+        assert line.split()[1:] == [f"{value:.6g}" for value in quartiles]
+
+    def test_not_finite_values_stay_in_their_rows(self, run):
+        x = np.load("x.npy")
+        x[3, 0, 0] = np.nan
+        np.save("x.npy", x)
+        status, out, _ = run()
+        assert status == 0
+        rho = [float(text) for text in read_csv("out.csv")["linearized_robustness"]]
+        assert [i for i, value in enumerate(rho) if math.isnan(value)] == [3]
+        assert "(1 NaN left out)" in out
+
+    def test_data_takes_the_models_dtype(self, run, folder):
+        np.save("x.npy", np.load("x.npy").astype(">f8"))  # foreign byte order too
+        status, out, _ = run(out="a.npz")
+        assert (status, "x is >f8 in the file and was analysed in the model's torch.float32" in out) == (0, True)
+        assert run(out="b.npz", model="double")[0] == 0
+        with np.load("a.npz") as single, np.load("b.npz") as double:
+            assert (single["alignment"].dtype, double["alignment"].dtype) == (np.float32, np.float64)
+            np.testing.assert_allclose(single["alignment"], double["alignment"], rtol=1e-4)
+
+    @pytest.mark.parametrize("ending", ["safetensors", "pt"])
+    def test_weights(self, run, folder, ending):
+        model = make(folder)()
+        with torch.no_grad():
+            model[1].weight.mul_(2)
+        if ending == "pt":
+            torch.save(model.state_dict(), "weights.pt")
+        else:
+            pytest.importorskip("safetensors.torch").save_file(model.state_dict(), "weights.safetensors")
+        assert run(weights=f"weights.{ending}", out="out.npz")[0] == 0
+        want = fastsal.analyze(model, torch.from_numpy(np.load("x.npy")))
+        with np.load("out.npz") as file:
+            assert np.array_equal(file["bound"], want.bound.numpy())
+
+    def test_one_array_of_any_name_and_one_score(self, run):
+        np.savez("other.npz", images=np.load("x.npy"), y=np.zeros(23, dtype=int))
+        status, out, _ = run(data="other.npz", model="score")
+        assert (status, "2 classes" in out) == (0, True)
+
+    def test_many_classes_hint(self, run, monkeypatch):
+        hint = "--method certified would"
+        monkeypatch.setitem(analyze.METHODS, "certified", analyze.METHODS["exact"])
+        assert hint in run(model="wide")[1]
+        assert hint not in run()[1]
+        assert hint not in run(model="wide", method="candidates")[1]
+
+    def test_warnings_are_one_line(self, run):
+        status, _, err = run(model="softmax")
+        assert status == 0
+        assert err.startswith("fastsal analyze: warning: logits: every row is non-negative and sums to 1")
+        assert err.count("\n") == 1
+
+    def test_model_is_put_into_evaluation_mode(self, run, folder):
+        with open(f"{folder}.py", "a") as file:
+            file.write("\n\ndropping = nn.Sequential(nn.Flatten(), nn.Dropout(0.5), nn.Linear(6, 4))\n")
+        assert run(model="dropping")[0] == 0
+
+    def test_an_existing_file_is_replaced_only_by_a_whole_one(self, run, tmp_path):
+        (tmp_path / "out.csv").write_text("old")
+        assert run(model="failing", batch_size=10)[0] == 2
+        assert (tmp_path / "out.csv").read_text() == "old"
+        assert run()[0] == 0
+        assert (tmp_path / "out.csv").read_text().startswith("index,")
+
+
+class Exploding:
+    """Whoever unpickles this knows it."""
+
+    def __reduce__(self):
+        return open, ("unpickled", "w")
+
+
+def bad_files(folder):
+    """Everything that the bad-input cases read."""
+    objects = np.array([Exploding()], dtype=object)
+    np.save("objects.npy", objects, allow_pickle=True)
+    np.savez("objects.npz", x=objects, allow_pickle=True)
+    with open("pickled.npy", "wb") as file:
+        pickle.dump(Exploding(), file)
+    torch.save(Exploding(), "pickled.pt")
+    torch.save(torch.zeros(3), "tensor.pt")
+    torch.save({"1.weight": torch.zeros(5, 6)}, "partial.pt")
+    torch.save({1: torch.zeros(5, 6)}, "keys.pt")
+    x = np.load("x.npy")
+    np.save("numbers.npy", np.zeros((3, 6), dtype=np.uint8))
+    np.save("complex.npy", np.zeros((3, 6), dtype=np.complex64))
+    np.save("scalar.npy", np.float32(3))
+    np.save("empty.npy", x[:0])
+    np.save("narrow.npy", x[:, :, :2])
+    np.savez("two.npz", a=x, b=x)
+    np.savez("labels.npz", x=x, y=np.zeros(3, dtype=int))
+    np.savez("floats.npz", x=x, y=np.zeros(23))
+    with open("xy.npz", "rb") as whole, open("cut.npz", "wb") as cut:
+        cut.write(whole.read()[:-40])
+    with open("xy.npz", "rb") as whole, open("flipped.npz", "wb") as flipped:
+        content = bytearray(whole.read())
+        content[200] ^= 255  # inside the array x: the checksum says so
+        flipped.write(content)
+    for name in ("garbage.npy", "garbage.npz", "garbage.pt", "garbage.safetensors"):
+        with open(name, "wb") as file:
+            file.write(b"neither fish nor fowl")
+    with open("cut.npy", "wb") as file, open("x.npy", "rb") as whole:
+        file.write(whole.read()[:-5])
+    with open("syntax_error_here.py", "w") as file:
+        file.write("def f(:\n")
+
+
+BAD = [
+    ({"data": "missing.npy"}, "--data missing.npy: FileNotFoundError"),
+    ({"data": "objects.npy"}, "--data objects.npy: ValueError: "),
+    ({"data": "objects.npz"}, "--data objects.npz: ValueError: Object arrays cannot be loaded"),
+    ({"data": "pickled.npy"}, "--data pickled.npy: ValueError"),
+    ({"data": "garbage.npy"}, "--data garbage.npy: "),
+    ({"data": "garbage.npz"}, "--data garbage.npz: "),
+    ({"data": "cut.npy"}, "--data cut.npy: "),
+    ({"data": "cut.npz"}, "--data cut.npz: BadZipFile"),
+    ({"data": "flipped.npz"}, "--data flipped.npz: "),
+    ({"data": "."}, "--data .: IsADirectoryError"),
+    ({"data": "numbers.npy"}, "--data numbers.npy: x is uint8, wants float16, float32 or float64"),
+    ({"data": "complex.npy"}, "x is complex64"),
+    ({"data": "scalar.npy"}, "x has shape (), wants [N, ...]"),
+    ({"data": "empty.npy"}, "x has shape (0, 2, 3), wants [N, ...] with at least one example"),
+    ({"data": "two.npz"}, "holds ['a', 'b'], wants x, or a single array"),
+    ({"data": "labels.npz"}, "y has shape (3,)"),
+    ({"data": "floats.npz"}, "y has shape (23,) and is float64, wants a whole number"),
+    ({"data": "narrow.npy"}, "on x of shape (1, 2, 2): RuntimeError: mat1 and mat2 shapes cannot be multiplied"),
+    ({"model": "nocolon.py", "_exact": True}, "--model nocolon.py: wants package.module:name"),
+    ({"model": "no_such_module:net"}, "ModuleNotFoundError: No module named 'no_such_module'"),
+    ({"model": "syntax_error_here:net"}, "SyntaxError"),
+    ({"model": "missing"}, "AttributeError: module 'models_"),
+    ({"model": "number"}, "gives int, wants a torch.nn.Module"),
+    ({"model": "nn.Linear"}, "TypeError"),
+    ({"model": "torch.nn:ReLU"}, "model: returned shape (1, 2, 3), wants logits [B, n]"),
+    ({"model": "broken"}, "LookupError: no such configuration ("),
+    ({"model": "leaves"}, "SystemExit: 0"),
+    ({"model": "failing", "batch_size": 10}, "examples 10 to 19 of x.npy: ArithmeticError: late ("),
+    ({"weights": "missing.pt"}, "--weights missing.pt: FileNotFoundError"),
+    ({"weights": "pickled.pt"}, "--weights pickled.pt: is no torch file of tensors alone"),
+    ({"weights": "garbage.pt"}, "--weights garbage.pt: "),
+    ({"weights": "garbage.safetensors"}, "--weights garbage.safetensors: SafetensorError"),
+    ({"weights": "missing.safetensors"}, "--weights missing.safetensors: FileNotFoundError"),
+    ({"weights": "tensor.pt"}, "--weights tensor.pt: holds Tensor, wants a state_dict"),
+    ({"weights": "partial.pt"}, "--weights partial.pt: RuntimeError: Error(s) in loading state_dict"),
+    ({"weights": "keys.pt"}, "--weights keys.pt: "),
+    ({"out": "out.txt"}, "--out out.txt: the ending decides the format, wants .csv or .npz"),
+    ({"out": "nowhere/out.csv"}, "--out nowhere/out.csv: cannot write into the folder nowhere"),
+    ({"out": "folder.csv"}, "--out folder.csv: is a folder"),
+    ({"method": "guess"}, "argument --method: invalid choice: 'guess'"),
+    ({"norm": "3"}, "argument --norm: invalid choice: '3'"),
+    ({"batch_size": 0}, "argument --batch-size: got '0', wants a whole number from 1"),
+    ({"chunk_size": "many"}, "argument --chunk-size: got 'many'"),
+    ({"backend": "abacus"}, "backend: got 'abacus', wants one of"),
+    ({"device": "abacus"}, "--device abacus: RuntimeError"),
+    ({"nonsense": 1}, "--nonsense 1"),
+]
+
+
+class TestBadInput:
+    @pytest.mark.parametrize(("options", "message"), BAD, ids=[f"{next(iter(o))}-{i}" for i, (o, _) in enumerate(BAD)])
+    def test_one_line_and_status_2(self, folder, tmp_path, capsys, options, message):
+        bad_files(folder)
+        (tmp_path / "folder.csv").mkdir()
+        options = {"model": "linear", "data": "x.npy", "out": "out.csv", **options}
+        exact = options.pop("_exact", False)
+        if ":" not in options["model"] and not exact:
+            options["model"] = f"{folder}:{options['model']}"
+        before = sorted(path.name for path in tmp_path.iterdir())
+        path = list(sys.path)
+        command = [text for key, value in options.items() for text in (f"--{key.replace('_', '-')}", str(value))]
+        assert main(["analyze", *command]) == 2
+        out, err = capsys.readouterr()
+        assert out == ""
+        assert err.startswith("fastsal analyze: " if "nonsense" not in options else "fastsal: ")
+        assert message in err
+        assert err.count("\n") == 1
+        assert len(err) < 900
+        after = sorted(path.name for path in tmp_path.iterdir() if path.name != "__pycache__")
+        assert after == [name for name in before if name != "__pycache__"]  # no output, no leftovers, no "unpickled"
+        assert sys.path == path
+
+    def test_no_traceback_from_a_shell(self, folder, run_python):
+        result = run_python(
+            "-m", "fastsal", "analyze", "--model", f"{folder}:broken", "--data", "x.npy", "--out", "o.csv"
+        )
+        assert (result.returncode, result.stdout) == (2, "")
+        assert result.stderr.startswith(f"fastsal analyze: --model {folder}:broken: LookupError: no such configuration")
+        assert f"{folder}.py:" in result.stderr
+        assert result.stderr.count("\n") == 1
+
+    def test_missing_extra(self, folder, run, monkeypatch, capsys):
+        (open("w.safetensors", "wb")).close()
+        monkeypatch.setitem(sys.modules, "safetensors.torch", None)
+        status, _, err = run(weights="w.safetensors")
+        assert (status, err.endswith("pip install 'fastsal[demo]'\n"), err.count("\n")) == (2, True, 1)
+        monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+        assert main(["demo"]) == 2
+        assert capsys.readouterr().err.endswith("pip install 'fastsal[demo]'\n")
+
+    @pytest.mark.parametrize("out", ["out.csv", "out.npz"])
+    def test_ctrl_c_leaves_no_file(self, run, tmp_path, monkeypatch, out):
+        def interrupt(*_, **__):
+            raise KeyboardInterrupt
+
+        status, stdout, err = run(model="interrupted", batch_size=10, out=out)
+        assert (status, stdout, err) == (130, "", "fastsal analyze: interrupted\n")
+        # and while the file is being written
+        if out.endswith("csv"):
+            monkeypatch.setattr(analyze.csv, "writer", interrupt)
+        else:
+            monkeypatch.setattr(analyze.np, "savez", interrupt)
+        assert run(out=out)[0] == 130
+        assert not [path for path in tmp_path.iterdir() if "out" in path.name]
+
+    def test_a_failing_disk(self, run, tmp_path, monkeypatch):
+        def full(*_, **__):
+            raise OSError(28, "No space left on device")
+
+        monkeypatch.setattr(analyze.np, "savez", full)
+        status, _, err = run(out="out.npz")
+        assert (status, err.count("\n")) == (2, 1)
+        assert err.startswith("fastsal analyze: --out out.npz: OSError: [Errno 28] No space left on device")
+        assert not [path for path in tmp_path.iterdir() if "out" in path.name]
+
+
+@pytest.fixture(scope="module")
+def digits():
+    pytest.importorskip("sklearn")
+    return demo.load_digits(0)
+
+
+@pytest.fixture(scope="module")
+def demo_run(tmp_path_factory):
+    """The demo with little training: its output and the picture, twice."""
+    pytest.importorskip("sklearn")
+    pytest.importorskip("matplotlib")
+    folder = tmp_path_factory.mktemp("demo")
+    outputs = []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(demo, "EPOCHS", 2)
+        for name in ("a.png", "b.png"):
+            text = []
+            patch.setattr("builtins.print", lambda *parts, text=text, **_: text.append(" ".join(map(str, parts))))
+            assert main(["demo", "--out", str(folder / name)]) == 0
+            outputs.append("\n".join(text))
+    return outputs, folder
+
+
+class TestDemo:
+    def test_same_numbers_twice(self, demo_run):
+        outputs, folder = demo_run
+        tables = [output.partition("largest deviation")[0] for output in outputs]
+        assert tables[0] == tables[1]
+        pictures = [(folder / name).read_bytes() for name in ("a.png", "b.png")]
+        assert pictures[0] == pictures[1]
+        assert pictures[0].startswith(b"\x89PNG")
+        assert sorted(path.name for path in folder.iterdir()) == ["a.png", "b.png"]
+
+    def test_prints_what_it_measured(self, demo_run, digits):
+        text = demo_run[0][0]
+        for name in ("test accuracy", *(f"median {name}" for name in demo.QUANTITIES)):
+            (line,) = (line for line in text.splitlines() if line.startswith(name))
+            assert len(line.split()) >= 4
+        plain = demo.measure(digits, 0.0, 0, 2)
+        (line,) = (line for line in text.splitlines() if line.startswith("median alignment"))
+        assert line.split()[2] == f"{plain.geometry.alignment.median().item():.4f}"
+        deviation = float(text.partition("float64 reference: ")[2].split()[0])
+        assert 0 < deviation <= 1e-6
+        assert "ms on the reference backend" in text
+
+    def test_uses_every_digit(self, digits):
+        assert len(digits.train_x) + len(digits.test_x) == 1797
+        assert (digits.train_x.min(), digits.train_x.max()) == (0, 1)
+        both = torch.cat((digits.train_x, digits.test_x)).flatten(1)
+        assert len(both.unique(dim=0)) == 1797
+
+    def test_training_leaves_threads_and_generator(self, digits):
+        state, threads = torch.get_rng_state(), 2
+        torch.set_num_threads(threads)
+        a, b = (demo.measure(digits, 0.5, seed, 1) for seed in (1, 2))
+        assert torch.equal(torch.get_rng_state(), state)
+        assert torch.get_num_threads() == threads
+        torch.set_num_threads(1)
+        assert not torch.equal(a.geometry.alignment, b.geometry.alignment)
+
+    def test_penalty_is_the_mean_over_examples_of_each_own_loss(self, digits, monkeypatch):
+        """One step of plain gradient descent against a penalty computed example by example."""
+        few = demo.Digits(digits.train_x[:6], digits.train_y[:6], digits.test_x, digits.test_y)
+        monkeypatch.setattr(torch.optim, "Adam", lambda parameters: torch.optim.SGD(parameters, lr=1.0))
+        monkeypatch.setattr(torch.optim.lr_scheduler, "OneCycleLR", lambda *_, **__: torch.optim.SGD([torch.zeros(1)]))
+        trained = demo.train(few, 0.7, 3, 1)
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(3)
+            model = demo.network()
+        objective = torch.zeros(())
+        for x, y in zip(few.train_x, few.train_y, strict=True):
+            x = x.clone().requires_grad_()
+            loss = nn.functional.cross_entropy(model(x.unsqueeze(0)), y.unsqueeze(0))
+            (gradient,) = torch.autograd.grad(loss, x, create_graph=True)
+            objective = objective + (loss + 0.7 * gradient.square().sum()) / 6
+        objective.backward()
+        for name, parameter in model.named_parameters():
+            # float32 sums in another order: a few ulp of the gradient's largest entry
+            want = parameter.detach() - parameter.grad
+            torch.testing.assert_close(trained.get_parameter(name).detach(), want, rtol=1e-5, atol=1e-5)
+
+    def test_bad_ending(self, capsys):
+        assert main(["demo", "--out", "picture.txt"]) == 2
+        assert capsys.readouterr().err.startswith("fastsal demo: --out picture.txt: the ending decides the format")
+
+
+class TestCheck:
+    def test_all_within_tolerance(self, capsys, monkeypatch):
+        monkeypatch.delitem(
+            ops.BACKENDS, "triton", raising=False
+        )  # its interpreter takes minutes; it has its own tests
+        assert main(["check", "--quick", "--seed", "5"]) == 0
+        out = capsys.readouterr().out
+        for backend in ("reference", *(name for name, module in ops.BACKENDS.items() if name == "cpu")):
+            lines = [line for line in out.splitlines() if line.startswith(backend)]
+            assert len(lines) == 12 or "not available" in lines[0]
+        assert out.endswith("all within tolerance\n")
+
+    def test_unavailable_says_why(self, capsys, monkeypatch):
+        class Missing:
+            unavailable = staticmethod(lambda: "no such machine")
+            why_not = staticmethod(lambda jacobian: "no such machine")
+            info = staticmethod(dict)
+
+        monkeypatch.setattr(check, "DTYPES", ())
+        monkeypatch.setattr(ops, "BACKENDS", {"abacus": Missing})
+        assert main(["check"]) == 0
+        assert "abacus     not available: no such machine" in capsys.readouterr().out
+
+    @pytest.mark.parametrize("what", ["value", "index", "nan", "distance", "pairs", "seam"])
+    def test_catches_a_broken_backend(self, capsys, monkeypatch, what):
+        class Broken:
+            unavailable = staticmethod(lambda: "")
+            why_not = staticmethod(lambda jacobian: "")
+            info = staticmethod(dict)
+
+            @staticmethod
+            def margin_geometry(logits, jacobian, x, norm):
+                out = torch.float64 if jacobian.dtype == torch.float64 else torch.float32
+                named, prediction, runner_up, distances = reference.margin_geometry(logits, jacobian, x, norm)
+                values = torch.stack([named[key] for key in reference.SCALARS]).to(out)
+                distances = distances.to(out)
+                if what == "value":
+                    values[5] *= 1 + 4e-6
+                if what == "nan":
+                    values[3, -1] = math.nan
+                if what == "index" and logits.shape[1] > 2:
+                    runner_up = (runner_up + 1) % logits.shape[1]
+                if what == "distance":
+                    distances *= 1 + 4e-6
+                return values, torch.stack((prediction, runner_up)), distances
+
+            @staticmethod
+            def pairwise_margins(logits, jacobian, x, norm):
+                found = list(ops.pairwise_margins(logits, jacobian, x, norm, "reference"))
+                if what == "pairs":
+                    found[4] = found[4] * (1 + 4e-6)
+                return tuple(found)
+
+            @staticmethod
+            def row_distances(anchor, rows, norm):
+                return reference.row_distances(anchor, rows, norm) * (1 + (what == "seam") * 4e-6)
+
+        monkeypatch.setattr(check, "DTYPES", (torch.float32,))
+        monkeypatch.setattr(check, "NORMS", (2.0,))
+        monkeypatch.setattr(check, "SHAPES", ((3, 5, 33),))
+        monkeypatch.setattr(ops, "BACKENDS", {"broken": Broken})
+        assert main(["check", "--seed", "3", "--quick"]) == 1
+        out = capsys.readouterr().out
+        assert "OUT OF TOLERANCE" in out
+        assert out.endswith("1 out of tolerance\n")
+
+    def test_new_inputs_every_time(self, capsys, monkeypatch):
+        monkeypatch.setattr(check, "DTYPES", ())
+        seeds = set()
+        for _ in range(2):
+            main(["check"])
+            seeds.add(capsys.readouterr().out.split(";")[0])
+        assert len(seeds) == 2
+
+    def test_speed_is_relative_to_the_reference(self, monkeypatch):
+        times = iter((6.0, 2.0))
+        monkeypatch.setattr(check, "best_time", lambda *_: next(times))
+        assert check._speed("cpu", torch.float32, 2.0, "cpu", 0) == 3.0
+
+
+class TestErrors:
+    """The yardstick itself."""
+
+    def inputs(self):
+        generator = torch.Generator().manual_seed(0)
+        return tuple(torch.randn(size, generator=generator) for size in ((4, 5), (4, 5, 7), (4, 7)))
+
+    def test_is_linear_in_the_error(self):
+        logits, jacobian, x = self.inputs()
+        result = fastsal.margin_geometry(logits.double(), jacobian.double(), x.double(), backend="reference")
+        assert max(accuracy.scaled_errors(result, logits, jacobian, x, 2.0).values()) < 1e-15
+        for name in reference.SCALARS:
+            off = dataclasses.replace(result, **{name: getattr(result, name) * (1 + 1e-8)})
+            errors = accuracy.scaled_errors(off, logits, jacobian, x, 2.0)
+            assert errors[name] == max(errors.values())
+            assert 1e-11 < errors[name] < 1.01e-8, name
+
+    def test_scales_are_those_of_the_contract(self):
+        """An offset of exactly the scale, by hand, counts as 1."""
+        logits, jacobian, x = (v.double() for v in self.inputs())
+        result = fastsal.margin_geometry(logits, jacobian, x, backend="reference")
+        rows = torch.arange(4)
+        g, psi = jacobian[rows, result.prediction], logits[rows, result.prediction]
+        size = (x * g).abs().sum(1)
+        dot = (x * g).sum(1).abs()
+        d = g - jacobian[rows, result.runner_up]
+        size_dag = (x * d).abs().sum(1)
+        margin = psi - logits[rows, result.runner_up]
+        scales = {
+            "linearized_robustness": margin / d.norm(dim=1),
+            "alignment": size / g.norm(dim=1),
+            "binarized_alignment": size_dag / d.norm(dim=1),
+            "offset": psi.abs() + size,
+            "binarized_offset": margin + size_dag,
+            "direction_gap": torch.ones(4),
+            "bound": size / g.norm(dim=1) + x.norm(dim=1) + (margin + size_dag) / d.norm(dim=1),
+            "homogeneity": (psi.abs() + size) / (dot + (psi - (x * g).sum(1)).abs()),
+        }
+        for name, scale in scales.items():
+            off = dataclasses.replace(result, **{name: getattr(result, name) + scale})
+            assert accuracy.scaled_errors(off, logits, jacobian, x, 2.0)[name] == pytest.approx(1, rel=1e-12), name
+
+    def test_nan_and_infinity_must_be_in_place(self):
+        want = torch.tensor([math.nan, math.inf, 1.0], dtype=torch.float64)
+        assert accuracy.worst(want.float(), want, want.abs()) == 0
+        for wrong in ([0, math.inf, 1], [math.nan, -math.inf, 1], [math.nan, 1, 1], [math.nan, math.inf, math.nan]):
+            assert accuracy.worst(torch.tensor(wrong), want, want.abs()) == math.inf
+        assert accuracy.worst(torch.tensor([1.0]), torch.zeros(1).double(), torch.zeros(1).double()) == math.inf
+        assert accuracy.worst(torch.tensor([]), torch.zeros(0).double(), torch.zeros(0).double()) == 0
+        beyond = torch.tensor([1e300], dtype=torch.float64)
+        assert accuracy.worst(torch.tensor([math.inf]), beyond, beyond) == 0
+
+    def test_runner_up_may_differ_between_equals_only(self):
+        logits = torch.tensor([[3.0, 2.0, 2.0, 0.0]])
+        jacobian = torch.zeros(1, 4, 3)
+        jacobian[0, 0, 0] = 1
+        x = torch.ones(1, 3)
+        result = fastsal.margin_geometry(logits, jacobian, x, backend="reference")
+        assert result.runner_up.item() == 1
+        for j, allowed in ((1, True), (2, True), (3, False), (0, False), (4, False), (-1, False)):
+            moved = dataclasses.replace(result, runner_up=torch.tensor([j]))
+            errors = accuracy.scaled_errors(moved, logits, jacobian, x, 2.0)
+            assert errors["runner_up"] == (0 if allowed else math.inf), j
+            assert errors["linearized_robustness"] < 1e-7
+
+
+class TestCommandLine:
+    def test_info(self, capsys):
+        assert main(["info"]) == 0
+        out = capsys.readouterr().out
+        for name in ("fastsal", "python", "torch", "numpy", "threads", "CUDA devices", "backend reference"):
+            assert f"\n{name} " in f"\n{out}"
+        for name, state in fastsal.info()["backends"].items():
+            assert any(line.startswith(f"backend {name} ") and state in line for line in out.splitlines())
+
+    def test_help_and_version(self, capsys):
+        assert main(["--version"]) == 0
+        assert capsys.readouterr().out == f"fastsal {fastsal.__version__}\n"
+        assert main(["--help"]) == 0
+        out = capsys.readouterr().out
+        assert all(f"\n    {name} " in out for name in COMMANDS)
+        for name in COMMANDS:
+            assert main([name, "--help"]) == 0
+            assert max(map(len, capsys.readouterr().out.splitlines())) <= 128
+
+    def test_without_a_command(self, capsys):
+        assert main([]) == 2
+        assert "fastsal demo" in capsys.readouterr().err
+        assert main(["dance"]) == 2
+        assert capsys.readouterr().err.count("\n") == 1
+
+    def test_module(self, run_python):
+        result = run_python("-m", "fastsal", "info")
+        assert (result.returncode, result.stderr) == (0, "")
+        assert result.stdout.startswith("fastsal ")
+
+    def test_imports_are_light(self, run_python):
+        code = (
+            "import sys, torch; before = set(sys.modules); import fastsal.cli\n"
+            "print({'sklearn', 'matplotlib', 'tqdm', 'safetensors'} & (set(sys.modules) - before))"
+        )
+        assert run_python("-c", code).stdout == "set()\n"
