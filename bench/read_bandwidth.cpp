@@ -1,8 +1,8 @@
 // The yardstick of the CPU kernels: the fastest pure read of n floats. Compiled by the bench script with the system
 // compiler (-O3 -march=native -fopenmp -shared -fPIC).
 //
-// Four streams at a time and prefetch into the second level cache was the fastest of 25 variants measured (1 to 8 streams,
-// rows of 784 to 37632 floats, 256 to 32768 floats ahead, first and second level cache), 1.4 times one stream.
+// Four streams at a time and prefetch into the second level cache was the fastest of 25 variants measured (1 to 8
+// streams, rows of 784 to 37632 floats, 256 to 32768 floats ahead, first and second level cache), 1.4 times one stream.
 #include <stdint.h>
 
 typedef float Vec __attribute__((vector_size(64)));

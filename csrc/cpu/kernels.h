@@ -10,7 +10,8 @@ namespace fastsal {
 enum Dtype { kFloat32 = 0, kFloat64 = 1, kFloat16 = 2, kBFloat16 = 3, kDtypes = 4 };
 constexpr int64_t kElementSize[kDtypes] = {4, 8, 2, 2};
 
-// D is cut into segments of this many elements whatever the batch or thread count: the reduction tree depends on D alone.
+// D is cut into segments of this many elements whatever the batch or thread count: the reduction tree depends on D
+// alone.
 constexpr int64_t kSegment = 8192;
 // Rows and anchors that one call of a tile kernel takes; with two anchors or with x at most kTileRows.
 constexpr int kMaxRows = 10;

@@ -5,8 +5,8 @@
 // Every pair of rows sees the same sequence of operations whichever tile it is computed in.
 
 constexpr int kBytes = FASTSAL_BYTES;
-constexpr int kLanes = kBytes / 4;       // floats in a vector
-constexpr int kHalfLanes = kBytes / 8;   // doubles in a vector
+constexpr int kLanes = kBytes / 4;      // floats in a vector
+constexpr int kHalfLanes = kBytes / 8;  // doubles in a vector
 
 #define FASTSAL_VECTOR(type, bytes) type __attribute__((vector_size(bytes)))
 typedef FASTSAL_VECTOR(float, kBytes) VecF;
@@ -176,7 +176,8 @@ struct BlockSum {
 struct Power {
   double first, second;
   explicit Power(int64_t e)
-      : first(__builtin_ldexp(1.0, static_cast<int>(e / 2))), second(__builtin_ldexp(1.0, static_cast<int>(e - e / 2))) {}
+      : first(__builtin_ldexp(1.0, static_cast<int>(e / 2))),
+        second(__builtin_ldexp(1.0, static_cast<int>(e - e / 2))) {}
 };
 
 template <int Q, class Get>
@@ -397,20 +398,40 @@ static void tile_rows(const T* const* anchors, int n_anchors, const T* const* ro
     Scaled* n = norm + i * out.anchor;
     if constexpr (!X && kBlockRows > 4) {
       switch (n_rows) {
-        case 10: tile<Q, T, 1, 10, X>(anchors + i, rows, x, len, ahead, n, d, out); continue;
-        case 9: tile<Q, T, 1, 9, X>(anchors + i, rows, x, len, ahead, n, d, out); continue;
-        case 8: tile<Q, T, 1, 8, X>(anchors + i, rows, x, len, ahead, n, d, out); continue;
-        case 7: tile<Q, T, 1, 7, X>(anchors + i, rows, x, len, ahead, n, d, out); continue;
-        case 6: tile<Q, T, 1, 6, X>(anchors + i, rows, x, len, ahead, n, d, out); continue;
-        case 5: tile<Q, T, 1, 5, X>(anchors + i, rows, x, len, ahead, n, d, out); continue;
-        default: break;
+        case 10:
+          tile<Q, T, 1, 10, X>(anchors + i, rows, x, len, ahead, n, d, out);
+          continue;
+        case 9:
+          tile<Q, T, 1, 9, X>(anchors + i, rows, x, len, ahead, n, d, out);
+          continue;
+        case 8:
+          tile<Q, T, 1, 8, X>(anchors + i, rows, x, len, ahead, n, d, out);
+          continue;
+        case 7:
+          tile<Q, T, 1, 7, X>(anchors + i, rows, x, len, ahead, n, d, out);
+          continue;
+        case 6:
+          tile<Q, T, 1, 6, X>(anchors + i, rows, x, len, ahead, n, d, out);
+          continue;
+        case 5:
+          tile<Q, T, 1, 5, X>(anchors + i, rows, x, len, ahead, n, d, out);
+          continue;
+        default:
+          break;
       }
     }
     switch (n_rows) {
-      case 4: tile<Q, T, 1, 4, X>(anchors + i, rows, x, len, ahead, n, d, out); break;
-      case 3: tile<Q, T, 1, 3, X>(anchors + i, rows, x, len, ahead, n, d, out); break;
-      case 2: tile<Q, T, 1, 2, X>(anchors + i, rows, x, len, ahead, n, d, out); break;
-      default: tile<Q, T, 1, 1, X>(anchors + i, rows, x, len, ahead, n, d, out);
+      case 4:
+        tile<Q, T, 1, 4, X>(anchors + i, rows, x, len, ahead, n, d, out);
+        break;
+      case 3:
+        tile<Q, T, 1, 3, X>(anchors + i, rows, x, len, ahead, n, d, out);
+        break;
+      case 2:
+        tile<Q, T, 1, 2, X>(anchors + i, rows, x, len, ahead, n, d, out);
+        break;
+      default:
+        tile<Q, T, 1, 1, X>(anchors + i, rows, x, len, ahead, n, d, out);
     }
   }
 }
@@ -478,12 +499,8 @@ static void two_row(const void* g_ptr, const void* row_ptr, const void* x_ptr, i
          load_doubles(Padded<X, W>(x + whole, rest).value));
     drain();
   }
-  *out = {{reduce<kL1>(total[0]), 0},
-          {reduce<kL1>(total[1]), 0},
-          {reduce<Q>(total[2]), 0},
-          {reduce<Q>(total[3]), 0},
-          {reduce<P>(total[4]), 0},
-          {reduce<kL1>(total[5]), 0}};
+  *out = {{reduce<kL1>(total[0]), 0}, {reduce<kL1>(total[1]), 0}, {reduce<Q>(total[2]), 0},
+          {reduce<Q>(total[3]), 0},   {reduce<P>(total[4]), 0},   {reduce<kL1>(total[5]), 0}};
   if constexpr (sizeof(T) == 8) {
     auto get_x = [=](int64_t k) { return as_double(x[k]); };
     auto get_g = [=](int64_t k) { return as_double(g[k]); };
@@ -573,11 +590,13 @@ static void push(const double* rows, int64_t n, int64_t i, const double* w, doub
 }
 
 #define FASTSAL_TYPES(f, q) {f<q, float>, f<q, double>, f<q, Half>, f<q, BFloat>}
-#define FASTSAL_TWO_ROW(q)                                                                   \
-  {{two_row<q, float, float>, two_row<q, float, float>},                                     \
-   {two_row<q, double, double>, two_row<q, double, float>},                                  \
-   {two_row<q, Half, Half>, two_row<q, Half, float>},                                        \
-   {two_row<q, BFloat, BFloat>, two_row<q, BFloat, float>}}
+#define FASTSAL_TWO_ROW(q)                                                                                         \
+  {                                                                                                                \
+    {two_row<q, float, float>, two_row<q, float, float>}, {two_row<q, double, double>, two_row<q, double, float>}, \
+        {two_row<q, Half, Half>, two_row<q, Half, float>}, {                                                       \
+      two_row<q, BFloat, BFloat>, two_row<q, BFloat, float>                                                        \
+    }                                                                                                              \
+  }
 
 static constexpr Kernels kTable = {
     FASTSAL_LEVEL,

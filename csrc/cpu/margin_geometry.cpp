@@ -15,9 +15,17 @@ class Example {
  public:
   Example(int q, const Logits& logits, const Rows& jacobian, const Inputs& x, Output scalars, int64_t* indices,
           Output distances)
-      : q_(q), logits_(logits), jacobian_(jacobian), x_(x), scalars_(scalars), indices_(indices),
-        distances_(distances), stage1_(q, jacobian), n_segments_(stage1_.segment_count()),
-        two_row_(kernels().two_row[q][jacobian.dtype][x.dtype == kFloat32]), gap_(kernels().gap[q][jacobian.dtype]) {}
+      : q_(q),
+        logits_(logits),
+        jacobian_(jacobian),
+        x_(x),
+        scalars_(scalars),
+        indices_(indices),
+        distances_(distances),
+        stage1_(q, jacobian),
+        n_segments_(stage1_.segment_count()),
+        two_row_(kernels().two_row[q][jacobian.dtype][x.dtype == kFloat32]),
+        gap_(kernels().gap[q][jacobian.dtype]) {}
 
   const Stage1& stage1() const { return stage1_; }
 
@@ -49,8 +57,8 @@ class Example {
 
   void sums(int64_t b, int64_t segment, const Winners& rows, TwoRow* out) const {
     const int64_t at = segment * kSegment;
-    two_row_(row(b, rows.prediction, at), row(b, rows.runner_up.index, at),
-             x_.row(b) + at * kElementSize[x_.dtype], length(at), out);
+    two_row_(row(b, rows.prediction, at), row(b, rows.runner_up.index, at), x_.row(b) + at * kElementSize[x_.dtype],
+             length(at), out);
   }
 
   // The norms and dot products over all of D from their segments.
@@ -60,7 +68,8 @@ class Example {
       return scratch;
     };
     const int p = q_ == kL2 ? kL2 : q_ == kL1 ? kMax : kL1;
-    return {sum_segments(gather(&TwoRow::dot_g), n_segments_), sum_segments(gather(&TwoRow::dot_d), n_segments_),
+    return {sum_segments(gather(&TwoRow::dot_g), n_segments_),
+            sum_segments(gather(&TwoRow::dot_d), n_segments_),
             norm_segments(q_, gather(&TwoRow::norm_g), n_segments_),
             norm_segments(q_, gather(&TwoRow::norm_d), n_segments_),
             norm_segments(p, gather(&TwoRow::norm_x), n_segments_),

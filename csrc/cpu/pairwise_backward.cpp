@@ -29,10 +29,17 @@ uint16_t to_half(float v) {
 
 void store(char* out, Dtype dtype, int64_t at, double value) {
   switch (dtype) {
-    case kFloat64: reinterpret_cast<double*>(out)[at] = value; break;
-    case kFloat16: reinterpret_cast<uint16_t*>(out)[at] = to_half(static_cast<float>(value)); break;
-    case kBFloat16: reinterpret_cast<uint16_t*>(out)[at] = to_bfloat(static_cast<float>(value)); break;
-    default: reinterpret_cast<float*>(out)[at] = static_cast<float>(value);
+    case kFloat64:
+      reinterpret_cast<double*>(out)[at] = value;
+      break;
+    case kFloat16:
+      reinterpret_cast<uint16_t*>(out)[at] = to_half(static_cast<float>(value));
+      break;
+    case kBFloat16:
+      reinterpret_cast<uint16_t*>(out)[at] = to_bfloat(static_cast<float>(value));
+      break;
+    default:
+      reinterpret_cast<float*>(out)[at] = static_cast<float>(value);
   }
 }
 

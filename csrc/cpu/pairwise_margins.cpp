@@ -1,8 +1,8 @@
 #include <algorithm>
 #include <vector>
 
-#include "parallel.h"
 #include "ops.h"
+#include "parallel.h"
 
 namespace fastsal {
 namespace {
@@ -23,9 +23,7 @@ struct Pairs {
 
   double logit(int64_t b, int64_t j) const { return logits.at(b * jacobian.n + j); }
 
-  double ratio_of(int64_t b, int64_t i, int64_t j, double norm) const {
-    return ratio(logit(b, i) - logit(b, j), norm);
-  }
+  double ratio_of(int64_t b, int64_t i, int64_t j, double norm) const { return ratio(logit(b, i) - logit(b, j), norm); }
 
   // x of example b as the type the kernels compute in.
   void upcast_x(int64_t b, std::vector<char>& out) const {
@@ -43,8 +41,8 @@ struct Pairs {
     }
   }
 
-  // The pairs i < j with i in row tile ti and j in row tile tj: rows are read once a segment. scratch: [pairs, segments]
-  // for norms and, with x, as much for dot products. norms: [n, n], both triangles are written.
+  // The pairs i < j with i in row tile ti and j in row tile tj: rows are read once a segment. scratch: [pairs,
+  // segments] for norms and, with x, as much for dot products. norms: [n, n], both triangles are written.
   void run_tile(int64_t b, int64_t ti, int64_t tj, const char* x_row, Scaled* scratch, double* norms) const {
     const int64_t n = jacobian.n, i0 = ti * tile_rows, j0 = tj * tile_rows;
     const int64_t i1 = std::min(n, i0 + tile_rows), j1 = std::min(n, j0 + tile_rows);
@@ -114,8 +112,18 @@ void pairwise_margins(int q, const Logits& logits, const Rows& jacobian, const I
   constexpr int64_t kCacheBytes = 768 * 1024;
   const int64_t row_bytes = std::min(D, kSegment) * kElementSize[jacobian.dtype];
   const int64_t fitting = std::max<int64_t>(kTileRows, kCacheBytes / 2 / row_bytes / kTileRows * kTileRows);
-  const Pairs pairs = {q, logits, jacobian, x, distance, margin, nearest_margin, nearest, projection,
-                       kernels().tile[q][jacobian.dtype], segments(D), std::min<int64_t>(std::min<int64_t>(fitting, 64), n)};
+  const Pairs pairs = {q,
+                       logits,
+                       jacobian,
+                       x,
+                       distance,
+                       margin,
+                       nearest_margin,
+                       nearest,
+                       projection,
+                       kernels().tile[q][jacobian.dtype],
+                       segments(D),
+                       std::min<int64_t>(std::min<int64_t>(fitting, 64), n)};
   const int64_t n_tiles = pairs.tiles(), n_pairs = n_tiles * (n_tiles + 1) / 2;
   threads = useful_threads(threads, B * n_pairs, B * n * n * D / 2);
   const bool by_example = threads == 1 || B >= 4 * threads;
@@ -123,7 +131,8 @@ void pairwise_margins(int q, const Logits& logits, const Rows& jacobian, const I
   std::vector<std::pair<int64_t, int64_t>> tile_pairs;
   for (int64_t ti = 0; ti < n_tiles; ++ti)
     for (int64_t tj = ti; tj < n_tiles; ++tj) tile_pairs.emplace_back(ti, tj);
-  const int64_t scratch_size = 2 * pairs.tile_rows * pairs.tile_rows * pairs.n_segments, copies = by_example ? threads : 1;
+  const int64_t scratch_size = 2 * pairs.tile_rows * pairs.tile_rows * pairs.n_segments,
+                copies = by_example ? threads : 1;
   std::vector<Scaled> scratch(static_cast<size_t>(threads * scratch_size));
   std::vector<double> norms(static_cast<size_t>(copies * n * n));
   std::vector<std::vector<char>> x_rows(static_cast<size_t>(copies),

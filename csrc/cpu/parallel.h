@@ -21,7 +21,8 @@ inline int useful_threads(int threads, int64_t units, int64_t elements) {
 #endif
 }
 
-// body(unit, thread) for every unit, handed out `chunk` at a time. The body must not throw: scratch is allocated before.
+// body(unit, thread) for every unit, handed out `chunk` at a time. The body must not throw: scratch is allocated
+// before.
 template <class Body>
 void parallel_for(int threads, int64_t units, int64_t chunk, const Body& body) {
 #ifdef _OPENMP

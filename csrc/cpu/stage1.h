@@ -54,8 +54,8 @@ class Stage1 {
   static int64_t index(int64_t k, int64_t skip) { return k + (skip >= 0 && k >= skip); }
   bool is_small() const { return rows_.n * row_bytes_ <= 128 * 1024; }
 
-  // Where to prefetch, as measured: in a small example the same row of the next one; of short rows the row a block later;
-  // along a long row a little further on.
+  // Where to prefetch, as measured: in a small example the same row of the next one; of short rows the row a block
+  // later; along a long row a little further on.
   const void* next(int64_t b, int64_t k, int n_rows, int64_t total, int64_t skip, const void* row) const {
     constexpr int64_t kLongRow = 16384, kAheadBytes = 512;
     if (row_bytes_ > kLongRow) return static_cast<const char*>(row) + kAheadBytes;

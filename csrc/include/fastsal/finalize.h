@@ -161,7 +161,8 @@ FASTSAL_HD inline RowScalars row_scalars(double score, Scaled dot, Scaled norm) 
           to_double({beta_abs / norm.value, s.exponent - norm.exponent}), dot_abs / (dot_abs + beta_abs)};
 }
 
-// All scalars in the order of reference.SCALARS. margin is m_{j*}, rho the stage 1 ratio; the norms in `sums` are taken.
+// All scalars in the order of reference.SCALARS. margin is m_{j*}, rho the stage 1 ratio; the norms in `sums` are
+// taken.
 FASTSAL_HD inline void two_row_scalars(double psi, double margin, double rho, const TwoRow& sums, double gap,
                                        double* out) {
   const RowScalars g = row_scalars(psi, sums.dot_g, sums.norm_g);
