@@ -1,8 +1,8 @@
 """margin_geometry on the CPU against a pure read of J and x: `python bench/margin_geometry.py [--quick] [--json FILE]`.
 
-Every contestant computes all outputs of `fastsal.Geometry` from the same float32 Jacobian of about 2 GB, in turns round by round;
-the figures are medians of the pair-by-pair ratios to the pure read (bench/read_bandwidth.cpp, built here by the system compiler),
-with quartiles. A result out of tolerance is reported as wrong and gets no speed.
+Every contestant computes all outputs of `fastsal.Geometry` from the same float32 Jacobian of about 2 GB, in turns, round by
+round; the figures are medians of the pair-by-pair ratios to a pure read (bench/read_bandwidth.cpp, built here by the system
+compiler), with quartiles. A result out of tolerance is reported as wrong and gets no speed.
 """
 
 import argparse

@@ -7,4 +7,13 @@ from fastsal.ops import info
 from fastsal.pairwise import PairwiseMargins, pairwise_margins
 
 __version__ = "0.1.0"
-__all__ = ["Candidates", "Certified", "Geometry", "PairwiseMargins", "analyze", "info", "margin_geometry", "pairwise_margins"]
+__all__ = [
+    "Candidates",
+    "Certified",
+    "Geometry",
+    "PairwiseMargins",
+    "analyze",
+    "info",
+    "margin_geometry",
+    "pairwise_margins",
+]

@@ -378,7 +378,8 @@ class ModelPasses:
             return call(self._base.model, value.clone())
 
         def push(tangent: Tensor) -> Tensor:
-            return torch.func.jvp(logits, (x,), (tangent,))[1]
+            pushed: Tensor = torch.func.jvp(logits, (x,), (tangent,))[1]
+            return pushed
 
         with torch.no_grad(), math_attention(), self._base.same_precision():
             pushed: Tensor = torch.func.vmap(push, randomness="same")(tangents)

@@ -60,7 +60,8 @@ def _divide(a: Tensor, b: Tensor) -> Tensor:
 
 def _sum(v: Tensor) -> Tensor:
     """Σ along the last dimension as two halves: torch would share a lone sum out among threads, in another order."""
-    return pad(v, (0, v.shape[-1] % 2)).unflatten(-1, (2, -1)).sum(-1).sum(-1)
+    halves: Tensor = pad(v, (0, v.shape[-1] % 2)).unflatten(-1, (2, -1))
+    return halves.sum(-1).sum(-1)
 
 
 def _norm(v: Tensor, q: float) -> Tensor:
