@@ -188,12 +188,20 @@ class TestAnalyze:
         status, out, _ = run(data="other.npz", model="score")
         assert (status, "2 classes" in out) == (0, True)
 
-    def test_many_classes_hint(self, run, monkeypatch):
-        hint = "--method certified would"
-        monkeypatch.setitem(analyze.METHODS, "certified", analyze.METHODS["exact"])
+    def test_many_classes_hint(self, run):
+        hint = "hint: --method certified"
         assert hint in run(model="wide")[1]
-        assert hint not in run()[1]
-        assert hint not in run(model="wide", method="candidates")[1]
+        for options in ({}, {"model": "wide", "method": "candidates"}, {"model": "wide", "norm": 1}):
+            assert hint not in run(**options)[1]
+
+    def test_certified(self, run):
+        assert run(model="wide", out="exact.npz")[0] == 0
+        status, out, _ = run(model="wide", method="certified", out="certified.npz")
+        assert (status, "certified: 23 of 23 examples" in out) == (0, True)
+        with np.load("exact.npz") as exact, np.load("certified.npz") as certified:
+            assert np.array_equal(exact["runner_up"], certified["runner_up"])
+            assert set(certified["failure_probability"]) == {1e-6}
+            assert (certified["jvps"] > 0).any()
 
     def test_warnings_are_one_line(self, run):
         status, _, err = run(model="softmax")
@@ -297,6 +305,7 @@ BAD = [
     ({"out": "nowhere/out.csv"}, "--out nowhere/out.csv: cannot write into the folder nowhere"),
     ({"out": "folder.csv"}, "--out folder.csv: is a folder"),
     ({"method": "guess"}, "argument --method: invalid choice: 'guess'"),
+    ({"norm": "inf", "method": "certified"}, "norm: got inf with method='certified', wants 2"),
     ({"norm": "3"}, "argument --norm: invalid choice: '3'"),
     ({"batch_size": 0}, "argument --batch-size: got '0', wants a whole number from 1"),
     ({"chunk_size": "many"}, "argument --chunk-size: got 'many'"),
@@ -534,8 +543,7 @@ class TestCheck:
         assert len(seeds) == 2
 
     def test_speed_is_relative_to_the_reference(self, monkeypatch):
-        times = iter((6.0, 2.0))
-        monkeypatch.setattr(check, "best_time", lambda *_: next(times))
+        monkeypatch.setattr(check, "best_times", lambda *_: [6.0, 2.0])
         assert check._speed("cpu", torch.float32, 2.0, "cpu", 0) == 3.0
 
 
