@@ -157,7 +157,7 @@ def accelerated(x: Tensor, models: list[nn.Module]) -> str:
 
 
 def picture(digits: Digits, plain: Measured, penalised: Measured, out: Path) -> None:
-    """The first test digits of every other class, with the saliency maps of both networks beneath."""
+    """The first test digit of each of eight classes, with the saliency maps of both networks beneath."""
     figure = extra("matplotlib.figure").Figure(figsize=(1.45 * SHOWN + 1.6, 5.6), layout="constrained")
     axes = figure.subplots(3, SHOWN)
     shown = [int((digits.test_y == digit).nonzero()[0]) for digit in range(SHOWN)]
