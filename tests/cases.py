@@ -268,10 +268,16 @@ def assert_geometry(result: Any, logits: Tensor, jacobian: Tensor, x: Tensor, p:
             assert truth.ratios[b, got] <= truth.ratios[b, want] * (1 + 2e-6), f"runner_up {got}, wants {want}"
     truth = geometry_truth(logits, jacobian, x, p, result.runner_up)
     tol = tolerance(jacobian.dtype)
-    # ‖x‖·gap of an infinite x: NaN for a gap of exactly 0, +inf for one of a rounding error.
-    got = result.bound.cpu().double().numpy()
-    open_bound = x.isinf().any(1).cpu().numpy() & ~np.isfinite(got)
-    truth.values["bound"][:] = np.where(open_bound, got, truth.values["bound"])
+    # Where a rounding error decides between NaN and a number: ‖x‖·gap of an infinite x and a gap of 0, and the homogeneity
+    # of a dot product that cancels entirely.
+    for name, undecided in {
+        "bound": (x.isinf().any(1) & ~result.bound.isfinite()).cpu().numpy(),
+        "homogeneity": truth.scales["homogeneity"] * tol > 1,
+        "binarized_homogeneity": truth.scales["binarized_homogeneity"] * tol > 1,
+    }.items():
+        got = getattr(result, name).cpu().double().numpy()
+        assert not ((got < 0) | (undecided & (name != "bound") & (got > 1))).any(), name
+        truth.values[name][:] = np.where(undecided, got, truth.values[name])
     for name in (*reference.SCALARS, "distances"):
         assert_close(name, getattr(result, name), truth.values[name], truth.scales[name], tol)
     assert_same(result.lower_bound, result.linearized_robustness)
