@@ -2,6 +2,7 @@
 
 from fastsal.analyze import Candidates, analyze
 from fastsal.certify import Certified
+from fastsal.features import Exact
 from fastsal.geometry import Geometry, margin_geometry
 from fastsal.ops import info
 from fastsal.pairwise import PairwiseMargins, pairwise_margins
@@ -10,6 +11,7 @@ __version__ = "0.1.0"
 __all__ = [
     "Candidates",
     "Certified",
+    "Exact",
     "Geometry",
     "PairwiseMargins",
     "analyze",

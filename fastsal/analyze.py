@@ -8,13 +8,9 @@ from torch import Tensor
 
 from fastsal import checks, reference
 from fastsal.certify import Certified, certify
+from fastsal.features import Exact, through_features
 from fastsal.geometry import Geometry, margin_geometry
 from fastsal.jacobian import Linearization, Model, ModelPasses, Nearest, Selection, check_input, linearize
-
-
-@dataclass(frozen=True)
-class Exact:
-    """Every class: n backward passes an example, and ρ̃ itself."""
 
 
 @dataclass(frozen=True)
@@ -37,6 +33,8 @@ def _select(method: Method, graph: Linearization, norm: float, chunk_size: int |
     """The one place where a method becomes a choice of rows: a new method is a new branch here."""
     if isinstance(method, Certified):
         return _certified(method, graph, chunk_size, backend)
+    if isinstance(method, Exact) and (selection := through_features(method, graph, norm, chunk_size, backend)):
+        return selection
     B, n = graph.logits.shape
     nearest = Nearest(graph, norm, backend)
     others = reference.other_classes(nearest.prediction, n)
@@ -71,7 +69,7 @@ def _checked_method(method: str | Method, norm: float) -> Method:
     chosen = METHODS.get(method) if isinstance(method, str) else method
     if not isinstance(chosen, Method):
         raise ValueError(
-            f"method: got {method!r}, wants one of {list(METHODS)}, fastsal.Candidates(k) or fastsal.Certified()"
+            f"method: got {method!r}, wants one of {list(METHODS)}, fastsal.Exact(), .Candidates(k) or .Certified()"
         )
     if isinstance(chosen, Certified) and norm != 2:
         raise ValueError(
@@ -100,7 +98,8 @@ def analyze(
         wrap the normalisation into the model. α, β, the homogeneities and the bound depend on where the origin of x is
         (a mean-centred input or not); ρ̃ does not.
     norm: the p of the perturbation, 2 (default), 1, `math.inf` or "inf"; gradients are measured in the dual q-norm.
-    method: "exact" (default; n backward passes) or "candidates" / `fastsal.Candidates(k=10)` (only the k highest logits
+    method: "exact" / `fastsal.Exact(head=None, memory_limit=2**30)` (default; n backward passes, or F + 2 where the logits
+        leave a linear layer of F inputs) or "candidates" / `fastsal.Candidates(k=10)` (only the k highest logits
         besides the predicted one, k + 1 passes: an upper bound of ρ̃, `certified` false, `distances` None) or "certified" /
         `fastsal.Certified(failure_probability=1e-6, max_passes=None, seed=0)` (norm 2: ρ̃ itself with that probability of
         failure for each example, in some 50 to 100 passes at 1000 classes; `vjps` and `jvps` count them, `distances` None).
@@ -113,8 +112,9 @@ def analyze(
 
     Returns a `Geometry`: the equations of Etmann, Lunz, Maass and Schönlieb, ICML 2019 (arXiv 1905.04172), in float64
     for float64 x, else in float32. The Jacobian [B, n, D] is never held: beside the model's own activations the memory
-    is O(chunk_size · B · D). Works under `torch.no_grad()`, `inference_mode()` and autocast, and leaves the model's
-    flags, gradients, buffers and hooks and the random number generators as it found them.
+    is O(chunk_size · B · D), and up to `Exact.memory_limit` where features are used. Works under
+    `torch.no_grad()`, `inference_mode()` and autocast, and leaves the model's flags, gradients, buffers and hooks and the
+    random number generators as it found them.
 
     The reductions are deterministic; the model's own arithmetic may differ in the last bits with batch and chunk size.
 

@@ -121,15 +121,15 @@ def default_chunk_size(rows: int, device: torch.device) -> int:
 class Linearization:
     """A model's forward pass at x [B, *S], recorded: logits and, by backward passes, any rows of the Jacobian.
 
-    Made by `linearize` and valid inside its context. x: the input flattened to [B, D]; logits: [B, n] in the output
-    dtype of x, detached; graph_logits: the same with their graph.
+    Made by `linearize` and valid inside its context. leaf: x as the model took it; x: the same flattened to [B, D];
+    logits: [B, n] in the output dtype of x, detached; graph_logits: the same with their graph.
     """
 
     def __init__(self, model: Model, leaf: Tensor) -> None:
         self.model = model
         device = leaf.device.type
         self.autocast = (torch.is_autocast_enabled(device), torch.get_autocast_dtype(device))
-        self._leaf, self.shape = leaf, leaf.shape
+        self.leaf = leaf
         self._name = type(model).__name__
         self._batched = True
         # A clone, so that a model may overwrite its input in place.
@@ -145,19 +145,19 @@ class Linearization:
     def same_precision(self) -> torch.autocast:
         """The autocast state that the forward pass ran under, for running the model again."""
         enabled, dtype = self.autocast
-        return torch.autocast(self._leaf.device.type, dtype=dtype, enabled=enabled, cache_enabled=False)
+        return torch.autocast(self.leaf.device.type, dtype=dtype, enabled=enabled, cache_enabled=False)
 
-    def at(self, examples: Tensor) -> "Linearization":
-        """The same model recorded at some of the examples only, int64 [e]."""
+    def at(self, examples: Tensor, model: Model | None = None) -> "Linearization":
+        """The same model, or another, recorded at some of the examples only, int64 [e]."""
         with self.same_precision():
-            return Linearization(self.model, self._leaf.detach()[examples].requires_grad_())
+            return Linearization(model or self.model, self.leaf.detach()[examples].requires_grad_())
 
     def _grad(self, cotangents: Tensor, batched: bool, create_graph: bool) -> Tensor:
         # Outside autocast: backward operations take the dtype their forward had, and nothing else may be rounded.
-        with torch.autocast(self._leaf.device.type, enabled=False):
+        with torch.autocast(self.leaf.device.type, enabled=False):
             (grad,) = torch.autograd.grad(
                 self.graph_logits,
-                self._leaf,
+                self.leaf,
                 cotangents,
                 retain_graph=True,
                 create_graph=create_graph,
@@ -327,7 +327,7 @@ class ModelPasses:
 
     def push(self, examples: Tensor, directions: Tensor) -> Tensor | None:
         """The Jacobians times directions [e, k, D]: [e, k, n]; None, with a warning, where the model cannot."""
-        x = self._base.x.detach()[self._own[examples]].view(-1, *self._base.shape[1:])
+        x = self._base.x.detach()[self._own[examples]].view(-1, *self._base.leaf.shape[1:])
         tangents = directions.to(x.dtype).transpose(0, 1).reshape(-1, *x.shape)
         while self._ways:
             try:

@@ -14,7 +14,7 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from fastsal import reference
-from fastsal.analyze import Candidates, analyze
+from fastsal.analyze import Candidates, Exact, analyze
 from fastsal.jacobian import linearize
 
 
@@ -395,7 +395,8 @@ class TestMemory:
                 return out
 
         with Largest() as largest:
-            analyze(model, torch.randn(batch, entries), chunk_size=chunk, differentiable=differentiable)
+            x, rows = torch.randn(batch, entries), Exact(memory_limit=0)
+            analyze(model, x, chunk_size=chunk, differentiable=differentiable, method=rows)
         assert 0 < largest.size <= chunk * batch * entries * 8
 
     def test_peak_memory(self, run_python):
@@ -699,7 +700,7 @@ class TestErrors:
         [
             (
                 {"method": "nearest"},
-                "method: got 'nearest', wants one of ['exact', 'candidates'] or fastsal.Candidates(k)",
+                "method: got 'nearest', wants one of ['exact', 'candidates', 'certified'], fastsal.Exact(), .Candidates(k) or",
             ),
             ({"method": 3}, "method: got 3, wants one of ['exact', 'candidates'"),
             ({"norm": 3}, "norm: got 3, wants 2, 1, math.inf or 'inf'"),

@@ -192,7 +192,7 @@ LAYERS = [
     {"commands"},
     {"__init__"},
     {"analyze"},
-    {"certify", "jacobian", "geometry", "pairwise"},
+    {"certify", "features", "jacobian", "geometry", "pairwise"},
     {"ops"},
     {"kernels", "accuracy"},
     {"reference", "checks", "_cpu", "_cuda"},

@@ -1,0 +1,184 @@
+"""Exact ρ̃ through the features: where the logits leave a linear layer with F < n inputs, F passes give every row.
+
+With Ψ = W·f(x) + b the Jacobian is W·J_f, J_f [F, D] the Jacobian of the layer's input. The differences are formed as
+Δ_j = (w_{i*} − w_j)ᵀ J_f, the weights subtracted first in float64: a class whose weights nearly equal the predicted one's keeps
+its digits, where the difference of two rounded rows would not. (A Gram matrix J_f J_fᵀ would be cheaper still, but squares the
+condition number, and serves one norm only.) J is never held: Δ is formed for a tile of classes at a time, J_f for as many
+examples as the memory limit allows. g and the nearest row are taken by two more VJPs, so that everything but the distances
+comes from the same rows as without features.
+"""
+
+import contextlib
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from fastsal import ops, reference
+from fastsal.jacobian import Linearization, Selection
+
+TILE_BYTES = 1 << 26
+
+
+@dataclass(frozen=True)
+class Exact:
+    """Every class, and ρ̃ itself: n backward passes an example, or F + 2 where the logits leave a linear layer of F inputs.
+
+    head: that layer (an `nn.Linear`, or a 1×1 convolution on 1×1 maps), a module of the model; None finds it. A layer that
+        is given but cannot serve is an error; without one, class rows are taken.
+    memory_limit: bytes for J_f, F·D numbers an example; where not even one example's fit, class rows are taken.
+
+    >>> import torch, fastsal
+    >>> _ = torch.manual_seed(0)
+    >>> model = torch.nn.Sequential(torch.nn.Linear(30, 8), torch.nn.ReLU(), torch.nn.Linear(8, 100))
+    >>> fastsal.analyze(model, torch.randn(2, 30)).vjps.tolist()
+    [10, 10]
+    """
+
+    head: nn.Module | None = None
+    memory_limit: int = 1 << 30
+
+    def __post_init__(self) -> None:
+        if self.head is not None and not isinstance(self.head, nn.Module):
+            raise TypeError(f"Exact: got head of type {type(self.head).__name__}, wants a module of the model or None")
+        if not isinstance(self.memory_limit, int) or self.memory_limit < 0:
+            raise ValueError(f"Exact: got memory_limit={self.memory_limit!r}, wants a number of bytes")
+
+
+@contextlib.contextmanager
+def _recorded(heads: list[nn.Module]) -> Iterator[list[tuple[nn.Module, Tensor, Tensor]]]:
+    """Module, input and output of every call of the heads while the model runs inside."""
+    calls: list[tuple[nn.Module, Tensor, Tensor]] = []
+    handles = [
+        head.register_forward_hook(lambda module, inputs, output: calls.append((module, inputs[0], output)))
+        for head in heads
+    ]
+    try:
+        yield calls
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _weight(head: nn.Module) -> Tensor | None:
+    """The [n, F] matrix of a linear layer or of a 1×1 convolution without groups; None for any other module."""
+    if isinstance(head, nn.Linear):
+        return head.weight.detach()
+    if isinstance(head, nn.Conv1d | nn.Conv2d | nn.Conv3d) and head.groups == 1 and set(head.kernel_size) == {1}:
+        return head.weight.detach().flatten(1)
+    return None
+
+
+def _why_not(head: nn.Module, calls: list[tuple[nn.Module, Tensor, Tensor]], graph: Linearization) -> str:
+    """Why the logits are not `head` applied to features of each example, or nothing."""
+    mine = [(inputs, output) for module, inputs, output in calls if module is head]
+    weight = _weight(head)
+    if weight is None:
+        return f"{type(head).__name__} is neither a linear layer nor a 1x1 convolution"
+    if len(mine) != 1:
+        return f"it runs {len(mine)} times in a forward pass, wants once"
+    inputs, output = mine[0]
+    if inputs.shape[0] != len(graph.logits) or inputs.numel() != len(graph.logits) * weight.shape[1]:
+        return f"its input has shape {tuple(inputs.shape)}, wants one vector of {weight.shape[1]} features an example"
+    if not inputs.dtype == output.dtype == weight.dtype == graph.x.dtype:
+        return "it works in another precision than x"
+    if output.numel() != graph.logits.numel() or not torch.equal(
+        output.detach().reshape(graph.logits.shape), graph.logits
+    ):
+        return "its output is not the logits, bit for bit"
+    return ""
+
+
+def _find(graph: Linearization, wanted: nn.Module | None) -> nn.Module | None:
+    """The head: the one that the caller names, or one that is recognised and narrow enough to pay."""
+    n = graph.logits.shape[1]
+    modules = list(graph.model.modules()) if isinstance(graph.model, nn.Module) else []
+    if wanted is not None and all(module is not wanted for module in modules):
+        raise ValueError("Exact: got a head that is no module of the model")
+    heads = (
+        [wanted]
+        if wanted is not None
+        else [
+            module
+            for module in modules
+            if (weight := _weight(module)) is not None and len(weight) == n and 2 <= weight.shape[1] < n - 2
+        ]
+    )
+    if not heads:
+        return None
+    with _recorded(heads) as calls, graph.same_precision():
+        graph.model(graph.leaf.detach().clone())
+    for head in heads:
+        why_not = _why_not(head, calls, graph)
+        if not why_not:
+            return head
+        if wanted is not None:
+            raise ValueError(f"Exact: cannot go through the given head: {why_not}; leave head=None for class rows")
+    return None
+
+
+def _independent(features: Linearization) -> bool:
+    """Whether the first example's features depend on no other example."""
+    cotangent = torch.zeros_like(features.logits)
+    cotangent[0] = torch.arange(1, cotangent.shape[1] + 1, device=cotangent.device).cos()
+    others = features.pull(cotangent.unsqueeze(0))[1:]
+    return not bool(((others != 0) & ~others.isnan()).any())
+
+
+def _jacobian(features: Linearization, chunk_size: int | None) -> Tensor:
+    """J_f of every example: [B, F, D], by F passes."""
+    B, F = features.logits.shape
+    held = features.x.new_empty(B, F, features.x.shape[1])
+
+    def keep(which: Tensor, rows: Tensor) -> None:
+        held[:, which[0]] = rows
+
+    features.sweep(torch.arange(F, device=held.device).unsqueeze(1).expand(F, B), chunk_size, keep)
+    return held
+
+
+def through_features(
+    method: Exact, graph: Linearization, norm: float, chunk_size: int | None, backend: str
+) -> Selection | None:
+    """All classes by way of the features, norm any of the three; None where class rows are the way to go."""
+    head = _find(graph, method.head)
+    weight = None if head is None else _weight(head)
+    if head is None or weight is None:
+        return None
+    B, n = graph.logits.shape
+    F, D = weight.shape[1], graph.x.shape[1]
+    size = method.memory_limit // (F * D * graph.x.element_size())
+    if size == 0 or (method.head is None and F + 2 >= n):
+        return None
+
+    def features(x: Tensor) -> Tensor:
+        with _recorded([head]) as calls:
+            graph.model(x)
+        return calls[0][1].flatten(1)
+
+    prediction = graph.logits.argmax(1)
+    scores = graph.logits.double()
+    margin = scores.gather(1, prediction.unsqueeze(1)) - scores
+    distance = torch.zeros_like(scores)
+    everyone = torch.arange(B, device=prediction.device)
+    tile = max(1, TILE_BYTES // (min(size, B) * D * graph.x.element_size()))
+    for start in range(0, B, size):
+        part = slice(start, min(start + size, B))
+        inner = graph.at(everyone[part], features)
+        if not _independent(inner):
+            return None
+        jacobian = _jacobian(inner, chunk_size)
+        winner = weight.double()[prediction[part]].unsqueeze(1)
+        nothing = graph.x.new_zeros(len(jacobian), D)
+        for first in range(0, n, tile):
+            difference = (winner - weight[first : first + tile].double()).to(graph.x.dtype)
+            distance[part, first : first + tile] = ops.row_distances(nothing, difference @ jacobian, norm, backend)
+    ratio = reference.ratios(margin, distance)
+    others = reference.other_classes(prediction, n)
+    nearest = reference.nearest(ratio.gather(1, others), margin.gather(1, others)).unsqueeze(1)
+    winners = torch.cat((prediction.unsqueeze(1), others.gather(1, nearest)), 1)
+    distances = ratio.scatter(1, prediction.unsqueeze(1), math.inf).to(graph.logits.dtype)
+    provenance = {"method": "exact", "distances": distances, "vjps": torch.full_like(prediction, F + 2)}
+    return Selection(winners, graph.rows(winners.t()), provenance)
