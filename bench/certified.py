@@ -1,0 +1,170 @@
+"""Certified against exact ρ̃ on trained 1000-class networks: passes, seconds, answers; and how passes grow with n.
+
+    python bench/certified.py --images 200 --threads 1 --folder build/bench
+
+Trains the networks of certified_models.py first where the folder does not hold them (minutes). Every method runs on the same
+batches in turn, in one process, so that the ratios bear a busy machine. Writes results/certified.json and
+results/certified_growth.png beside this file.
+"""
+
+import argparse
+import json
+import math
+import platform
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from certified_models import STEPS, Images, accuracy, load
+from torch import Tensor
+
+import fastsal
+from fastsal.certify import certify
+
+RESULTS = Path(__file__).resolve().parent / "results"
+HABITS = (1, 5, 10)
+
+
+def quantiles(values: list[int]) -> dict[str, float]:
+    ordered = torch.tensor(values, dtype=torch.float64)
+    return {"median": ordered.median().item(), "p95": ordered.quantile(0.95).item(), "max": ordered.max().item()}
+
+
+def compare(kind: str, folder: Path, images: int, batch: int) -> dict[str, object]:
+    """All methods on the same images of one trained network."""
+    model, source = load(kind, folder), Images(kind, 3)
+    right, loss = accuracy(model, *Images(kind, 2).draw(1000))
+    methods = {
+        "exact rows": fastsal.Exact(memory_limit=0),
+        "exact features": fastsal.Exact(),
+        "certified": fastsal.Certified(),
+        "top-10 candidates": fastsal.Candidates(10),
+    }
+    if kind == "wide":
+        del methods["exact features"]  # F > n
+    seconds = dict.fromkeys(methods, 0.0)
+    passes: dict[str, list[int]] = {name: [] for name in methods}
+    same, certified, worst = 0, 0, 0.0
+    wrong = dict.fromkeys(HABITS, 0)
+    excess = dict.fromkeys(HABITS, 0.0)
+    for method in methods.values():  # warm-up
+        fastsal.analyze(model, source.draw(2)[0], method=method)
+    for _ in range(images // batch):
+        x, _ = source.draw(batch)
+        results = {}
+        for name, method in methods.items():
+            start = time.perf_counter()
+            results[name] = result = fastsal.analyze(model, x, method=method)
+            seconds[name] += time.perf_counter() - start
+            passes[name] += (result.vjps + result.jvps).tolist()
+        exact, found = results["exact rows"], results["certified"]
+        same += int((found.runner_up == exact.runner_up).sum())
+        certified += int(found.certified.sum())
+        error = (found.linearized_robustness / exact.linearized_robustness - 1).abs()
+        worst = max(worst, error.max().item())
+        with torch.no_grad():
+            order = model(x).argsort(1, descending=True)[:, 1:]
+        for k in HABITS:
+            value = exact.distances.gather(1, order[:, :k]).amin(1)
+            wrong[k] += int((value > exact.linearized_robustness * (1 + 1e-6)).sum())
+            excess[k] = max(excess[k], (value / exact.linearized_robustness - 1).max().item())
+    count = len(passes["certified"])
+    return {
+        "accuracy": right,
+        "loss": loss,
+        "images": count,
+        "certified": certified,
+        "same runner-up as exact": same,
+        "largest relative error of certified": worst,
+        "passes": {name: quantiles(values) for name, values in passes.items()},
+        "seconds": seconds,
+        "times faster than exact rows": {name: seconds["exact rows"] / value for name, value in seconds.items()},
+        "habits": {f"top-{k}": {"share wrong": wrong[k] / count, "largest excess": excess[k]} for k in HABITS},
+    }
+
+
+@dataclass
+class Matrices:
+    """Passes of given Jacobians [E, n, D]."""
+
+    logits: Tensor
+    jacobian: Tensor
+    roundoff: float = 2.0**-24
+    pairs: int = 256
+
+    def __post_init__(self) -> None:
+        self.dimension = self.jacobian.shape[2]
+
+    def pull(self, examples: Tensor, cotangents: Tensor) -> Tensor:
+        return torch.einsum("ecn,end->ecd", cotangents, self.jacobian[examples])
+
+    def push(self, examples: Tensor, directions: Tensor) -> Tensor:
+        return torch.einsum("ekd,end->ekn", directions.float(), self.jacobian[examples])
+
+    def price(self) -> float:
+        return 1.0
+
+
+def growth(n: int, examples: int = 8, dimension: int = 600) -> dict[str, object]:
+    """Random Jacobians whose singular values fall as 1/k, with a common part; bunched margins, as trained networks have."""
+    generator = torch.Generator().manual_seed(n)
+    spectrum = 1 / torch.arange(1, dimension + 1)
+    totals, right = [], 0
+    for _ in range(examples):
+        rows = (torch.randn(n, dimension, generator=generator) + torch.randn(dimension, generator=generator)) * spectrum
+        logits = torch.randn(n, generator=generator)
+        logits[0] += 10.0
+        found = certify(Matrices(logits[None], rows[None]), fastsal.Certified())
+        scores = logits.double()
+        prediction = int(scores.argmax())
+        ratio = (scores[prediction] - scores) / (rows[prediction].double() - rows.double()).norm(dim=1)
+        ratio[prediction] = math.inf
+        right += int(found.certified[0]) * int(ratio.argmin() == found.winners[0, 1])
+        totals.append(int(found.vjps[0] + found.jvps[0]))
+    return {"n": n, "examples": examples, "certified and right": right, **quantiles(totals)}
+
+
+def plot(table: list[dict[str, object]], path: Path) -> None:
+    import matplotlib
+
+    matplotlib.use("agg")
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(figsize=(5, 3.5), layout="constrained")
+    classes = [row["n"] for row in table]
+    axes.loglog(classes, classes, "--", label="exact rows")
+    axes.loglog(classes, [row["median"] for row in table], "o-", label="certified, median")
+    axes.loglog(classes, [row["p95"] for row in table], "^:", label="certified, 95th percentile")
+    axes.set(xlabel="classes n", ylabel="passes an example")
+    axes.legend()
+    figure.savefig(path, dpi=120)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--images", type=int, default=200)
+    parser.add_argument("--batch", type=int, default=25)
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    parser.add_argument("--folder", type=Path, default=Path("build/bench"))
+    parser.add_argument("--networks", nargs="*", choices=list(STEPS), default=list(STEPS))
+    arguments = parser.parse_args()
+    torch.set_num_threads(arguments.threads)
+    RESULTS.mkdir(exist_ok=True)
+    report: dict[str, object] = {
+        "torch": torch.__version__,
+        "processor": platform.machine(),
+        "threads": arguments.threads,
+        "growth": (table := [growth(n) for n in (10, 30, 100, 300, 1000, 3000, 10000)]),
+    }
+    plot(table, RESULTS / "certified_growth.png")
+    for row in table:
+        print(row, flush=True)
+    for kind in arguments.networks:
+        report[kind] = compare(kind, arguments.folder, arguments.images, arguments.batch)
+        print(kind, json.dumps(report[kind], indent=1), flush=True)
+        (RESULTS / "certified.json").write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
