@@ -27,7 +27,7 @@ def linear():
 
 ready = linear()
 double = linear().double()
-wide = nn.Sequential(nn.Flatten(), nn.Linear(6, 60))
+wide = nn.Sequential(nn.Flatten(), nn.Linear(6, 200), nn.Tanh())
 score = nn.Sequential(nn.Flatten(), nn.Linear(6, 1))
 softmax = nn.Sequential(nn.Flatten(), nn.Linear(6, 4), nn.Softmax(1))
 number = 3
