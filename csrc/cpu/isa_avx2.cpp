@@ -12,6 +12,7 @@
 #endif
 
 #define FASTSAL_F16C
+#define FASTSAL_FMA
 #define FASTSAL_LEVEL "avx2"
 #define FASTSAL_BYTES 32
 

@@ -13,6 +13,7 @@
 #endif
 
 #define FASTSAL_F16C
+#define FASTSAL_FMA
 #define FASTSAL_LEVEL "avx512"
 #define FASTSAL_BYTES 64
 

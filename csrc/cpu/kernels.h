@@ -17,6 +17,7 @@ constexpr int64_t kSegment = 8192;
 constexpr int kMaxRows = 10;
 constexpr int kTileRows = 4;
 constexpr int kTileAnchors = 2;
+constexpr int kRowsAhead = 4;
 
 inline int64_t segments(int64_t D) { return (D + kSegment - 1) / kSegment; }
 
@@ -29,8 +30,9 @@ struct Strides {
 // where data needed soon lies, for each row.
 using TileFn = void (*)(const void* const* anchors, int n_anchors, const void* const* rows, int n_rows, const void* x,
                         int64_t len, const void* const* ahead, Scaled* norm, Scaled* dot, Strides out);
-// One segment of the sums of stage 2, norms still as q-sums (norm_x as p-sum).
-using TwoRowFn = void (*)(const void* g, const void* row, const void* x, int64_t len, TwoRow* out);
+// One segment of the sums of stage 2, norms still as q-sums (norm_x as p-sum). `ahead` (or null) says where data needed
+// soon begins: up to kRowsAhead times the bytes of a row are prefetched.
+using TwoRowFn = void (*)(const void* g, const void* row, const void* x, int64_t len, const char* ahead, TwoRow* out);
 // One segment of the q-sum of d/‖d‖ - g/‖g‖.
 using GapFn = double (*)(const void* g, const void* row, int64_t len, Unit d, Unit g_unit);
 using UpcastFn = void (*)(const void* from, int64_t len, double* to);

@@ -75,9 +75,18 @@ static inline typename Lanes<N>::F load_floats(const Half* p) {
 #endif
 }
 
+// Named where the level is known: GCC 12 converts eight floats in two halves.
+static inline VecD to_doubles(Lanes<kHalfLanes>::F v) {
+#if defined(FASTSAL_F16C) && FASTSAL_BYTES == 64
+  return (VecD)_mm512_maskz_cvtps_pd(0xff, (__m256)v);
+#else
+  return __builtin_convertvector(v, VecD);
+#endif
+}
+
 template <class T>
 static inline VecD load_doubles(const T* p) {
-  return __builtin_convertvector(load_floats<kHalfLanes>(p), VecD);
+  return to_doubles(load_floats<kHalfLanes>(p));
 }
 static inline VecD load_doubles(const double* p) { return load_vector<VecD>(p); }
 
@@ -89,7 +98,7 @@ static inline VecD load_doubles(const double* p) { return load_vector<VecD>(p); 
 
 static inline VecD low_half(VecF v) {
 #if defined(FASTSAL_SHUFFLE) && FASTSAL_BYTES == 64
-  return __builtin_convertvector(__builtin_shufflevector(v, v, 0, 1, 2, 3, 4, 5, 6, 7), VecD);
+  return to_doubles(__builtin_shufflevector(v, v, 0, 1, 2, 3, 4, 5, 6, 7));
 #elif defined(FASTSAL_SHUFFLE) && FASTSAL_BYTES == 32
   return __builtin_convertvector(__builtin_shufflevector(v, v, 0, 1, 2, 3), VecD);
 #else
@@ -99,7 +108,7 @@ static inline VecD low_half(VecF v) {
 
 static inline VecD high_half(VecF v) {
 #if defined(FASTSAL_SHUFFLE) && FASTSAL_BYTES == 64
-  return __builtin_convertvector(__builtin_shufflevector(v, v, 8, 9, 10, 11, 12, 13, 14, 15), VecD);
+  return to_doubles(__builtin_shufflevector(v, v, 8, 9, 10, 11, 12, 13, 14, 15));
 #elif defined(FASTSAL_SHUFFLE) && FASTSAL_BYTES == 32
   return __builtin_convertvector(__builtin_shufflevector(v, v, 4, 5, 6, 7), VecD);
 #else
@@ -122,6 +131,34 @@ template <int Q, class V>
 static inline V join(V sum, V t) {
   if constexpr (Q == kMax) return larger(sum, t);
   return sum + t;
+}
+
+// a * b + sum, rounded once where the level has the instruction: named, since -ffp-contract=off keeps the compiler from
+// choosing it for one tile and not for another.
+static inline VecF multiply_add(VecF a, VecF b, VecF sum) {
+#if defined(FASTSAL_FMA) && FASTSAL_BYTES == 64
+  return (VecF)_mm512_fmadd_ps((__m512)a, (__m512)b, (__m512)sum);
+#elif defined(FASTSAL_FMA)
+  return (VecF)_mm256_fmadd_ps((__m256)a, (__m256)b, (__m256)sum);
+#else
+  return sum + a * b;
+#endif
+}
+static inline VecD multiply_add(VecD a, VecD b, VecD sum) {
+#if defined(FASTSAL_FMA) && FASTSAL_BYTES == 64
+  return (VecD)_mm512_fmadd_pd((__m512d)a, (__m512d)b, (__m512d)sum);
+#elif defined(FASTSAL_FMA)
+  return (VecD)_mm256_fmadd_pd((__m256d)a, (__m256d)b, (__m256d)sum);
+#else
+  return sum + a * b;
+#endif
+}
+
+// The q-sum with one more entry d.
+template <int Q, class V>
+static inline V accumulate(V sum, V d) {
+  if constexpr (Q == kL2) return multiply_add(d, d, sum);
+  return join<Q>(sum, term<Q>(d));
 }
 
 template <int Q>
@@ -273,10 +310,10 @@ template <int Q, class T>
 __attribute__((noinline)) static Scaled exact_norm(const T* a, const T* r, int64_t len) {
   VecD sum = {};
   int64_t k = 0;
-  for (; k + kHalfLanes <= len; k += kHalfLanes) sum = join<Q>(sum, term<Q>(load_doubles(a + k) - load_doubles(r + k)));
+  for (; k + kHalfLanes <= len; k += kHalfLanes) sum = accumulate<Q>(sum, load_doubles(a + k) - load_doubles(r + k));
   if (k < len) {
     const Padded<T, kHalfLanes> ta(a + k, len - k), tr(r + k, len - k);
-    sum = join<Q>(sum, term<Q>(load_doubles(ta.value) - load_doubles(tr.value)));
+    sum = accumulate<Q>(sum, load_doubles(ta.value) - load_doubles(tr.value));
   }
   return {reduce<Q>(sum), 0};
 }
@@ -291,8 +328,9 @@ __attribute__((noinline)) static Scaled exact_dot(const T* a, const T* r, const 
                     [=](int64_t k) { return as_double(a[k]) - as_double(r[k]); }, len);
 }
 
-// Float additions in a row before a lane is flushed to double: two accumulators of this many, then one to join them.
-constexpr int kAdds = 16;
+// Float additions in a row before a lane is flushed to double, by each of two accumulators; one more may follow at the
+// end of a segment, so 32 is the most.
+constexpr int kAdds = 31;
 constexpr int kBlockRows = kBytes == 64 ? 10 : 4;
 
 template <int Q, class T, int A, int R, bool X>
@@ -316,8 +354,8 @@ static void tile(const T* const* anchors, const T* const* rows, const typename C
     for (int i = 0; i < A; ++i) {
       for (int r = 0; r < R; ++r) {
         const Vec d = a[i] - v[r];
-        n_acc[h][i][r] = join<Q>(n_acc[h][i][r], term<Q>(d));
-        if constexpr (X) d_acc[h][i][r] = d_acc[h][i][r] + xv * d;
+        n_acc[h][i][r] = accumulate<Q>(n_acc[h][i][r], d);
+        if constexpr (X) d_acc[h][i][r] = multiply_add(xv, d, d_acc[h][i][r]);
       }
     }
   };
@@ -345,7 +383,7 @@ static void tile(const T* const* anchors, const T* const* rows, const typename C
   };
 
   const int64_t whole = len / (2 * W) * (2 * W);
-  for (int64_t k = 0; k < whole;) {
+  for (int64_t k = 0; k < len;) {
     const int64_t end = k + 2 * W * kAdds < whole ? k + 2 * W * kAdds : whole;
     clear();
     for (; k < end; k += 2 * W) {
@@ -353,22 +391,20 @@ static void tile(const T* const* anchors, const T* const* rows, const typename C
       step_at(0, k);
       step_at(1, k + W);
     }
-    drain();
-  }
-  if (whole < len) {
-    clear();
-    prefetch(whole);
-    int64_t k = whole;
-    if (k + W <= len) {
-      step_at(0, k);
-      k += W;
-    }
-    if (k < len) {
-      Vec a[A], v[R], xv = {};
-      for (int i = 0; i < A; ++i) a[i] = C::load(Padded<T, W>(anchors[i] + k, len - k).value);
-      for (int r = 0; r < R; ++r) v[r] = C::load(Padded<T, W>(rows[r] + k, len - k).value);
-      if constexpr (X) xv = load_vector<Vec>(Padded<typename C::Scalar, W>(x + k, len - k).value);
-      step(1, a, v, xv);
+    if (k == whole && k < len) {  // one addition more
+      prefetch(k);
+      if (k + W <= len) {
+        step_at(0, k);
+        k += W;
+      }
+      if (k < len) {
+        Vec a[A], v[R], xv = {};
+        for (int i = 0; i < A; ++i) a[i] = C::load(Padded<T, W>(anchors[i] + k, len - k).value);
+        for (int r = 0; r < R; ++r) v[r] = C::load(Padded<T, W>(rows[r] + k, len - k).value);
+        if constexpr (X) xv = load_vector<Vec>(Padded<typename C::Scalar, W>(x + k, len - k).value);
+        step(1, a, v, xv);
+        k = len;
+      }
     }
     drain();
   }
@@ -461,7 +497,8 @@ static void tile_entry(const void* const* anchors, int n_anchors, const void* co
 constexpr int kBlock = 32;
 
 template <int Q, class T, class X>
-static void two_row(const void* g_ptr, const void* row_ptr, const void* x_ptr, int64_t len, TwoRow* out) {
+static void two_row(const void* g_ptr, const void* row_ptr, const void* x_ptr, int64_t len, const char* ahead,
+                    TwoRow* out) {
   constexpr int P = Q == kL2 ? kL2 : Q == kL1 ? kMax : kL1;  // the norm of x is the dual of the gradients'
   constexpr bool kCross = Q == kL2 && sizeof(T) < 8;
   const T* g = static_cast<const T*>(g_ptr);
@@ -470,12 +507,12 @@ static void two_row(const void* g_ptr, const void* row_ptr, const void* x_ptr, i
   VecD total[6] = {}, acc[6] = {};
   auto step = [&](VecD gv, VecD rv, VecD xv) {
     const VecD d = gv - rv;
-    acc[0] = acc[0] + xv * gv;
-    acc[1] = acc[1] + xv * d;
-    acc[2] = join<Q>(acc[2], term<Q>(gv));
-    acc[3] = join<Q>(acc[3], term<Q>(d));
-    acc[4] = join<P>(acc[4], term<P>(xv));
-    if constexpr (kCross) acc[5] = acc[5] + gv * d;
+    acc[0] = multiply_add(xv, gv, acc[0]);
+    acc[1] = multiply_add(xv, d, acc[1]);
+    acc[2] = accumulate<Q>(acc[2], gv);
+    acc[3] = accumulate<Q>(acc[3], d);
+    acc[4] = accumulate<P>(acc[4], xv);
+    if constexpr (kCross) acc[5] = multiply_add(gv, d, acc[5]);
   };
   auto drain = [&] {
     total[0] = total[0] + acc[0];
@@ -487,10 +524,17 @@ static void two_row(const void* g_ptr, const void* row_ptr, const void* x_ptr, i
     for (VecD& v : acc) v = VecD{};
   };
   constexpr int W = kHalfLanes;
+  constexpr int64_t kAhead = W * sizeof(T) * kRowsAhead;
   const int64_t whole = len / W * W;
   for (int64_t k = 0; k < whole;) {
     const int64_t end = k + W * kBlock < whole ? k + W * kBlock : whole;
-    for (; k < end; k += W) step(load_doubles(g + k), load_doubles(row + k), load_doubles(x + k));
+    for (; k < end; k += W) {
+      if (ahead) {
+        for (int64_t line = 0; line < kAhead; line += 64) __builtin_prefetch(ahead + line, 0, 2);
+        ahead += kAhead;
+      }
+      step(load_doubles(g + k), load_doubles(row + k), load_doubles(x + k));
+    }
     drain();
   }
   if (whole < len) {
@@ -524,7 +568,7 @@ static double gap_sum(const T* g, const T* row, int64_t len, Unit du, Unit gu) {
       d = d * du.power;
       gv = gv * gu.power;
     }
-    acc[h] = join<Q>(acc[h], term<Q>(d * du.inverse - gv * gu.inverse));
+    acc[h] = accumulate<Q>(acc[h], d * du.inverse - gv * gu.inverse);
   };
   auto drain = [&] {
     total = join<Q>(total, join<Q>(acc[0], acc[1]));
@@ -583,7 +627,7 @@ static void push(const double* rows, int64_t n, int64_t i, const double* w, doub
     for (int v = 0; v < kPushVectors; ++v) {
       VecD d = own[v] - load_vector<VecD>(rows + j * kChunk + v * kHalfLanes);
       if constexpr (Q == kL1) d = d > 0.0 ? VecD{} + 1.0 : d < 0.0 ? VecD{} - 1.0 : d;  // 0 and NaN stay
-      sum[v] = sum[v] + weight * d;
+      sum[v] = multiply_add(weight, d, sum[v]);
     }
   }
   __builtin_memcpy(out, sum, sizeof sum);

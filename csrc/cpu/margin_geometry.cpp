@@ -55,10 +55,10 @@ class Example {
     return {prediction, best};
   }
 
-  void sums(int64_t b, int64_t segment, const Winners& rows, TwoRow* out) const {
+  void sums(int64_t b, int64_t segment, const Winners& rows, const char* ahead, TwoRow* out) const {
     const int64_t at = segment * kSegment;
     two_row_(row(b, rows.prediction, at), row(b, rows.runner_up.index, at), x_.row(b) + at * kElementSize[x_.dtype],
-             length(at), out);
+             length(at), ahead, out);
   }
 
   // The norms and dot products over all of D from their segments.
@@ -101,7 +101,7 @@ class Example {
     stage1_.run_all(b, row(b, top, 0), top, partial);
     prefetch_x(b + 1);
     const Winners rows = select(b, top, partial);
-    for (int64_t s = 0; s < n_segments_; ++s) sums(b, s, rows, two_row + s);
+    for (int64_t s = 0; s < n_segments_; ++s) sums(b, s, rows, stage1_.left_ahead(b, s), two_row + s);
     const TwoRow total = combine(two_row, gaps);
     for (int64_t s = 0; s < n_segments_ && needs_gap(total); ++s) gaps[s] = gap(b, s, rows, total);
     finish(b, rows, total, gaps);
@@ -173,7 +173,7 @@ void margin_geometry(int q, const Logits& logits, const Rows& jacobian, const In
   std::vector<TwoRow> two_row(static_cast<size_t>(B * n_segments)), total(static_cast<size_t>(B));
   std::vector<Scaled> gaps(static_cast<size_t>(B * n_segments));
   parallel_for(threads, B * n_segments, 1, [&](int64_t unit, int) {
-    example.sums(unit / n_segments, unit % n_segments, winners[unit / n_segments], &two_row[unit]);
+    example.sums(unit / n_segments, unit % n_segments, winners[unit / n_segments], nullptr, &two_row[unit]);
   });
   for (int64_t b = 0; b < B; ++b) total[b] = example.combine(&two_row[b * n_segments], &gaps[b * n_segments]);
   parallel_for(threads, B * n_segments, 1, [&](int64_t unit, int) {

@@ -46,11 +46,22 @@ class Stage1 {
       for (int64_t s = 0; s < count_; ++s)
         for (int64_t block = 0; block < block_count(); ++block) run(b, block, s, anchor, skip, partial);
     }
-    if (skip < 0 || !is_small() || b + 1 == rows_.B) return;
+    if (skip < 0 || !is_small() || b + 1 == rows_.B || skip >= rows_.n - left()) return;  // the one next() leaves out
     for (int64_t k = 0; k < row_bytes_; k += 64) __builtin_prefetch(rows_.row(b + 1, skip) + k, 0, 2);
   }
 
+  // Where the rows of the next example lie that stage 1 leaves to this segment of stage 2 to prefetch, or null.
+  const char* left_ahead(int64_t b, int64_t segment) const {
+    if (left() == 0 || b + 1 == rows_.B) return nullptr;
+    return rows_.row(b + 1, rows_.n - left()) + segment * kSegment * kElementSize[rows_.dtype] * kRowsAhead;
+  }
+
  private:
+  // How many rows of the next example stage 2 prefetches, lest memory idle in it; they must lie one behind the other.
+  int64_t left() const {
+    if (!is_small() || rows_.stride_n != rows_.D) return 0;
+    return rows_.n < kRowsAhead ? rows_.n : kRowsAhead;
+  }
   static int64_t index(int64_t k, int64_t skip) { return k + (skip >= 0 && k >= skip); }
   bool is_small() const { return rows_.n * row_bytes_ <= 128 * 1024; }
 
@@ -59,7 +70,10 @@ class Stage1 {
   const void* next(int64_t b, int64_t k, int n_rows, int64_t total, int64_t skip, const void* row) const {
     constexpr int64_t kLongRow = 16384, kAheadBytes = 512;
     if (row_bytes_ > kLongRow) return static_cast<const char*>(row) + kAheadBytes;
-    if (is_small()) return b + 1 < rows_.B ? rows_.row(b + 1, index(k, skip)) : row;
+    if (is_small()) {
+      const int64_t j = index(k, skip);
+      return b + 1 < rows_.B && j < rows_.n - left() ? rows_.row(b + 1, j) : row;
+    }
     const int64_t later = k + n_rows;
     if (later < total) return rows_.row(b, index(later, skip));
     return b + 1 < rows_.B && later - total < rows_.n ? rows_.row(b + 1, later - total) : row;
