@@ -1,0 +1,15 @@
+"""Side by side with the peers: `python -m bench` measures, `python -m bench report` writes the tables and plots.
+
+A case is one piece of work; contestants do it in turns. No speed is reported before the answer has been checked.
+`cases.py` is the registry; `core.py` knows how to check and to time; every level has a file of its own. fastsal never imports
+any of this, nor any peer.
+"""
+
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+
+# Run from a checkout whose native modules were not built in place: the fastsal to measure is the installed one.
+if not list((ROOT / "fastsal").glob("_cpu.*")):
+    sys.path[:] = [folder for folder in sys.path if Path(folder).resolve() != ROOT]

@@ -1,0 +1,12 @@
+"""The registry: every case of every level."""
+
+from collections.abc import Iterator
+
+from bench import tensor
+from bench.core import Case
+
+
+def every(quick: bool = False) -> Iterator[Case]:
+    """The cases of a full run, or those of a quick one."""
+    for level in (tensor,):
+        yield from (case for case in level.cases() if case.quick == quick)

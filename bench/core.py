@@ -1,0 +1,167 @@
+"""What a case is, and how it is checked and timed.
+
+The answer of every contestant is checked first; a wrong one gets its error and no speed. Then the contestants take turns, round
+by round, so that whatever else the machine does hits them alike; a ratio is formed within its round, and the figure is the
+median of the ratios with the quartiles beside it.
+"""
+
+import gc
+import math
+import os
+import time
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from statistics import quantiles
+from typing import Any
+
+import torch
+
+# What foreign code raises where it cannot do a piece of work: reported in the table, not fatal to the run.
+FOREIGN_ERRORS = (RuntimeError, ValueError, TypeError, NotImplementedError, AttributeError, IndexError, KeyError)
+SHORTEST = 5e-3  # seconds: what is faster is repeated within one timing
+SLOW = 5.0  # seconds: what takes longer runs once
+
+
+@dataclass(frozen=True)
+class Contestant:
+    """One way of doing the work of a case.
+
+    run(input) does it; check(result) is the error of its result on the first input, where at most `limit` is right.
+    `what` says what it computes where that is not all of the case's outputs.
+    """
+
+    name: str
+    run: Callable[[Any], Any]
+    check: Callable[[Any], float]
+    limit: float
+    what: str = ""
+    facts: Callable[[Any], dict[str, float]] | None = None  # figures beside the time, from the checked result
+
+
+@dataclass
+class Work:
+    """Inputs, larger than every cache or several to be taken in turns, and who works on them; the first is the yardstick."""
+
+    inputs: list[Any]
+    contestants: list[Contestant]
+    skipped: dict[str, str] = field(default_factory=dict)  # name -> why it is not here
+    size: int = 0  # bytes of J and x, for GB/s
+
+
+@dataclass(frozen=True)
+class Case:
+    """A piece of work: level and name say where its figures go; make() builds inputs and contestants."""
+
+    level: str
+    name: str
+    make: Callable[[], Work]
+    quick: bool = False  # belongs to --quick, which runs nothing else
+    every_thread_count: bool = True  # 1 thread and all; else all only
+
+
+def thread_counts(case: Case) -> Iterable[int]:
+    """1 and all."""
+    every = torch.get_num_threads()
+    return dict.fromkeys((1, every)) if case.every_thread_count else (every,)
+
+
+def three(values: list[float]) -> list[float]:
+    """Lower quartile, median, upper quartile."""
+    return quantiles(values, n=4, method="inclusive") if len(values) > 1 else values * 3
+
+
+def _busy() -> float | None:
+    """Seconds of processor time that all processes of the machine have taken so far, where the system tells."""
+    try:
+        with open("/proc/stat", encoding="ascii") as stat:
+            user, nice, system, _, _, irq, softirq = (int(word) for word in stat.readline().split()[1:8])
+    except OSError:
+        return None
+    return (user + nice + system + irq + softirq) / os.sysconf("SC_CLK_TCK")
+
+
+class OtherLoad:
+    """How many cores other processes kept busy since this was made."""
+
+    def __init__(self) -> None:
+        self._start = time.perf_counter(), _busy(), sum(os.times()[:4])
+
+    def cores(self) -> float | None:
+        start, before, own = self._start
+        if before is None or (now := _busy()) is None:
+            return None
+        elapsed = max(time.perf_counter() - start, 0.05)
+        return max(0.0, (now - before - (sum(os.times()[:4]) - own)) / elapsed)
+
+
+def _once(run: Callable[[Any], object], inputs: list[Any], repeats: int) -> float:
+    """Seconds of one run, as the mean of `repeats` on one input after the other."""
+    start = time.perf_counter()
+    for turn in range(repeats):
+        run(inputs[turn % len(inputs)])
+    return (time.perf_counter() - start) / repeats
+
+
+def take_turns(
+    runs: dict[str, Callable[[Any], object]], inputs: list[Any], budget: float, rounds: int = 15
+) -> dict[str, list[float]]:
+    """Seconds of every run, warm already, round by round.
+
+    Each has up to `rounds` rounds and an equal share of `budget` seconds; whoever needs more than its share has three rounds,
+    or one, where a run takes longer than `SLOW`.
+    """
+    repeats, wanted, share = {}, {}, budget / max(1, len(runs))
+    for name, run in runs.items():
+        first = _once(run, inputs, 1)
+        repeats[name] = max(1, math.ceil(SHORTEST / first))
+        wanted[name] = 1 if first > SLOW else min(rounds, max(3, int(share / (first * repeats[name]))))
+    times: dict[str, list[float]] = {name: [] for name in runs}
+    for turn in range(max(wanted.values(), default=0)):
+        gc.collect()
+        for name, run in runs.items():
+            if turn < wanted[name]:
+                times[name].append(_once(run, inputs, repeats[name]))
+    return times
+
+
+def measure(case: Case, work: Work, threads: int, budget: float) -> dict[str, Any]:
+    """Checks and times every contestant of `work` at this number of threads: a record for the JSON file."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        rows: dict[str, dict[str, Any]] = {}
+        for contestant in work.contestants:
+            row = rows[contestant.name] = {"contestant": contestant.name}
+            if contestant.what:
+                row["what"] = contestant.what
+            try:
+                result = contestant.run(work.inputs[0])
+                row["error"] = error = contestant.check(result)
+            except FOREIGN_ERRORS as failure:
+                row |= {"status": "failed", "reason": f"{type(failure).__name__}: {failure}".splitlines()[0][:200]}
+                continue
+            if contestant.facts:
+                row |= contestant.facts(result)
+            row["status"] = "right" if error <= contestant.limit else "wrong"
+            del result
+        load = OtherLoad()
+        right = {c.name: c.run for c in work.contestants if rows[c.name]["status"] == "right"}
+        times = take_turns(right, work.inputs, budget)
+        yardstick = work.contestants[0].name
+        for name, seconds in times.items():
+            rows[name] |= {"seconds": three(seconds), "rounds": len(seconds)}
+            if yardstick in times:
+                rows[name]["ratio"] = three([a / b for a, b in zip(seconds, times[yardstick], strict=False)])
+        other = load.cores()
+    finally:
+        torch.set_num_threads(before)
+    skipped = [{"contestant": n, "status": "skipped", "reason": why} for n, why in work.skipped.items()]
+    return {
+        "level": case.level,
+        "case": case.name,
+        "threads": threads,
+        "yardstick": yardstick,
+        "bytes": work.size,
+        "other load in cores": other,
+        "results": [*rows.values(), *skipped],
+    }

@@ -1,0 +1,165 @@
+"""Tensor level: all outputs of `fastsal.Geometry`, or ρ̃ alone, from a Jacobian that is given.
+
+The yardstick is a pure read of J and x (read_bandwidth.cpp, built by the system's compiler): what no method can beat that looks
+at every gradient.
+"""
+
+import ctypes
+import functools
+import subprocess
+import tempfile
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+import fastsal
+from bench import formulas
+from bench.core import Case, Contestant, Work
+from fastsal import ops, reference
+from fastsal.accuracy import scaled_errors, tolerance, worst
+
+Inputs = tuple[Tensor, Tensor, Tensor]
+CACHES = 1 << 28  # bytes: several times any last-level cache of one socket
+LOOSE = 1e-5  # the error that a float32 formula may have, in units of each quantity's scale; fastsal is held to 1e-6
+
+SHAPES = ((8, 10, 784), (65536, 10, 784), (1700, 100, 3072), (13, 1000, 37632), (1, 1000, 150528))
+QUICK = ((8, 10, 784), (200, 100, 3072))
+CHECKED = 64  # examples compared with float64, fewer where they are large
+
+
+@functools.cache
+def _read_sum() -> Any:
+    """The compiled yardstick."""
+    with tempfile.TemporaryDirectory() as folder:
+        library = Path(folder, "read_bandwidth.so")
+        source = Path(__file__).with_name("read_bandwidth.cpp")
+        # Without -fopenmp: a second OpenMP pool in the process would spin against torch's.
+        subprocess.run(["c++", "-O3", "-march=native", "-shared", "-fPIC", str(source), "-o", str(library)], check=True)
+        read_sum = ctypes.CDLL(str(library)).read_sum
+    read_sum.argtypes = [ctypes.c_void_p, ctypes.c_int64, ctypes.c_int]
+    read_sum.restype = ctypes.c_double
+    return read_sum
+
+
+@functools.cache
+def _readers(threads: int) -> ThreadPoolExecutor:
+    return ThreadPoolExecutor(threads)
+
+
+def pure_read(inputs: Inputs) -> None:
+    """The fastest sum over all bytes of J and x, taken as float32; every thread has its part of J (ctypes drops the GIL)."""
+    threads = torch.get_num_threads()
+    _, jacobian, x = inputs
+    parts = [jacobian] if threads == 1 or jacobian.numel() < 2**20 else jacobian.flatten().chunk(threads)
+    read = functools.partial(_read, _read_sum())
+    list((map if len(parts) == 1 else _readers(threads).map)(read, (*parts, x)))
+
+
+def _read(read_sum: Any, tensor: Tensor) -> None:
+    read_sum(tensor.data_ptr(), tensor.numel() * tensor.element_size() // 4, 1)
+
+
+def draw(shape: tuple[int, int, int], dtype: torch.dtype) -> list[Inputs]:
+    """Random logits, jacobian and x; as many as it takes to exceed every cache."""
+    B, n, D = shape
+    generator = torch.Generator().manual_seed(0)
+    copies = max(1, CACHES // (B * n * D * dtype.itemsize))
+    return [
+        (
+            torch.randn(B, n, generator=generator),
+            torch.randn(B, n, D, generator=generator, dtype=dtype),
+            torch.randn(B, D, generator=generator, dtype=dtype),
+        )
+        for _ in range(copies)
+    ]
+
+
+class Checks:
+    """Compares results with float64 on examples spread over the batch."""
+
+    def __init__(self, inputs: Inputs) -> None:
+        B, n, D = inputs[1].shape
+        count = min(B, CHECKED, max(1, 2**22 // (n * D)))
+        self.examples = torch.linspace(0, B - 1, count).long()
+        self.inputs = tuple(tensor[self.examples] for tensor in inputs)
+        self.robustness = reference.margin_geometry(*self.inputs)[0]["linearized_robustness"]
+        self._seen: dict[str, tuple[dict[str, Tensor], float]] = {}
+
+    def __call__(self, name: str, result: Any) -> float:
+        """The worst scaled error; where the bits are those of the call before, its answer."""
+        fields = result if isinstance(result, dict) else vars(result)
+        part = {key: value[self.examples] for key, value in fields.items() if isinstance(value, Tensor)}
+        before, error = self._seen.get(name, ({}, 0.0))
+        if before.keys() == part.keys() and all(before[key].equal(part[key]) for key in part):
+            return error
+        if "runner_up" in part:
+            error = max(scaled_errors(SimpleNamespace(**part), *self.inputs, 2.0).values())
+        else:
+            error = worst(part["linearized_robustness"], self.robustness, self.robustness)
+        self._seen[name] = part, error
+        return error
+
+
+def _fastsal(backend: str, inputs: Inputs) -> Any:
+    return fastsal.margin_geometry(*inputs, backend=backend)
+
+
+def _reference(logits: Tensor, jacobian: Tensor, x: Tensor) -> formulas.Outputs:
+    result = vars(fastsal.margin_geometry(logits, jacobian, x, backend="reference"))
+    return {name: value for name, value in result.items() if isinstance(value, Tensor)}
+
+
+FORMULAS: dict[str, tuple[formulas.Formula, str]] = {
+    "eager torch": (formulas.eager, ""),
+    "eager torch, ρ̃ alone": (formulas.eager_alone, "ρ̃ alone"),
+    "torch.cdist, direct": (formulas.cdist_direct, "ρ̃ alone"),
+    "torch.cdist, matmul": (formulas.cdist_matmul, "ρ̃ alone"),
+    "Gram by bmm": (formulas.gram, "ρ̃ alone"),
+    "NumPy": (formulas.numpy_alone, "ρ̃ alone"),
+}
+
+
+def work(shape: tuple[int, int, int], dtype: torch.dtype, compiled: bool = True) -> Work:
+    """Everyone on a Jacobian of this shape."""
+    inputs = draw(shape, dtype)
+    checks = Checks(inputs[0])
+    contestants = [Contestant("pure read", pure_read, lambda _: 0.0, 0.0, "reads J and x")]
+    skipped = {}
+
+    def add(name: str, run: Callable[[Inputs], Any], limit: float, what: str = "") -> None:
+        contestants.append(Contestant(name, run, functools.partial(checks, name), limit, what))
+
+    for backend, module in ops.BACKENDS.items():
+        if reason := module.why_not(inputs[0][1]):
+            skipped[f"fastsal {backend}"] = reason
+        else:
+            add(f"fastsal {backend}", functools.partial(_fastsal, backend), tolerance(dtype))
+    if compiled:
+        torch._dynamo.reset()  # a shape beyond its limit of recompilations would run uncompiled
+        # The number of threads is compiled in, and a change of it is guarded: every thread count gets code of its own.
+        optimized = torch.compile(formulas.eager, dynamic=False)
+        add("torch.compile", lambda given: optimized(*given), LOOSE)
+    for name, (formula, what) in FORMULAS.items():
+        if name == "NumPy" and dtype == torch.bfloat16:
+            skipped[name] = "NumPy has no bfloat16"
+            continue
+        add(name, lambda given, formula=formula: formulas.in_parts(formula, *given), LOOSE, what)
+    add("fastsal reference", lambda given: formulas.in_parts(_reference, *given), tolerance(dtype), "in float64")
+    size = sum(tensor.numel() * tensor.element_size() for tensor in inputs[0][1:])
+    return Work(inputs, contestants, skipped, size)
+
+
+def cases() -> Iterator[Case]:
+    """float32 and bfloat16, sizes that fill the memory and one that is all overhead."""
+    for quick, shapes in ((False, SHAPES), (True, QUICK)):
+        for shape in shapes:
+            for dtype in (torch.float32, torch.bfloat16):
+                if dtype == torch.bfloat16 and (quick or shape in (SHAPES[0], SHAPES[-1])):
+                    continue
+                name = f"({', '.join(map(str, shape))}) {str(dtype).removeprefix('torch.')}"
+                yield Case("tensor", name, functools.partial(work, shape, dtype), quick)
