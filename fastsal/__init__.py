@@ -1,7 +1,9 @@
 """fastsal: linearised robustness, saliency alignment and the bound that ties them, at the hardware's limit."""
 
+from fastsal import plot
 from fastsal.analyze import Candidates, analyze
 from fastsal.certify import Certified
+from fastsal.deepfool import Adversarial, deepfool
 from fastsal.features import Exact
 from fastsal.geometry import Geometry, margin_geometry
 from fastsal.ops import info
@@ -9,13 +11,16 @@ from fastsal.pairwise import PairwiseMargins, pairwise_margins
 
 __version__ = "0.1.0"
 __all__ = [
+    "Adversarial",
     "Candidates",
     "Certified",
     "Exact",
     "Geometry",
     "PairwiseMargins",
     "analyze",
+    "deepfool",
     "info",
     "margin_geometry",
     "pairwise_margins",
+    "plot",
 ]

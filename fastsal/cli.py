@@ -1,13 +1,13 @@
-"""The command line: `fastsal demo | analyze | check | info`, also `python -m fastsal`."""
+"""The command line: `fastsal demo | study | analyze | check | info`, also `python -m fastsal`."""
 
 import argparse
 import sys
 from typing import NoReturn
 
 import fastsal
-from fastsal.commands import CommandError, analyze, check, demo, info
+from fastsal.commands import CommandError, analyze, check, demo, info, study
 
-COMMANDS = {"demo": demo, "analyze": analyze, "check": check, "info": info}
+COMMANDS = {"demo": demo, "study": study, "analyze": analyze, "check": check, "info": info}
 
 
 class _Parser(argparse.ArgumentParser):

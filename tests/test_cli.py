@@ -10,12 +10,12 @@ import sys
 import numpy as np
 import pytest
 import torch
-from torch import nn
 
 import fastsal
 from fastsal import accuracy, ops, reference
 from fastsal.cli import COMMANDS, main
 from fastsal.commands import analyze, check, demo
+from fastsal.study.data import load_digits
 
 MODELS = """
 import torch
@@ -385,7 +385,7 @@ class TestBadInput:
 @pytest.fixture(scope="module")
 def digits():
     pytest.importorskip("sklearn")
-    return demo.load_digits(0)
+    return load_digits(0)
 
 
 @pytest.fixture(scope="module")
@@ -427,12 +427,6 @@ class TestDemo:
         assert 0 < deviation <= 1e-6
         assert "ms on the reference backend" in text
 
-    def test_uses_every_digit(self, digits):
-        assert len(digits.train_x) + len(digits.test_x) == 1797
-        assert (digits.train_x.min(), digits.train_x.max()) == (0, 1)
-        both = torch.cat((digits.train_x, digits.test_x)).flatten(1)
-        assert len(both.unique(dim=0)) == 1797
-
     def test_training_leaves_threads_and_generator(self, digits):
         state, threads = torch.get_rng_state(), 2
         torch.set_num_threads(threads)
@@ -441,27 +435,6 @@ class TestDemo:
         assert torch.get_num_threads() == threads
         torch.set_num_threads(1)
         assert not torch.equal(a.geometry.alignment, b.geometry.alignment)
-
-    def test_penalty_is_the_mean_over_examples_of_each_own_loss(self, digits, monkeypatch):
-        """One step of plain gradient descent against a penalty computed example by example."""
-        few = demo.Digits(digits.train_x[:6], digits.train_y[:6], digits.test_x, digits.test_y)
-        monkeypatch.setattr(torch.optim, "Adam", lambda parameters: torch.optim.SGD(parameters, lr=1.0))
-        monkeypatch.setattr(torch.optim.lr_scheduler, "OneCycleLR", lambda *_, **__: torch.optim.SGD([torch.zeros(1)]))
-        trained = demo.train(few, 0.7, 3, 1)
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(3)
-            model = demo.network()
-        objective = torch.zeros(())
-        for x, y in zip(few.train_x, few.train_y, strict=True):
-            x = x.clone().requires_grad_()
-            loss = nn.functional.cross_entropy(model(x.unsqueeze(0)), y.unsqueeze(0))
-            (gradient,) = torch.autograd.grad(loss, x, create_graph=True)
-            objective = objective + (loss + 0.7 * gradient.square().sum()) / 6
-        objective.backward()
-        for name, parameter in model.named_parameters():
-            # float32 sums in another order: a few ulp of the gradient's largest entry
-            want = parameter.detach() - parameter.grad
-            torch.testing.assert_close(trained.get_parameter(name).detach(), want, rtol=1e-5, atol=1e-5)
 
     def test_bad_ending(self, capsys):
         assert main(["demo", "--out", "picture.txt"]) == 2
@@ -646,6 +619,6 @@ class TestCommandLine:
     def test_imports_are_light(self, run_python):
         code = (
             "import sys, torch; before = set(sys.modules); import fastsal.cli\n"
-            "print({'sklearn', 'matplotlib', 'tqdm', 'safetensors'} & (set(sys.modules) - before))"
+            "print({'sklearn', 'matplotlib', 'tqdm', 'safetensors', 'foolbox', 'scipy'} & (set(sys.modules) - before))"
         )
         assert run_python("-c", code).stdout == "set()\n"

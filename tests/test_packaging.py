@@ -184,14 +184,16 @@ def test_readme_starts_with_the_two_commands():
     )
 
 
-# One way only: cli → analyze → {certify, jacobian, geometry, pairwise} → ops → kernels. `__init__` gathers the public
-# names and starts no command line; reference, checks and the native modules stand below all.
+# One way only: cli → deepfool → analyze → {certify, jacobian, geometry, pairwise} → ops → kernels. `__init__` gathers the
+# public names and starts no command line; reference, checks and the native modules stand below all.
 LAYERS = [
     {"__main__"},
     {"cli"},
-    {"commands"},
+    {"commands", "study"},
     {"__init__"},
+    {"deepfool"},
     {"analyze"},
+    {"plot"},
     {"certify", "features", "jacobian", "geometry", "pairwise"},
     {"ops"},
     {"kernels", "accuracy"},

@@ -6,15 +6,12 @@ Takes about half a minute on two cores, needs no download, and gives the same nu
 """
 
 import argparse
-import contextlib
 import dataclasses
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import cross_entropy
 
 from fastsal import ops
 from fastsal.accuracy import scaled_errors
@@ -23,6 +20,8 @@ from fastsal.commands import check_output, extra, replacing
 from fastsal.commands.check import best_times
 from fastsal.geometry import Geometry, margin_geometry
 from fastsal.jacobian import linearize
+from fastsal.study.data import Data, Held, load_digits
+from fastsal.study.train import Recipe, single_thread, train
 
 PENALTY = 1.0
 EPOCHS = 60
@@ -38,32 +37,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 @dataclasses.dataclass(frozen=True)
-class Digits:
-    """Images [N, 1, 8, 8] with pixels in [0, 1] and their classes [N], split three to one."""
-
-    train_x: Tensor
-    train_y: Tensor
-    test_x: Tensor
-    test_y: Tensor
-
-
-@dataclasses.dataclass(frozen=True)
 class Measured:
     """A trained network's accuracy on the test digits, and their geometry."""
 
     model: nn.Module
     accuracy: float
     geometry: Geometry
-
-
-def load_digits(seed: int) -> Digits:
-    """The 1797 scans that come with scikit-learn."""
-    digits = extra("sklearn.datasets").load_digits()
-    x = torch.from_numpy(digits.images).float().unsqueeze(1) / 16
-    y = torch.from_numpy(digits.target)
-    order = torch.randperm(len(x), generator=torch.Generator().manual_seed(seed))
-    train, test = order[: len(x) * 3 // 4], order[len(x) * 3 // 4 :]
-    return Digits(x[train], y[train], x[test], y[test])
 
 
 def network() -> nn.Sequential:
@@ -80,48 +59,12 @@ def network() -> nn.Sequential:
     )
 
 
-@contextlib.contextmanager
-def single_thread() -> Iterator[None]:
-    """Images of 8 x 8 are not worth a second thread, and with one the numbers are the same on any number of cores."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(threads)
-
-
-def train(digits: Digits, penalty: float, seed: int, epochs: int) -> nn.Module:
-    """Minimises the mean over examples of ℓ(x) + penalty · ‖∇ℓ(x)‖², ℓ the cross-entropy of one example."""
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        model = network()
-        optimizer = torch.optim.Adam(model.parameters())
-        schedule = torch.optim.lr_scheduler.OneCycleLR(
-            optimizer, max_lr=5e-3, epochs=epochs, steps_per_epoch=-(-len(digits.train_x) // BATCH)
-        )
-        for _ in range(epochs):
-            for batch in torch.randperm(len(digits.train_x)).split(BATCH):
-                x = digits.train_x[batch].requires_grad_(penalty > 0)
-                losses = cross_entropy(model(x), digits.train_y[batch], reduction="none")
-                objective = losses.mean()
-                if penalty > 0:
-                    # No example's loss depends on another's input, so the sum's gradient holds each one's own.
-                    (gradient,) = torch.autograd.grad(losses.sum(), x, create_graph=True)
-                    objective = objective + penalty * gradient.square().flatten(1).sum(1).mean()
-                optimizer.zero_grad()
-                objective.backward()
-                optimizer.step()
-                schedule.step()
-    return model.eval()
-
-
-def measure(digits: Digits, penalty: float, seed: int, epochs: int) -> Measured:
+def measure(digits: Data[Held], penalty: float, seed: int, epochs: int) -> Measured:
     """Trains a network and analyses the whole test split with it."""
     with single_thread():
-        model = train(digits, penalty, seed, epochs)
-        geometry = analyze(model, digits.test_x, keep_saliency=True)
-    accuracy = (geometry.prediction == digits.test_y).double().mean().item()
+        model = train(network, digits, Recipe(penalty=penalty), seed=seed, epochs=epochs, batch_size=BATCH)
+        geometry = analyze(model, digits.test.x, keep_saliency=True)
+    accuracy = (geometry.prediction == digits.test.y).double().mean().item()
     return Measured(model, accuracy, geometry)
 
 
@@ -156,15 +99,15 @@ def accelerated(x: Tensor, models: list[nn.Module]) -> str:
     )
 
 
-def picture(digits: Digits, plain: Measured, penalised: Measured, out: Path) -> None:
+def picture(digits: Data[Held], plain: Measured, penalised: Measured, out: Path) -> None:
     """The first test digit of each of eight classes, with the saliency maps of both networks beneath."""
     figure = extra("matplotlib.figure").Figure(figsize=(1.45 * SHOWN + 1.6, 5.6), layout="constrained")
     axes = figure.subplots(3, SHOWN)
-    shown = [int((digits.test_y == digit).nonzero()[0]) for digit in range(SHOWN)]
+    shown = [int((digits.test.y == digit).nonzero()[0]) for digit in range(SHOWN)]
     rows = (("plain training", plain), ("double backpropagation", penalised))
     for column, index in enumerate(shown):
-        axes[0, column].imshow(digits.test_x[index, 0].numpy(), cmap="gray_r", vmin=0, vmax=1)
-        axes[0, column].set_title(f"digit {int(digits.test_y[index])}", fontsize=10)
+        axes[0, column].imshow(digits.test.x[index, 0].numpy(), cmap="gray_r", vmin=0, vmax=1)
+        axes[0, column].set_title(f"digit {int(digits.test.y[index])}", fontsize=10)
     axes[0, 0].set_ylabel("input x", fontsize=10)
     for row, (name, measured) in enumerate(rows, 1):
         maps: Any = measured.geometry.saliency
@@ -194,11 +137,11 @@ def run(arguments: argparse.Namespace) -> int:
     check_output(arguments.out, (".png", ".pdf", ".svg"))
     extra("matplotlib.figure")
     digits = load_digits(arguments.seed)
-    print(f"training two networks on {len(digits.train_x)} digits of 8 x 8 pixels in [0, 1] ...", flush=True)
+    print(f"training two networks on {len(digits.train.x)} digits of 8 x 8 pixels in [0, 1] ...", flush=True)
     plain, penalised = (measure(digits, penalty, arguments.seed, EPOCHS) for penalty in (0.0, PENALTY))
-    print(f"\n{len(digits.test_x)} test digits, every class's gradient, Euclidean norm, distances in pixel units")
+    print(f"\n{len(digits.test.x)} test digits, every class's gradient, Euclidean norm, distances in pixel units")
     print(table(plain, penalised), end="\n\n")
-    print(accelerated(digits.test_x, [plain.model, penalised.model]))
+    print(accelerated(digits.test.x, [plain.model, penalised.model]))
     picture(digits, plain, penalised, arguments.out)
     print(f"wrote {arguments.out}")
     return 0

@@ -1,0 +1,203 @@
+"""reproduce the paper's study: train plain and robustified networks, attack and measure them, write a report
+
+  fastsal study --out study
+  fastsal study --data mnist:/data --strengths 0.001 0.01 0.1 --radii 0.5 1 2 --images 500 --out mnist-study
+
+Trains a plain network, one for each strength of double backpropagation and one for each radius of adversarial training,
+and writes report.html, the figures (PNG and SVG) and the numbers (CSV) into a folder. A run that was stopped goes on from
+the last finished epoch when it is started again with the same options; strengths can be added later. The digits that come
+with scikit-learn are the default and need no download; other data are read through torchvision from where they lie.
+"""
+
+import argparse
+import json
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from fastsal.commands import Blame, CommandError, extra, replacing
+from fastsal.study import report
+from fastsal.study.attacks import ATTACKS
+from fastsal.study.data import Data, Split, load
+from fastsal.study.measure import accuracy, measure
+from fastsal.study.models import factory
+from fastsal.study.train import PGD_STEPS, Recipe, single_thread, train
+
+STRENGTHS = (0.01, 0.03, 0.1, 0.3, 1.0, 3.0)
+RADII = (0.125, 0.25, 0.5, 0.75, 1.0)
+EPOCHS = {"digits": 45, "mnist": 10, "cifar10": 30, "folder": 30}
+SHOWN = 8
+SEEDED = ("data", "model", "epochs", "batch_size", "images", "seed")  # what a folder's results depend on
+
+
+def _numbers(text: str) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        value = -1.0
+    if not 0 <= value < float("inf"):
+        raise argparse.ArgumentTypeError(f"got {text!r}, wants a number from 0")
+    return value
+
+
+def _positive(text: str) -> int:
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"got {text!r}, wants a whole number from 1")
+    return int(text)
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The options, in the order a newcomer needs them."""
+    parser.add_argument("--out", type=Path, default=Path("fastsal-study"), help="the folder; default: %(default)s")
+    parser.add_argument(
+        "--data",
+        default="digits",
+        help="digits, mnist:PATH, cifar10:PATH or folder:PATH with train and val; default: digits",
+    )
+    parser.add_argument(
+        "--strengths",
+        type=_numbers,
+        nargs="*",
+        default=STRENGTHS,
+        metavar="λ",
+        help="penalties of double backpropagation",
+    )
+    parser.add_argument(
+        "--radii",
+        type=_numbers,
+        nargs="*",
+        default=RADII,
+        metavar="ε",
+        help="radii of adversarial training, in units of x",
+    )
+    parser.add_argument("--model", default="cnn", help="cnn, torchvision:NAME or timm:NAME; default: cnn, the paper's")
+    parser.add_argument("--epochs", type=_positive, help="of training; default: by data")
+    parser.add_argument("--batch-size", type=_positive, default=64, help="of training; default: %(default)s")
+    parser.add_argument(
+        "--images", type=_positive, default=450, help="test images to analyse and attack; default: %(default)s"
+    )
+    parser.add_argument("--seed", type=int, default=0, help="of the split, the networks and the attacks; default: 0")
+    parser.add_argument("--device", default="cpu", help="cpu, or cuda; default: cpu")
+
+
+def _recipes(arguments: argparse.Namespace) -> list[Recipe]:
+    """Plain, then each way of training in order of strength."""
+    penalties = [Recipe(penalty=value) for value in sorted(set(arguments.strengths)) if value]
+    return [Recipe(), *penalties, *(Recipe(radius=value) for value in sorted(set(arguments.radii)) if value)]
+
+
+def _check_folder(arguments: argparse.Namespace) -> None:
+    """Makes the folder, or finds that what it holds was made with the same options."""
+    options = {name: getattr(arguments, name) for name in SEEDED}
+    path = arguments.out / "options.json"
+    with Blame(f"--out {arguments.out}"):
+        (arguments.out / "models").mkdir(parents=True, exist_ok=True)
+        before = json.loads(path.read_text(encoding="utf-8")) if path.exists() else options
+    if before != options:
+        name = next(name for name in options if before.get(name) != options[name])
+        raise CommandError(
+            f"--out {arguments.out}: holds a study with {name} {before.get(name)}, not {options[name]}; wants another folder"
+        )
+    with replacing(path) as file:
+        file.write(json.dumps(options, indent=1).encode())
+
+
+class _Progress:
+    """A bar over the whole study, in units of the time that a plain epoch takes, with an estimate of what is left."""
+
+    def __init__(self, epochs: int) -> None:
+        self._epochs = epochs
+        self.bar = extra("tqdm").tqdm(
+            unit="epoch",
+            disable=None,
+            bar_format="{desc:28.28}{percentage:3.0f}%|{bar}| {elapsed} gone, {remaining} left",
+        )
+
+    def cost(self, recipe: Recipe) -> float:
+        """Of an epoch. Measured: a double backward pass is a little dearer, PGD takes its steps."""
+        return 1.3 if recipe.penalty else 0.5 * (PGD_STEPS + 1) if recipe.radius else 1.0
+
+    def attack(self) -> float:
+        """Of one attack, on average."""
+        return 0.2 * self._epochs
+
+    def all(self, recipe: Recipe) -> float:
+        """Of everything about a model."""
+        return self._epochs * self.cost(recipe) + len(ATTACKS) * self.attack()
+
+
+def _result(
+    recipe: Recipe, data: Data[Split], arguments: argparse.Namespace, shown: torch.Tensor, progress: _Progress
+) -> report.Result:
+    """A model's numbers: from the folder where they are there, else trained and measured."""
+    path = arguments.out / "models" / f"{recipe.name}.npz"
+    if not path.exists():
+        left = progress.all(recipe)
+
+        def advance(cost: float) -> None:
+            nonlocal left
+            progress.bar.update(min(cost, left))
+            left -= min(cost, left)
+
+        progress.bar.set_description_str(f"training {recipe.label}")
+        model = train(
+            factory(arguments.model, data),
+            data,
+            recipe,
+            seed=arguments.seed,
+            epochs=arguments.epochs,
+            batch_size=arguments.batch_size,
+            device=arguments.device,
+            checkpoint=path.with_suffix(".pt"),
+            after_epoch=lambda: advance(progress.cost(recipe)),
+        )
+        progress.bar.set_description_str(f"attacking {recipe.label}")
+        x, y = data.test.batch(torch.arange(min(arguments.images, len(data.test))))
+        columns, maps = measure(
+            model,
+            x.to(arguments.device),
+            y,
+            shown,
+            seed=arguments.seed,
+            after_attack=lambda: advance(progress.attack()),
+        )
+        score = accuracy(model, data.test, arguments.device)
+        with replacing(path) as file:
+            np.savez(file, **{f"column {name}": column for name, column in columns.items()}, accuracy=score, maps=maps)  # type: ignore[arg-type]
+        advance(left)
+    with Blame(f"--out {path}"), np.load(path, allow_pickle=False) as saved:
+        columns = {name[7:]: saved[name] for name in saved.files if name.startswith("column ")}
+        return report.Result(recipe, float(saved["accuracy"]), columns, torch.from_numpy(saved["maps"]))
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Trains, attacks, measures, writes."""
+    for module in ("matplotlib.figure", "foolbox", "scipy.stats", "tqdm"):
+        extra(module)
+    data = load(arguments.data, arguments.seed)
+    if arguments.epochs is None:
+        arguments.epochs = EPOCHS[data.name]
+    factory(arguments.model, data)
+    _check_folder(arguments)
+    recipes = _recipes(arguments)
+    _, y = data.test.batch(torch.arange(min(arguments.images, len(data.test))))
+    shown = torch.tensor([int((y == label).nonzero()[0]) for label in y.unique()[:SHOWN]])
+    progress = _Progress(arguments.epochs)
+    todo = [recipe for recipe in recipes if not (arguments.out / "models" / f"{recipe.name}.npz").exists()]
+    progress.bar.total = sum(progress.all(recipe) for recipe in todo)
+    results = []
+    with single_thread(), progress.bar:
+        for recipe in recipes:
+            results.append(_result(recipe, data, arguments, shown, progress))
+            progress.bar.write(
+                f"{recipe.label:12} accuracy {results[-1].accuracy:.3f}, median ρ {results[-1].median('rho'):.3f}, "
+                f"ρ̃ {results[-1].median('linearized_robustness'):.3f}, α {results[-1].median('alignment'):.3f}"
+            )
+    study = report.Study(data.name, len(data.train), len(data.test), data.test.batch(shown)[0], results)
+    page = report.write(study, arguments.out)
+    for claim, held, evidence in report.claims(study):
+        print(f"{'yes' if held else 'no ':3} {claim}: {evidence}")
+    print("\n".join(report.checks(study)))
+    print(f"wrote {page}")
+    return 0

@@ -1,0 +1,171 @@
+"""deepfool: small adversarial perturbations, by taking the step that ρ̃ measures until the prediction changes."""
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from fastsal import checks
+from fastsal.analyze import Method, analyze
+from fastsal.jacobian import Model, call, check_evaluation_mode, check_input, recording
+
+HALVINGS = 16
+
+
+@dataclass(frozen=True)
+class Adversarial:
+    """What `deepfool` found for each of B examples. Shapes [B] unless given.
+
+    adversarial: [B, *S], in x's dtype; x itself where nothing was found.
+    distance: ‖adversarial − x‖_p, an upper bound of the adversarial robustness ρ(x); +inf where nothing was found, and 0
+        where `labels` were given and the model errs already. float64 for float64 x, else float32.
+    success: bool, whether `adversarial` is classified differently from the reference class.
+    prediction: int64, the class of x; adversarial_class: int64, the class of `adversarial`.
+    steps: int64, how many linearisations were taken.
+    """
+
+    adversarial: Tensor
+    distance: Tensor
+    success: Tensor
+    prediction: Tensor
+    adversarial_class: Tensor
+    steps: Tensor
+
+
+def distances(a: Tensor, b: Tensor, norm: float) -> Tensor:
+    """‖a − b‖_p of every example: float64 [B] from [B, *S]."""
+    norms: Tensor = torch.linalg.vector_norm((a.double() - b.double()).flatten(1), norm, dim=1)
+    return norms
+
+
+def classes(model: Model, x: Tensor) -> Tensor:
+    """What the model predicts: int64 [B]."""
+    with torch.no_grad():
+        return call(model, x).argmax(1)
+
+
+def to_boundary(model: Model, x: Tensor, adversarial: Tensor, reference: Tensor) -> Tensor:
+    """The point of each segment from x to adversarial [B, *S] nearest to x, by bisection, that still errs.
+
+    It differs from `reference` [B], and a point of the segment short of it by 2⁻¹⁶ of the length does not. Where
+    `adversarial` does not err, it comes back as it is; where x errs, x comes back.
+    """
+    column = (-1, *(1,) * (x.dim() - 1))
+
+    def at(fraction: Tensor) -> Tensor:
+        return torch.lerp(x, adversarial, fraction.to(x.dtype).view(column))
+
+    low, high = (torch.full((len(x),), value, dtype=torch.float64, device=x.device) for value in (0.0, 1.0))
+    high = torch.where(classes(model, x) != reference, low, high)
+    for _ in range(HALVINGS):
+        middle = (low + high) / 2
+        errs = classes(model, at(middle)) != reference
+        low, high = torch.where(errs, low, middle), torch.where(errs, middle, high)
+    return at(high)
+
+
+def _step(length: Tensor, row: Tensor, norm: float) -> Tensor:
+    """The perturbation of p-norm `length` [b] that lowers ⟨row [b, D], ·⟩ the most."""
+    scaled = row / row.abs().amax(1, keepdim=True)  # no square overflows
+    direction = scaled.sign()
+    if norm == 2:
+        direction = scaled / torch.linalg.vector_norm(scaled, dim=1, keepdim=True)
+    elif norm == 1:
+        largest = scaled.abs().argmax(1, keepdim=True)
+        direction = torch.zeros_like(row).scatter_(1, largest, direction.gather(1, largest))
+    step: Tensor = -length.unsqueeze(1) * direction
+    return step
+
+
+def deepfool(
+    model: Model,
+    x: Tensor,
+    *,
+    labels: Tensor | None = None,
+    norm: float | str = 2,
+    method: str | Method = "candidates",
+    max_steps: int = 50,
+    overshoot: float = 0.02,
+    chunk_size: int | None = None,
+    backend: str = "auto",
+) -> Adversarial:
+    """Small adversarial perturbations of a batch: DeepFool, which takes the step of ρ̃ until the prediction changes.
+
+    At the current point z the logits are replaced by their linearisation, of which the nearest boundary is reached by a
+    perturbation of size ρ̃(z) = m_j* / ‖Δ_j*‖_q, for p = 2 along −Δ_j* (Moosavi-Dezfooli, Fawzi and Frossard, CVPR 2016,
+    arXiv 1511.04599); the first of these distances is ρ̃(x) itself. The sum of the steps is lengthened by `overshoot`, and
+    the segment from x to the result is bisected for the point nearest to x that still errs. The distance is an upper bound
+    of the adversarial robustness ρ(x), exact for linear and affine binary classifiers.
+
+    model: as in `analyze`: an `nn.Module` in evaluation mode, or any callable, from x [B, *S] to logits [B, n] or to one
+        score [B] or [B, 1].
+    x: [B, *S], of any floating dtype. Distances are in its units, and no box of allowed values is imposed.
+    labels: int64 [B], the true classes. Given, an example that the model gets wrong already comes back unperturbed, at
+        distance 0; by default the class to leave is the model's own prediction, as ρ and ρ̃ mean it.
+    norm: the p of the perturbation, 2 (default), 1, `math.inf` or "inf".
+    method: which classes a step considers: "candidates" / `fastsal.Candidates(k=10)` (default: the k highest logits
+        besides the predicted one, DeepFool's habit), "exact" (all) or "certified" (all, in fewer passes; norm 2 only).
+    max_steps: linearisations at most. Examples that are through stop costing anything.
+    overshoot: how much farther than the linearised boundary to go; it costs no distance, since the bisection takes it back.
+    chunk_size, backend: as in `analyze`.
+
+    Returns an `Adversarial`. An example without a way out (zero gradients, NaN, max_steps used up) has `success` False and
+    distance +inf. Deterministic; the result carries no gradients. Raises ValueError or TypeError as `analyze` does.
+
+    >>> import torch, fastsal
+    >>> linear = torch.nn.Linear(2, 1)
+    >>> _ = linear.weight.data.copy_(torch.tensor([[3.0, 4.0]])), linear.bias.data.fill_(5.0)
+    >>> found = fastsal.deepfool(linear, torch.tensor([[3.0, 4.0]]))  # ρ = |9 + 16 + 5| / 5
+    >>> round(found.distance.item(), 3), found.prediction.item(), found.adversarial_class.item(), found.steps.item()
+    (6.0, 1, 0, 1)
+    """
+    p = checks.norm(norm)
+    check_input(x)
+    check_evaluation_mode(model)
+    if not isinstance(max_steps, int) or max_steps < 1:
+        raise ValueError(f"max_steps: got {max_steps!r}, wants an integer >= 1")
+    if not overshoot >= 0:
+        raise ValueError(f"overshoot: got {overshoot!r}, wants a number >= 0")
+    if labels is not None and (labels.shape != x.shape[:1] or labels.is_floating_point()):
+        raise ValueError(f"labels: got {labels.dtype} of shape {tuple(labels.shape)}, wants integers [B] = [{len(x)}]")
+    with recording(model, x), torch.no_grad():
+        start = x.detach().clone()
+        prediction = classes(model, start) if len(x) else torch.zeros(0, dtype=torch.int64, device=x.device)
+        target = prediction if labels is None else labels.to(prediction)
+        found, total = start.clone(), torch.zeros_like(start, dtype=torch.float64)
+        steps = torch.zeros_like(prediction)
+        active = (prediction == target).nonzero().squeeze(1)
+        for _ in range(max_steps):
+            if not len(active):
+                break
+            geometry = analyze(
+                model,
+                found[active],
+                norm=p,
+                method=method,
+                chunk_size=chunk_size,
+                backend=backend,
+                keep_saliency=True,
+            )
+            steps[active] += 1
+            row = geometry.binarized_saliency
+            assert row is not None
+            length = geometry.linearized_robustness.double()
+            # On the boundary itself the step is empty: go one rounding error of x farther, to the other side of it.
+            tiny = torch.finfo(x.dtype).eps * distances(found[active], torch.zeros_like(found[active]), p)
+            going = length.isfinite() & (row.flatten(1) != 0).any(1) & row.flatten(1).isfinite().all(1)
+            active, row, length = active[going], row[going].double(), torch.maximum(length, tiny)[going]
+            total[active] += _step(length, row.flatten(1), p).view_as(row)
+            found[active] = (start[active].double() + (1 + overshoot) * total[active]).to(x.dtype)
+            if len(active):
+                active = active[classes(model, found[active]) == target[active]]
+        if len(x):
+            success = (classes(model, found) != target) & found.flatten(1).isfinite().all(1)
+            found = torch.where(success.view(-1, *(1,) * (x.dim() - 1)), found, start)
+            found = to_boundary(model, start, found, target)
+            reached = classes(model, found)
+        else:
+            success, reached = prediction.bool(), prediction
+        distance = torch.where(success, distances(found, start, p), math.inf).to(checks.output_dtype(x.dtype))
+    return Adversarial(found, distance, success, prediction, reached, steps)

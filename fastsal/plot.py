@@ -1,0 +1,241 @@
+"""Plots of `Geometry` results: any quantity against another, homogeneity, saliency maps. Needs matplotlib, on first use only.
+
+Every function draws on the axes it is given, or on new ones, and returns them. Colours can be told apart by colour-blind
+readers. Results come one at a time, or as a mapping from a name (which the legend shows) to each.
+"""
+
+import importlib
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+from torch import Tensor
+
+from fastsal.geometry import Geometry
+
+Results = Geometry | Mapping[str, Geometry]
+Values = np.ndarray[Any, np.dtype[np.float64]]
+Quantity = (
+    str | Any
+)  # the name of a scalar of Geometry, or the values themselves, as the results come: one [B], or a mapping
+
+# Okabe and Ito's palette, black first.
+COLORS = ("#000000", "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00")
+MARKERS = ("o", "s", "^", "D", "v", "P", "X")
+LABELS = {
+    "linearized_robustness": "linearised robustness ρ̃ (units of x)",
+    "alignment": "alignment α (units of x)",
+    "binarized_alignment": "binarised alignment α† (units of x)",
+    "bound": "bound of ρ̃ (units of x)",
+    "homogeneity": "homogeneity |⟨x,g⟩| / (|⟨x,g⟩| + |β|)",
+    "binarized_homogeneity": "homogeneity |⟨x,g†⟩| / (|⟨x,g†⟩| + |β†|)",
+    "direction_gap": "distance of the saliency directions",
+    "offset": "offset β (logit)",
+    "binarized_offset": "offset β† (logit)",
+    "binarized_logit": "binarised logit Ψ† (logit)",
+}
+LENGTHS = {"linearized_robustness", "alignment", "binarized_alignment", "bound"}  # in units of x: comparable
+
+
+def _array(value: Any) -> Values:
+    tensor = value.detach().cpu().double().numpy() if isinstance(value, Tensor) else value
+    array: Values = np.asarray(tensor, dtype=np.float64)
+    return array
+
+
+def _values(results: Results, quantity: Quantity) -> dict[str, Values]:
+    """The quantity of every result, by the result's name."""
+    named = {"": results} if isinstance(results, Geometry) else dict(results)
+    if isinstance(quantity, str):
+        if quantity not in LABELS:
+            raise ValueError(f"quantity: got {quantity!r}, wants the values themselves or one of {list(LABELS)}")
+        values = {name: _array(getattr(result, quantity)) for name, result in named.items()}
+    elif isinstance(results, Geometry):
+        values = {"": _array(quantity)}
+    else:
+        values = {name: _array(quantity[name]) for name in named}
+    for name, result in named.items():
+        if values[name].shape != tuple(result.prediction.shape):
+            raise ValueError(
+                f"quantity: got shape {values[name].shape}{f' for {name!r}' if name else ''}, wants [B] with B = "
+                f"{len(result.prediction)}, one value an example"
+            )
+    return values
+
+
+def _pyplot() -> Any:
+    try:
+        return importlib.import_module("matplotlib.pyplot")
+    except ImportError as error:
+        raise ImportError(f"{error}; fastsal.plot needs matplotlib: pip install 'fastsal[demo]'") from error
+
+
+def _axes(ax: Any) -> Any:
+    return _pyplot().subplots(layout="constrained")[1] if ax is None else ax
+
+
+def _name_axes(ax: Any, x: Quantity, y: Quantity) -> None:
+    if isinstance(x, str):
+        ax.set_xlabel(LABELS[x])
+    if isinstance(y, str):
+        ax.set_ylabel(LABELS[y])
+
+
+def scatter(
+    results: Results,
+    x: Quantity = "linearized_robustness",
+    y: Quantity = "alignment",
+    *,
+    diagonal: bool | None = None,
+    colors: Any = COLORS,
+    ax: Any = None,
+) -> Any:
+    """A point for every example: one quantity against another, on logarithmic axes where every value is positive.
+
+    results: a `Geometry`, or a mapping from names to several.
+    x, y: names of scalars of `Geometry`, or values of your own, such as the distances that `fastsal.deepfool` found: [B] for
+        one result, a mapping from the same names for several.
+    diagonal: draw where both are equal; by default where both are lengths in units of x.
+    colors: one for each result, repeated; by default a palette for colour-blind readers.
+
+    >>> import matplotlib; matplotlib.use("Agg")
+    >>> import torch, fastsal
+    >>> _ = torch.manual_seed(0)
+    >>> model, images = torch.nn.Linear(6, 3), torch.randn(50, 6)
+    >>> result = fastsal.analyze(model, images)
+    >>> ax = fastsal.plot.scatter(result, x=fastsal.deepfool(model, images).distance, y="linearized_robustness")
+    >>> ax.get_ylabel()
+    'linearised robustness ρ̃ (units of x)'
+    """
+    ax = _axes(ax)
+    xs, ys = _values(results, x), _values(results, y)
+    positive = all(bool((values[np.isfinite(values)] > 0).all()) for side in (xs, ys) for values in side.values())
+    if positive:
+        ax.set(xscale="log", yscale="log")
+    for slot, name in enumerate(xs):
+        ax.plot(
+            xs[name],
+            ys[name],
+            linestyle="none",
+            marker=MARKERS[slot % len(MARKERS)],
+            markersize=3,
+            markeredgewidth=0,
+            alpha=0.5,
+            color=colors[slot % len(colors)],
+            label=name,
+            rasterized=sum(map(len, xs.values())) > 2000,
+        )
+    if diagonal if diagonal is not None else {x, y} <= LENGTHS if isinstance(x, str) and isinstance(y, str) else False:
+        ax.axline((1, 1), (2, 2), color="0.4", linewidth=1, zorder=0)
+    _name_axes(ax, x, y)
+    if len(xs) > 1:
+        ax.legend(markerscale=2)
+    return ax
+
+
+def medians(
+    results: Results,
+    x: Quantity,
+    y: Quantity,
+    *,
+    label: str = "",
+    color: str = COLORS[1],
+    marker: str = "o",
+    ax: Any = None,
+) -> Any:
+    """Medians of one quantity against medians of another, a point a result joined in their order, with interquartile bars.
+
+    results, x, y: as in `scatter`. label, color, marker: of the line. NaN is left out.
+
+    >>> import matplotlib; matplotlib.use("Agg")
+    >>> import torch, fastsal
+    >>> _ = torch.manual_seed(0)
+    >>> results = {name: fastsal.analyze(torch.nn.Linear(6, 3), torch.randn(50, 6)) for name in ("a", "b")}
+    >>> ax = fastsal.plot.medians(results, "linearized_robustness", "alignment", label="two linear models")
+    """
+    ax = _axes(ax)
+    quartiles = []
+    for values in (_values(results, x), _values(results, y)):
+        quartiles.append(np.array([np.nanquantile(one, [0.25, 0.5, 0.75]) for one in values.values()]).T)
+    (x_low, x_middle, x_high), (y_low, y_middle, y_high) = quartiles
+    ax.errorbar(
+        x_middle,
+        y_middle,
+        xerr=(x_middle - x_low, x_high - x_middle),
+        yerr=(y_middle - y_low, y_high - y_middle),
+        color=color,
+        marker=marker,
+        markersize=5,
+        linewidth=1.2,
+        elinewidth=0.6,
+        label=label or None,
+    )
+    _name_axes(ax, x, y)
+    return ax
+
+
+def homogeneity(results: Results, x: Quantity = "linearized_robustness", *, ax: Any = None) -> Any:
+    """Median homogeneity of the predicted and of the binarised logit of every result against a quantity: bars are quartiles.
+
+    1 means homogeneous: Ψ = ⟨x, ∇Ψ⟩, where alignment and robustness coincide for the binarised logit.
+    results, x: as in `scatter`.
+
+    >>> import matplotlib; matplotlib.use("Agg")
+    >>> import torch, fastsal
+    >>> _ = torch.manual_seed(0)
+    >>> ax = fastsal.plot.homogeneity(fastsal.analyze(torch.nn.Linear(6, 3), torch.randn(50, 6)))
+    """
+    ax = _axes(ax)
+    medians(results, x, "homogeneity", label="predicted logit", color=COLORS[1], ax=ax)
+    medians(results, x, "binarized_homogeneity", label="binarised logit", color=COLORS[2], marker="s", ax=ax)
+    ax.set(ylim=(0, 1.05), ylabel="homogeneity (1: homogeneous)")
+    ax.legend()
+    return ax
+
+
+def saliency_grid(x: Tensor, results: Results, *, columns: int = 8, figure: Any = None) -> Any:
+    """Images above their saliency maps: a row for every result, in one signed colour scale for all.
+
+    Each map is g/‖g‖₂, since a map's direction is what alignment sees: red raises the predicted logit, blue lowers it.
+
+    x: [B, C, H, W] or [B, H, W], in [0, 1]; C = 1 or 3, and the channels of a map are summed.
+    results: from `analyze(model, x, keep_saliency=True)`, or a mapping from names to several.
+    columns: how many examples, from the first on.
+    figure: the matplotlib figure to draw on. Returns the array of its axes.
+
+    >>> import matplotlib; matplotlib.use("Agg")
+    >>> import torch, fastsal
+    >>> _ = torch.manual_seed(0)
+    >>> model, images = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(36, 3)), torch.rand(4, 1, 6, 6)
+    >>> fastsal.plot.saliency_grid(images, fastsal.analyze(model, images, keep_saliency=True)).shape
+    (2, 4)
+    """
+    named = {"saliency g": results} if isinstance(results, Geometry) else dict(results)
+    columns = min(columns, len(x))
+    maps = {}
+    for name, result in named.items():
+        if result.saliency is None:
+            raise ValueError(f"results: {name!r} holds no saliency, wants analyze(..., keep_saliency=True)")
+        map_ = _array(result.saliency[:columns])
+        map_ = map_ / np.sqrt(np.square(map_).sum(axis=tuple(range(1, map_.ndim)), keepdims=True))
+        maps[name] = map_.sum(1) if map_.ndim == 4 else map_
+    limit = np.nanquantile(np.abs(np.stack(list(maps.values()))), 0.995)
+    if figure is None:
+        figure = _pyplot().figure(figsize=(1 + 0.7 * columns, 0.75 * (1 + len(maps))), layout="constrained")
+    axes = figure.subplots(1 + len(maps), columns, squeeze=False)
+    images = _array(x[:columns])
+    for column in range(columns):
+        image = images[column]
+        if image.ndim == 3:
+            image = image[0] if len(image) == 1 else image.transpose(1, 2, 0)
+        axes[0, column].imshow(image, cmap="gray", vmin=0, vmax=1)
+        for row, map_ in enumerate(maps.values(), 1):
+            drawn = axes[row, column].imshow(map_[column], cmap="RdBu_r", vmin=-limit, vmax=limit)
+    for row, name in enumerate(("image", *maps)):
+        axes[row, 0].set_ylabel(name, rotation=0, horizontalalignment="right", verticalalignment="center")
+    for ax in axes.flat:
+        ax.set(xticks=[], yticks=[])
+    figure.colorbar(
+        drawn, ax=list(axes[1:].flat), location="bottom", shrink=0.6, aspect=40, label="saliency g / ‖g‖₂ (signed)"
+    )
+    return axes

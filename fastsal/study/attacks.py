@@ -1,0 +1,76 @@
+"""ρ from above: the smallest Euclidean perturbation that any of several attacks finds, and which attack that was."""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fastsal.commands import extra
+from fastsal.deepfool import deepfool, distances, to_boundary
+
+ATTACKS = ("DeepFool", "gradient line search", "PGD", "DDN", "FMN", "Carlini-Wagner")
+BOX = 8.0  # far outside of [0, 1]: foolbox wants bounds, ρ has none
+
+
+@dataclass(frozen=True)
+class Robustness:
+    """rho [B], the smallest of `each` [B, attacks] (+inf where an attack failed); attack [B] says which of `ATTACKS`."""
+
+    rho: Tensor
+    attack: Tensor
+    each: Tensor
+
+
+def _foolbox_attacks() -> dict[str, tuple[Any, bool]]:
+    """foolbox's attack for every name but DeepFool, and whether it needs to be told how far to go."""
+    attacks = extra("foolbox.attacks")
+    return {
+        "gradient line search": (attacks.L2FastGradientAttack(random_start=False), True),
+        "PGD": (attacks.L2PGD(steps=25, rel_stepsize=0.1), True),
+        "DDN": (attacks.DDNAttack(steps=100), False),
+        "FMN": (attacks.L2FMNAttack(steps=100), False),
+        # In the coordinates where the box is the whole space a step is as many times larger as the box is.
+        "Carlini-Wagner": (attacks.L2CarliniWagnerAttack(binary_search_steps=5, steps=120, stepsize=0.05 / BOX), False),
+    }
+
+
+def robustness(
+    model: nn.Module, x: Tensor, *, seed: int = 0, after_attack: Callable[[], None] = lambda: None
+) -> Robustness:
+    """An upper bound of ρ(x) = inf {‖e‖₂ : the prediction at x + e is another}, for every image of x [B, *S].
+
+    Every attack starts from the model's own prediction, right or wrong, and may leave [0, 1]: ρ knows neither the true
+    class nor a box. What it finds is moved along the segment to x as near to x as still errs. Deterministic for a seed.
+    """
+    prediction = model(x).argmax(1).detach()
+    scale = distances(x, torch.zeros_like(x), 2).median().item()
+    found = {}
+    cuda = [x.device] if x.is_cuda else []
+    with torch.random.fork_rng(devices=cuda):
+        torch.manual_seed(seed)
+        found["DeepFool"] = [deepfool(model, x).adversarial]
+        after_attack()
+        foolbox_model = extra("foolbox").PyTorchModel(model, bounds=(-BOX, 1 + BOX), device=x.device)
+        for name, (attack, needs_sizes) in _foolbox_attacks().items():
+            sizes: list[float | None] = [None]
+            if needs_sizes:
+                sizes = [scale * 2.0**-halvings for halvings in range(7)]
+            found[name] = attack(foolbox_model, x, prediction, epsilons=sizes)[0]
+            after_attack()
+    each = torch.stack([_smallest(model, x, prediction, found[name]) for name in ATTACKS], 1)
+    rho, attack = each.min(1)
+    return Robustness(rho, attack, each)
+
+
+def _smallest(model: nn.Module, x: Tensor, prediction: Tensor, candidates: list[Tensor]) -> Tensor:
+    """The smallest distance from x to a point that errs, on the segments to the candidates: float64 [B]."""
+    best = torch.full((len(x),), math.inf, dtype=torch.float64, device=x.device)
+    for candidate in candidates:
+        nearest = to_boundary(model, x, candidate.to(x.dtype), prediction)
+        with torch.no_grad():
+            errs = model(nearest).argmax(1) != prediction
+        best = torch.where(errs, torch.minimum(best, distances(nearest, x, 2)), best)
+    return best

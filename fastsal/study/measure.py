@@ -1,0 +1,122 @@
+"""Everything that the study knows about one trained network: a column of numbers for each quantity, a row an image."""
+
+import copy
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from fastsal.analyze import analyze
+from fastsal.deepfool import distances
+from fastsal.jacobian import call
+from fastsal.study.attacks import ATTACKS, robustness
+from fastsal.study.data import Split
+
+HOMOGENEOUS = (
+    nn.Conv2d,
+    nn.Linear,
+    nn.ReLU,
+    nn.LeakyReLU,
+    nn.MaxPool2d,
+    nn.AvgPool2d,
+    nn.Flatten,
+    nn.Dropout,
+    nn.Identity,
+)
+BATCH = 64
+
+
+def bias_sums(model: nn.Module, x: Tensor) -> Tensor | None:
+    """Σ ⟨b, ∂_b Ψʲ⟩ over all biases b, for every image and logit: float64 [B, n]; None where Euler's theorem says nothing.
+
+    For piecewise linear layers it equals Ψʲ − ⟨x, ∇Ψʲ⟩, here by another road: the derivative of the logits as all biases
+    grow in proportion.
+    """
+    if not all(isinstance(module, HOMOGENEOUS) for module in model.modules() if not list(module.children())):
+        return None
+    model = copy.deepcopy(model).double()
+    biases = {name: value for name, value in model.named_parameters() if name.endswith("bias")}
+    weights = {name: value for name, value in model.named_parameters() if name not in biases}
+
+    def logits(changed: dict[str, Tensor]) -> Tensor:
+        result: Tensor = torch.func.functional_call(model, {**weights, **changed}, (x.double(),))
+        return result
+
+    with torch.no_grad():
+        sums: Tensor = torch.func.jvp(logits, (biases,), (biases,))[1]
+    return sums
+
+
+def accuracy(model: nn.Module, split: Split, device: str) -> float:
+    """The share of a split that is classified correctly."""
+    correct = 0
+    with torch.no_grad():
+        for indices in torch.arange(len(split)).split(256):
+            x, y = split.batch(indices)
+            correct += int((model(x.to(device)).argmax(1).cpu() == y).sum())
+    return correct / len(split)
+
+
+def measure(
+    model: nn.Module,
+    x: Tensor,
+    y: Tensor,
+    shown: Tensor,
+    *,
+    seed: int,
+    after_attack: Callable[[], None] = lambda: None,
+) -> tuple[dict[str, np.ndarray[Any, Any]], np.ndarray[Any, Any]]:
+    """Geometry, degrees of homogeneity, terms of the bound, ρ and the deviation from the bias sums, of every image.
+
+    And the saliency maps of the images at `shown`.
+    """
+    parts = [_geometry(model, part) for part in x.split(BATCH)]
+    maps = analyze(model, x[shown], keep_saliency=True).saliency
+    assert maps is not None
+    columns = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
+    found = robustness(model, x, seed=seed, after_attack=after_attack)
+    columns["rho"] = found.rho
+    columns |= {f"rho {name}": found.each[:, slot] for slot, name in enumerate(ATTACKS)}
+    arrays = {"image": np.arange(len(x)), "class": y.numpy()}
+    arrays |= {name: column.detach().cpu().numpy() for name, column in columns.items()}
+    arrays["attack"] = np.array(ATTACKS)[found.attack.cpu().numpy()]
+    return arrays, maps.cpu().numpy()
+
+
+def _geometry(model: nn.Module, x: Tensor) -> dict[str, Tensor]:
+    geometry = analyze(model, x, keep_saliency=True)
+    columns = {}
+    for field in dataclasses.fields(geometry):
+        value = getattr(geometry, field.name)
+        if (
+            isinstance(value, Tensor)
+            and value.dim() == 1
+            and field.name not in ("certified", "lower_bound", "vjps", "jvps")
+        ):
+            columns[field.name] = value
+    with torch.no_grad():
+        logits = call(model, x).double()
+    score = logits.gather(1, geometry.prediction.unsqueeze(1)).squeeze(1)
+    binarized = geometry.binarized_logit.double()
+    offset, binarized_offset = geometry.offset.double(), geometry.binarized_offset.double()
+    # ⟨x, g⟩ = Ψ − β, so that the degree of homogeneity ⟨x, g⟩ / Ψ is 1 without an offset.
+    columns["degree"] = (score - offset) / score
+    columns["binarized_degree"] = (binarized - binarized_offset) / binarized
+    assert geometry.saliency is not None
+    assert geometry.binarized_saliency is not None
+    zero = torch.zeros_like(x)
+    columns["gap_term"] = distances(x, zero, 2) * geometry.direction_gap.double()
+    columns["offset_term"] = binarized_offset.abs() / distances(geometry.binarized_saliency, zero, 2)
+    sums = bias_sums(model, x)
+    if sums is not None:
+        rows = [geometry.prediction.unsqueeze(1), geometry.runner_up.unsqueeze(1)]
+        own, other = (sums.gather(1, row).squeeze(1) for row in rows)
+        g, g_dagger = geometry.saliency.double(), geometry.binarized_saliency.double()
+        scale = score.abs() + (x.double() * g).abs().flatten(1).sum(1)
+        binarized_scale = binarized.abs() + (x.double() * g_dagger).abs().flatten(1).sum(1)
+        columns["bias_sum_error"] = (offset - own).abs() / scale
+        columns["binarized_bias_sum_error"] = (binarized_offset - (own - other)).abs() / binarized_scale
+    return columns
