@@ -162,8 +162,9 @@ def deepfool(
                 active = active[classes(model, found[active]) == target[active]]
         if len(x):
             success = (classes(model, found) != target) & found.flatten(1).isfinite().all(1)
-            found = torch.where(success.view(-1, *(1,) * (x.dim() - 1)), found, start)
-            found = to_boundary(model, start, found, target)
+            found = torch.where(
+                success.view(-1, *(1,) * (x.dim() - 1)), to_boundary(model, start, found, target), start
+            )
             reached = classes(model, found)
         else:
             success, reached = prediction.bool(), prediction

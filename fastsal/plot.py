@@ -158,7 +158,7 @@ def medians(
     for values in (_values(results, x), _values(results, y)):
         quartiles.append(np.array([np.nanquantile(one, [0.25, 0.5, 0.75]) for one in values.values()]).T)
     (x_low, x_middle, x_high), (y_low, y_middle, y_high) = quartiles
-    ax.errorbar(
+    drawn = ax.errorbar(
         x_middle,
         y_middle,
         xerr=(x_middle - x_low, x_high - x_middle),
@@ -170,6 +170,8 @@ def medians(
         elinewidth=0.6,
         label=label or None,
     )
+    for bars in drawn.lines[2]:
+        bars.set_alpha(0.4)  # behind the medians, not over them
     _name_axes(ax, x, y)
     return ax
 

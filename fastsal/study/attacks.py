@@ -30,10 +30,10 @@ def _foolbox_attacks() -> dict[str, tuple[Any, bool]]:
     return {
         "gradient line search": (attacks.L2FastGradientAttack(random_start=False), True),
         "PGD": (attacks.L2PGD(steps=25, rel_stepsize=0.1), True),
-        "DDN": (attacks.DDNAttack(steps=100), False),
+        "DDN": (attacks.DDNAttack(steps=200), False),
         "FMN": (attacks.L2FMNAttack(steps=100), False),
         # In the coordinates where the box is the whole space a step is as many times larger as the box is.
-        "Carlini-Wagner": (attacks.L2CarliniWagnerAttack(binary_search_steps=5, steps=120, stepsize=0.05 / BOX), False),
+        "Carlini-Wagner": (attacks.L2CarliniWagnerAttack(binary_search_steps=6, steps=150, stepsize=0.05 / BOX), False),
     }
 
 

@@ -158,6 +158,11 @@ def _median_lines(study: Study, ax: Any, quantity: str) -> None:
     ax.set_xlabel("median robustness ρ (units of x)")
 
 
+def _legend(figure: Any, ax: Any, columns: int) -> None:
+    """Above the figure, where it covers nothing."""
+    figure.legend(*ax.get_legend_handles_labels(), loc="outside upper center", ncols=columns, fontsize=8)
+
+
 def saliency_maps(study: Study) -> tuple[Any, str]:
     figure, _ = _figure(1.1 + 0.47 * (1 + len(study.results)), 0)
     results = {result.recipe.label: result.geometry() for result in study.results}
@@ -171,11 +176,11 @@ def saliency_maps(study: Study) -> tuple[Any, str]:
 
 def linearised_robustness(study: Study) -> tuple[Any, str]:
     families = study.families()
-    figure, axes = _figure(4 + 4.6 * len(families), 1 + len(families))
+    figure, axes = _figure(4.4 + 4.6 * len(families), 1 + len(families))
     _median_lines(study, axes[0], "linearized_robustness")
     axes[0].set_ylabel("median ρ̃ (units of x)")
     axes[0].axline((0, 0), slope=1, color="0.4", linewidth=1, zorder=0)
-    axes[0].legend()
+    _legend(figure, axes[0], 3)
     colormap = extra("matplotlib").colormaps["viridis"]
     for ax, (training, results) in zip(axes[1:], families.items(), strict=True):
         colors = [colormap(slot) for slot in np.linspace(0, 0.92, len(results))]
@@ -188,7 +193,7 @@ def linearised_robustness(study: Study) -> tuple[Any, str]:
             ax=ax,
         )
         ax.set(xlabel="robustness ρ (units of x)", title=training)
-        ax.legend(fontsize=8, markerscale=2, ncols=2)
+        ax.legend(fontsize=8, markerscale=2, ncols=2, loc="lower right")
     return figure, (
         f"Linearised robustness ρ̃ against robustness ρ, the smallest perturbation that any attack found, of {study.images} "
         f"test images and {len(study.results)} models. Top: medians over the images, a point a model, joined in order of "
@@ -200,7 +205,7 @@ def alignment(study: Study) -> tuple[Any, str]:
     figure, axes = _figure(4)
     _median_lines(study, axes[0], "alignment")
     axes[0].set_ylabel("median alignment α (units of x)")
-    axes[0].legend()
+    _legend(figure, axes[0], 3)
     return figure, (
         f"Alignment α of image and saliency map against robustness ρ: medians over {study.images} test images, a point a "
         "model, joined in order of strength, with bars from quartile to quartile."
@@ -209,7 +214,7 @@ def alignment(study: Study) -> tuple[Any, str]:
 
 def homogeneity(study: Study) -> tuple[Any, str]:
     families = study.families()
-    figure, axes = _figure(4.2 * len(families), len(families))
+    figure, axes = _figure(0.5 + 4.2 * len(families), len(families))
     for ax, (training, results) in zip(axes, families.items(), strict=True):
         rho, geometries = _quantity(results, "rho"), _geometries(results)
         plot.homogeneity(geometries, rho, ax=ax)
@@ -221,7 +226,8 @@ def homogeneity(study: Study) -> tuple[Any, str]:
         ax.autoscale(axis="y")
         ax.axhline(1, color="0.4", linewidth=1, zorder=0)
         ax.set(xlabel="median robustness ρ (units of x)", ylabel="degree of homogeneity", title=training)
-        ax.legend(fontsize=8)
+        ax.get_legend().remove()
+    _legend(figure, axes[0], 2)
     return figure, (
         "Degree of homogeneity against robustness ρ, for the predicted logit Ψ and the binarised logit Ψ†, in both "
         "definitions: |⟨x,g⟩| / (|⟨x,g⟩| + |β|), and signed, ⟨x,g⟩ / Ψ. 1 (grey line) is a homogeneous, linear-like logit. "
@@ -230,13 +236,13 @@ def homogeneity(study: Study) -> tuple[Any, str]:
 
 
 def bound(study: Study) -> tuple[Any, str]:
-    figure, axes = _figure(1.6 + 0.38 * len(study.results))
+    figure, axes = _figure(1.8 + 0.38 * len(study.results))
     ax, rows = axes[0], np.arange(len(study.results))
     left = np.zeros(len(rows))
     terms = (
-        ("alignment", "α", "#B3CDE3"),
-        ("gap_term", "‖x‖ · ‖ḡ†−ḡ‖", "#FDDBA3"),
-        ("offset_term", "|β†| / ‖g†‖", "#D9D9D9"),
+        ("alignment", "term α", "#B3CDE3"),
+        ("gap_term", "term ‖x‖ · ‖ḡ†−ḡ‖", "#FDDBA3"),
+        ("offset_term", "term |β†| / ‖g†‖", "#D9D9D9"),
     )
     for name, label, color in terms:
         widths = np.array([result.median(name) for result in study.results])
@@ -250,7 +256,7 @@ def bound(study: Study) -> tuple[Any, str]:
     ax.set_yticks(rows, [result.recipe.label for result in study.results])
     ax.invert_yaxis()
     ax.set_xlabel("median (units of x)")
-    figure.legend(loc="outside upper center", ncols=3, fontsize=8)
+    _legend(figure, ax, 3)
     return figure, (
         "The three terms that bound ρ̃, stacked, and beside them ρ̃, the alignment α and the binarised alignment α†: medians "
         f"over {study.images} test images, each quantity on its own."
