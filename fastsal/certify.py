@@ -184,7 +184,8 @@ class _Search:
         self.unit = torch.ones_like(self.margin[:, 0])
         self.basis = anchor.new_zeros(E, 0, passes.dimension, dtype=torch.float64)
         self.components = self.margin.new_zeros(E, 0, self.n)  # J times the basis
-        self.probed = self.margin.new_zeros(E, 0, self.n)  # J times the probes
+        self.probed = self.margin.new_zeros(E, 0, self.n)  # J times the probes, projected
+        self.shadow = self.margin.new_zeros(E, 0, 0)  # the probes' components in the basis
         self.counts = torch.zeros_like(self.prediction)  # probes drawn
         self.probes = self.basis.new_zeros(0, passes.dimension)
         self.generator = torch.Generator().manual_seed(method.seed)
@@ -258,7 +259,7 @@ class _Search:
         gap = inside.mT - self.components[e].gather(2, pick.expand(-1, r, -1))
         good = gap.square().sum(1).sqrt() <= self.eta * size
         if s:
-            along = rows @ self.probes[:s].T - inside @ (self.basis[e] @ self.probes[:s].T)
+            along = rows @ self.probes[:s].T - inside @ self.shadow[e].mT
             drawn = torch.arange(s, device=self.device) < self.counts[e].unsqueeze(1)
             gap = torch.where(drawn.unsqueeze(2), along.mT - self.probed[e].gather(2, pick.expand(-1, s, -1)), 0.0)
             good &= gap.square().sum(1).sqrt() <= self.eta * self.counts[e].unsqueeze(1).double().sqrt() * size
@@ -398,13 +399,14 @@ class _Search:
             size = max(1, self.passes.pairs // len(e))
             for part in torch.split(self.probes[done:count], size):
                 basis = self.basis[e]
-                directions = part - (part @ basis.mT) @ basis
+                shadow = part @ basis.mT
+                directions = part - shadow @ basis
                 pushed = self.passes.push(e, directions)
                 assert pushed is not None  # the basis has gone through
                 values = pushed.double() / self.unit[e].view(-1, 1, 1)
                 sums += self.differences(e, values).square().sum(1)
                 squares += values.square().sum(1)
-                self._record(e, done, values)
+                self._record(e, done, values, shadow)
                 done += len(part)
             self.jvps[e] += count - int(self.counts[e[0]])
             self.counts[e] = count
@@ -431,11 +433,15 @@ class _Search:
             go = (torch.stack(later, 1).amin(1) < now) & self.undecided(e).any(1)
             known, length, sums, squares, e = (v[go] for v in (known, length, sums, squares, e))
 
-    def _record(self, e: Tensor, start: int, values: Tensor) -> None:
-        missing = start + values.shape[1] - self.probed.shape[1]
-        if missing > 0:
-            self.probed = torch.cat((self.probed, self.probed.new_zeros(len(self.probed), missing, self.n)), 1)
-        self.probed[e, start : start + values.shape[1]] = values
+    def _record(self, e: Tensor, start: int, values: Tensor, shadow: Tensor) -> None:
+        stop = start + values.shape[1]
+        if stop > self.probed.shape[1]:
+            E, more = len(self.probed), stop - self.probed.shape[1]
+            self.probed = torch.cat((self.probed, self.probed.new_zeros(E, more, self.n)), 1)
+            held = self.shadow.new_zeros(E, stop, self.basis.shape[1])  # the basis is complete by now
+            held[:, : self.shadow.shape[1], : self.shadow.shape[2]] = self.shadow
+            self.shadow = held
+        self.probed[e, start:stop], self.shadow[e, start:stop] = values, shadow
 
     # Step 4: exact rows.
 
