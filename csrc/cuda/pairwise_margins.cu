@@ -201,13 +201,19 @@ __global__ void __launch_bounds__(kThreads, 1) finish_kernel(const __grid_consta
   const int64_t b = warp / n, i = warp % n;
   if (b >= p.shape.B) return;
   const double psi = p.logits_ptr[b * n + i];
+  int x_is_zero = -1;  // not known; looked up where a product is 0, so that a blank input need not be summed again
   Candidate best = {INFINITY, INFINITY, INT64_MAX};
   for (int64_t base = 0; base < n; base += kLanes) {
     const int64_t j = base + lane_id(), low = i < j ? i : j, high = i < j ? j : i;
     const bool is_pair = j < n && j != i;
     double norm = is_pair ? join_segments<q>(p, p.norm_ptr, b, low, high) : 0;
     double dot = is_pair && p.x_ptr ? join_segments<kDot>(p, p.dot_ptr, b, low, high) : 0;
-    const bool safe = pair_in_range<q, T>(norm) && (!p.x_ptr || pair_in_range<kDot, T>(dot));
+    if (x_is_zero < 0 && __ballot_sync(kAllLanes, is_pair && p.x_ptr && dot == 0) != 0) {
+      double size = 0;
+      for (int64_t k = lane_id(); k < p.shape.D; k += kLanes) size = fold<0>(size, p.x(b)(k));
+      x_is_zero = join_lanes<0>(size) == 0;
+    }
+    const bool safe = pair_in_range<q, T>(norm) && (!p.x_ptr || x_is_zero == 1 || pair_in_range<kDot, T>(dot));
     Scaled distance = root<q>(Scaled{norm, 0}), projection = {i < j ? dot : -dot, 0};
     unsigned unsafe = __ballot_sync(kAllLanes, is_pair && !safe);
     for (int lane = 0; unsafe != 0; ++lane, unsafe >>= 1) {
