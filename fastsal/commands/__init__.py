@@ -46,12 +46,12 @@ class Blame:
         raise CommandError(f"{self.what}: {text}{place}") from error
 
 
-def extra(name: str) -> ModuleType:
+def extra(name: str, install: str = "'fastsal[demo]'") -> ModuleType:
     """The module of this name, or one line on how to install it."""
     try:
         return importlib.import_module(name)
     except ImportError as error:
-        raise CommandError(f"{error}; pip install 'fastsal[demo]'") from error
+        raise CommandError(f"{error}; pip install {install}") from error
 
 
 def check_output(path: Path, endings: tuple[str, ...]) -> None:

@@ -10,6 +10,7 @@ with scikit-learn are the default and need no download; other data are read thro
 """
 
 import argparse
+import contextlib
 import json
 from pathlib import Path
 
@@ -25,8 +26,8 @@ from fastsal.study.models import factory
 from fastsal.study.train import PGD_STEPS, Recipe, single_thread, train
 
 STRENGTHS = (0.01, 0.03, 0.1, 0.3, 1.0, 3.0)
-RADII = (0.125, 0.25, 0.5, 0.75, 1.0)
-EPOCHS = {"digits": 45, "mnist": 10, "cifar10": 30, "folder": 30}
+RADII = (0.125, 0.25, 0.5, 0.75, 1.0, 1.25)
+EPOCHS = {"digits": 50, "mnist": 10, "cifar10": 30, "folder": 30}
 SHOWN = 8
 SEEDED = ("data", "model", "epochs", "batch_size", "images", "seed")  # what a folder's results depend on
 
@@ -75,7 +76,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--epochs", type=_positive, help="of training; default: by data")
     parser.add_argument("--batch-size", type=_positive, default=64, help="of training; default: %(default)s")
     parser.add_argument(
-        "--images", type=_positive, default=450, help="test images to analyse and attack; default: %(default)s"
+        "--images", type=_positive, default=300, help="test images to analyse and attack; default: %(default)s"
     )
     parser.add_argument("--seed", type=int, default=0, help="of the split, the networks and the attacks; default: 0")
     parser.add_argument("--device", default="cpu", help="cpu, or cuda; default: cpu")
@@ -84,7 +85,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def _recipes(arguments: argparse.Namespace) -> list[Recipe]:
     """Plain, then each way of training in order of strength."""
     penalties = [Recipe(penalty=value) for value in sorted(set(arguments.strengths)) if value]
-    return [Recipe(), *penalties, *(Recipe(radius=value) for value in sorted(set(arguments.radii)) if value)]
+    radii = [Recipe(radius=value) for value in sorted(set(arguments.radii)) if value]
+    if not penalties + radii:
+        raise CommandError("--strengths and --radii: nothing to compare the plain network with, wants a number above 0")
+    return [Recipe(), *penalties, *radii]
 
 
 def _check_folder(arguments: argparse.Namespace) -> None:
@@ -106,8 +110,8 @@ def _check_folder(arguments: argparse.Namespace) -> None:
 class _Progress:
     """A bar over the whole study, in units of the time that a plain epoch takes, with an estimate of what is left."""
 
-    def __init__(self, epochs: int) -> None:
-        self._epochs = epochs
+    def __init__(self, epochs: int, share: float) -> None:
+        self._epochs, self._share = epochs, share
         self.bar = extra("tqdm").tqdm(
             unit="epoch",
             disable=None,
@@ -119,8 +123,8 @@ class _Progress:
         return 1.3 if recipe.penalty else 0.5 * (PGD_STEPS + 1) if recipe.radius else 1.0
 
     def attack(self) -> float:
-        """Of one attack, on average."""
-        return 0.2 * self._epochs
+        """Of one attack, on average; `share` is how many images are attacked for one trained on."""
+        return 45 * self._share
 
     def all(self, recipe: Recipe) -> float:
         """Of everything about a model."""
@@ -175,19 +179,21 @@ def run(arguments: argparse.Namespace) -> int:
     """Trains, attacks, measures, writes."""
     for module in ("matplotlib.figure", "foolbox", "scipy.stats", "tqdm"):
         extra(module)
+    with Blame(f"--device {arguments.device}"):
+        torch.empty(0, device=arguments.device)
     data = load(arguments.data, arguments.seed)
     if arguments.epochs is None:
         arguments.epochs = EPOCHS[data.name]
     factory(arguments.model, data)
-    _check_folder(arguments)
     recipes = _recipes(arguments)
+    _check_folder(arguments)
     _, y = data.test.batch(torch.arange(min(arguments.images, len(data.test))))
     shown = torch.tensor([int((y == label).nonzero()[0]) for label in y.unique()[:SHOWN]])
-    progress = _Progress(arguments.epochs)
+    progress = _Progress(arguments.epochs, len(y) / len(data.train))
     todo = [recipe for recipe in recipes if not (arguments.out / "models" / f"{recipe.name}.npz").exists()]
     progress.bar.total = sum(progress.all(recipe) for recipe in todo)
     results = []
-    with single_thread(), progress.bar:
+    with single_thread() if data.name == "digits" else contextlib.nullcontext(), progress.bar:
         for recipe in recipes:
             results.append(_result(recipe, data, arguments, shown, progress))
             progress.bar.write(

@@ -1,5 +1,6 @@
 """ρ from above: the smallest Euclidean perturbation that any of several attacks finds, and which attack that was."""
 
+import copy
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -9,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from fastsal.commands import extra
-from fastsal.deepfool import deepfool, distances, to_boundary
+from fastsal.deepfool import classes, deepfool, distances, to_boundary
 
 ATTACKS = ("DeepFool", "gradient line search", "PGD", "DDN", "FMN", "Carlini-Wagner")
 BOX = 8.0  # far outside of [0, 1]: foolbox wants bounds, ρ has none
@@ -45,7 +46,8 @@ def robustness(
     Every attack starts from the model's own prediction, right or wrong, and may leave [0, 1]: ρ knows neither the true
     class nor a box. What it finds is moved along the segment to x as near to x as still errs. Deterministic for a seed.
     """
-    prediction = model(x).argmax(1).detach()
+    model = copy.deepcopy(model).requires_grad_(False)  # foolbox's backward passes would fill the parameters' gradients
+    prediction = classes(model, x)
     scale = distances(x, torch.zeros_like(x), 2).median().item()
     found = {}
     cuda = [x.device] if x.is_cuda else []
@@ -66,11 +68,12 @@ def robustness(
 
 
 def _smallest(model: nn.Module, x: Tensor, prediction: Tensor, candidates: list[Tensor]) -> Tensor:
-    """The smallest distance from x to a point that errs, on the segments to the candidates: float64 [B]."""
-    best = torch.full((len(x),), math.inf, dtype=torch.float64, device=x.device)
-    for candidate in candidates:
-        nearest = to_boundary(model, x, candidate.to(x.dtype), prediction)
-        with torch.no_grad():
-            errs = model(nearest).argmax(1) != prediction
-        best = torch.where(errs, torch.minimum(best, distances(nearest, x, 2)), best)
-    return best
+    """Of the candidates that err the nearest to x, and how near it can be moved: float64 [B], +inf without one."""
+    best, size = x, torch.full((len(x),), math.inf, dtype=torch.float64, device=x.device)
+    for candidate in (one.to(x.dtype) for one in candidates):
+        errs = classes(model, candidate) != prediction
+        distance = torch.where(errs, distances(candidate, x, 2), math.inf)
+        best = torch.where((distance < size).view(-1, *(1,) * (x.dim() - 1)), candidate, best)
+        size = torch.minimum(size, distance)
+    moved = distances(to_boundary(model, x, best, prediction), x, 2)
+    return torch.where(size < math.inf, moved, size)

@@ -79,7 +79,7 @@ def load_digits(seed: int) -> Data[Held]:
 def _torchvision(name: str) -> Any:
     # A torchvision built for another torch fails on import with RuntimeError.
     with Blame(f"--data {name}: torchvision does not load beside torch {torch.__version__}"):
-        return extra("torchvision.datasets")
+        return extra("torchvision.datasets", "torchvision")
 
 
 def _load_mnist(path: Path) -> Data[Split]:
@@ -101,7 +101,7 @@ def _load_cifar10(path: Path) -> Data[Split]:
 
 def _load_folder(path: Path) -> Data[Split]:
     folder = _torchvision("folder").ImageFolder
-    transforms = extra("torchvision.transforms")
+    transforms = extra("torchvision.transforms", "torchvision")
     square = transforms.Compose([transforms.Resize(SIDE), transforms.CenterCrop(SIDE), transforms.ToTensor()])
     train, test = (folder(path / name, square) for name in ("train", "val"))
     if train.classes != test.classes:

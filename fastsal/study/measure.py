@@ -39,6 +39,8 @@ def bias_sums(model: nn.Module, x: Tensor) -> Tensor | None:
         return None
     model = copy.deepcopy(model).double()
     biases = {name: value for name, value in model.named_parameters() if name.endswith("bias")}
+    if not biases:
+        return torch.zeros_like(call(model, x.double()))
     weights = {name: value for name, value in model.named_parameters() if name not in biases}
 
     def logits(changed: dict[str, Tensor]) -> Tensor:

@@ -29,12 +29,12 @@ def factory(name: str, data: Data[Split]) -> Callable[[], nn.Module]:
     """What builds an untrained network: `cnn`, `torchvision:NAME` or `timm:NAME`."""
     library, _, model = name.partition(":")
     if name == "cnn":
-        small = {"widths": (32, 64), "dense": 64} if max(data.shape[1:]) < 16 else {}
-        return lambda: cnn(data.shape, data.classes, **small)  # type: ignore[arg-type]
+        widths = (32, 64) if max(data.shape[1:]) < 16 else (32, 64, 128)
+        return lambda: cnn(data.shape, data.classes, widths)
     if library not in ("torchvision", "timm") or not model:
         raise CommandError(f"--model {name}: wants cnn, torchvision:NAME or timm:NAME")
     with Blame(f"--model {name}"):
-        module = extra("torchvision.models" if library == "torchvision" else "timm")
+        module = extra("torchvision.models" if library == "torchvision" else "timm", library)
 
     def build() -> nn.Module:
         with Blame(f"--model {name}"):
