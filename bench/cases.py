@@ -2,11 +2,11 @@
 
 from collections.abc import Iterator
 
-from bench import tensor
+from bench import model, pairs, tensor
 from bench.core import Case
 
 
 def every(quick: bool = False) -> Iterator[Case]:
     """The cases of a full run, or those of a quick one."""
-    for level in (tensor,):
+    for level in (tensor, pairs, model):
         yield from (case for case in level.cases() if case.quick == quick)

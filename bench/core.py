@@ -16,10 +16,21 @@ from typing import Any
 
 import torch
 
+from bench import memory
+
 # What foreign code raises where it cannot do a piece of work: reported in the table, not fatal to the run.
-FOREIGN_ERRORS = (RuntimeError, ValueError, TypeError, NotImplementedError, AttributeError, IndexError, KeyError)
+FOREIGN_ERRORS = (
+    RuntimeError,
+    ValueError,
+    TypeError,
+    AssertionError,
+    AttributeError,
+    IndexError,
+    KeyError,
+    ImportError,
+)
 SHORTEST = 5e-3  # seconds: what is faster is repeated within one timing
-SLOW = 5.0  # seconds: what takes longer runs once
+SLOW = 5.0  # seconds: what takes longer runs once, and that run is the one whose answer is checked
 
 
 @dataclass(frozen=True)
@@ -36,6 +47,7 @@ class Contestant:
     limit: float
     what: str = ""
     facts: Callable[[Any], dict[str, float]] | None = None  # figures beside the time, from the checked result
+    compiles: bool = False  # in its first run, which says nothing about its speed then
 
 
 @dataclass
@@ -57,6 +69,12 @@ class Case:
     make: Callable[[], Work]
     quick: bool = False  # belongs to --quick, which runs nothing else
     every_thread_count: bool = True  # 1 thread and all; else all only
+    memory: bool = False  # also the peak memory of every contestant, in a fresh process
+
+    @property
+    def title(self) -> str:
+        """What `--only` looks into."""
+        return f"{self.level}: {self.name}"
 
 
 def thread_counts(case: Case) -> Iterable[int]:
@@ -107,14 +125,13 @@ def take_turns(
 ) -> dict[str, list[float]]:
     """Seconds of every run, warm already, round by round.
 
-    Each has up to `rounds` rounds and an equal share of `budget` seconds; whoever needs more than its share has three rounds,
-    or one, where a run takes longer than `SLOW`.
+    Each has up to `rounds` rounds and an equal share of `budget` seconds, but three rounds at least.
     """
     repeats, wanted, share = {}, {}, budget / max(1, len(runs))
     for name, run in runs.items():
         first = _once(run, inputs, 1)
         repeats[name] = max(1, math.ceil(SHORTEST / first))
-        wanted[name] = 1 if first > SLOW else min(rounds, max(3, int(share / (first * repeats[name]))))
+        wanted[name] = min(rounds, max(3, int(share / (first * repeats[name]))))
     times: dict[str, list[float]] = {name: [] for name in runs}
     for turn in range(max(wanted.values(), default=0)):
         gc.collect()
@@ -130,12 +147,16 @@ def measure(case: Case, work: Work, threads: int, budget: float) -> dict[str, An
     torch.set_num_threads(threads)
     try:
         rows: dict[str, dict[str, Any]] = {}
+        first: dict[str, float] = {}
+        load = OtherLoad()
         for contestant in work.contestants:
             row = rows[contestant.name] = {"contestant": contestant.name}
             if contestant.what:
                 row["what"] = contestant.what
+            start = time.perf_counter()
             try:
                 result = contestant.run(work.inputs[0])
+                first[contestant.name] = 0.0 if contestant.compiles else time.perf_counter() - start
                 row["error"] = error = contestant.check(result)
             except FOREIGN_ERRORS as failure:
                 row |= {"status": "failed", "reason": f"{type(failure).__name__}: {failure}".splitlines()[0][:200]}
@@ -144,15 +165,18 @@ def measure(case: Case, work: Work, threads: int, budget: float) -> dict[str, An
                 row |= contestant.facts(result)
             row["status"] = "right" if error <= contestant.limit else "wrong"
             del result
-        load = OtherLoad()
         right = {c.name: c.run for c in work.contestants if rows[c.name]["status"] == "right"}
-        times = take_turns(right, work.inputs, budget)
+        quick = {name: run for name, run in right.items() if first[name] <= SLOW}
+        times = {name: [first[name]] for name in right if name not in quick} | take_turns(quick, work.inputs, budget)
         yardstick = work.contestants[0].name
         for name, seconds in times.items():
             rows[name] |= {"seconds": three(seconds), "rounds": len(seconds)}
             if yardstick in times:
                 rows[name]["ratio"] = three([a / b for a, b in zip(seconds, times[yardstick], strict=False)])
         other = load.cores()
+        if case.memory:
+            for name in right:
+                rows[name]["peak memory"] = memory.in_fresh_process(case.title, name, case.quick, threads)
     finally:
         torch.set_num_threads(before)
     skipped = [{"contestant": n, "status": "skipped", "reason": why} for n, why in work.skipped.items()]

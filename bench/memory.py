@@ -1,71 +1,40 @@
-"""Peak memory of a model-level analysis beside that of a full Jacobian: `python -m bench.memory`.
+"""Peak memory of one contestant, in a fresh process: the growth of the resident set from just before the work to its peak."""
 
-A CNN with 1000 classes on 3×64×64 images, untrained (memory does not depend on the weights). Each contestant runs in a fresh
-process; the figure is the growth of its peak resident set from just before the call to just after it.
-"""
-
-import argparse
-import multiprocessing
+import gc
+import json
 import resource
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
 
-import torch
-from torch import Tensor, nn
+from bench import ROOT
 
-
-def cnn(n: int) -> nn.Module:
-    """Four strided convolutions and a linear head."""
-    torch.manual_seed(0)
-    layers: list[nn.Module] = []
-    for before, after in ((3, 32), (32, 64), (64, 128), (128, 256)):
-        layers += [nn.Conv2d(before, after, 3, stride=2, padding=1), nn.ReLU()]
-    return nn.Sequential(*layers, nn.Flatten(), nn.Linear(256 * 16, n)).eval()
+_STATUS, _CLEAR = Path("/proc/self/status"), Path("/proc/self/clear_refs")
 
 
-def full_jacobian(model: nn.Module, x: Tensor) -> Tensor:
-    """[B, n, D] by a loop of backward passes over the classes."""
-    x = x.clone().requires_grad_()
-    logits = model(x)
-    rows = [torch.autograd.grad(logits[:, j].sum(), x, retain_graph=True)[0] for j in range(logits.shape[1])]
-    return torch.stack(rows, 1)
+def _resident(field: str) -> int:
+    """Bytes of a field of /proc/self/status."""
+    lines = _STATUS.read_text(encoding="ascii").splitlines()
+    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(field + ":"))
 
 
-def run(name: str, batch: int, classes: int, queue: "multiprocessing.Queue[float]") -> None:
-    """One contestant, in its own process: puts its peak in MiB into the queue."""
-    import fastsal
-
-    model, x = cnn(classes), torch.rand(batch, 3, 64, 64)
-    with torch.no_grad():
-        model(x)
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    if name == "fastsal.analyze":
-        fastsal.analyze(model, x)
-    else:
-        with torch.no_grad():
-            logits = model(x)
-        if name == "loop of autograd.grad":
-            jacobian = full_jacobian(model, x)
-        else:
-            jacobian = torch.func.vmap(torch.func.jacrev(lambda one: model(one.unsqueeze(0))[0]))(x)
-        fastsal.margin_geometry(logits, jacobian, x)
-    queue.put((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024)
+def growth(run: Callable[[], object]) -> int:
+    """Bytes by which the peak during `run` exceeds what the process holds before it."""
+    gc.collect()
+    if not _CLEAR.exists():  # not Linux: the peak since the process began, in bytes on macOS
+        before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        run()
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before
+    _CLEAR.write_text("5", encoding="ascii")  # the peak starts anew
+    before = _resident("VmRSS")
+    run()
+    return _resident("VmHWM") - before
 
 
-def main() -> None:
-    """Prints a table."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--batch", type=int, default=8)
-    parser.add_argument("--classes", type=int, default=1000)
-    arguments = parser.parse_args()
-    context = multiprocessing.get_context("spawn")
-    size = arguments.batch * arguments.classes * 3 * 64 * 64 * 4 / 2**20
-    print(f"B = {arguments.batch}, n = {arguments.classes}, D = 12288: the Jacobian alone is {size:.0f} MiB")
-    for name in ("fastsal.analyze", "loop of autograd.grad", "vmap(jacrev)"):
-        queue = context.Queue()
-        process = context.Process(target=run, args=(name, arguments.batch, arguments.classes, queue))
-        process.start()
-        process.join()
-        print(f"{name:24} {queue.get(timeout=10):8.0f} MiB" if process.exitcode == 0 else f"{name:24} failed")
-
-
-if __name__ == "__main__":
-    main()
+def in_fresh_process(case: str, contestant: str, quick: bool, threads: int) -> int | None:
+    """`growth` of a registered contestant's second run (the first imports and warms up); None where it did not survive."""
+    command = [sys.executable, "-m", "bench", "memory", "--only", case, "--contestant", contestant]
+    command += ["--threads", str(threads), *(["--quick"] if quick else [])]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    return json.loads(done.stdout.splitlines()[-1]) if done.returncode == 0 else None

@@ -131,8 +131,8 @@ def work(shape: tuple[int, int, int], dtype: torch.dtype, compiled: bool = True)
     contestants = [Contestant("pure read", pure_read, lambda _: 0.0, 0.0, "reads J and x")]
     skipped = {}
 
-    def add(name: str, run: Callable[[Inputs], Any], limit: float, what: str = "") -> None:
-        contestants.append(Contestant(name, run, functools.partial(checks, name), limit, what))
+    def add(name: str, run: Callable[[Inputs], Any], limit: float, what: str = "", compiles: bool = False) -> None:
+        contestants.append(Contestant(name, run, functools.partial(checks, name), limit, what, compiles=compiles))
 
     for backend, module in ops.BACKENDS.items():
         if reason := module.why_not(inputs[0][1]):
@@ -143,7 +143,7 @@ def work(shape: tuple[int, int, int], dtype: torch.dtype, compiled: bool = True)
         torch._dynamo.reset()  # a shape beyond its limit of recompilations would run uncompiled
         # The number of threads is compiled in, and a change of it is guarded: every thread count gets code of its own.
         optimized = torch.compile(formulas.eager, dynamic=False)
-        add("torch.compile", lambda given: optimized(*given), LOOSE)
+        add("torch.compile", lambda given: optimized(*given), LOOSE, compiles=True)
     for name, (formula, what) in FORMULAS.items():
         if name == "NumPy" and dtype == torch.bfloat16:
             skipped[name] = "NumPy has no bfloat16"
