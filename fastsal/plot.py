@@ -141,11 +141,12 @@ def medians(
     label: str = "",
     color: str = COLORS[1],
     marker: str = "o",
+    x_bars: bool = True,
     ax: Any = None,
 ) -> Any:
     """Medians of one quantity against medians of another, a point a result joined in their order, with interquartile bars.
 
-    results, x, y: as in `scatter`. label, color, marker: of the line. NaN is left out.
+    results, x, y: as in `scatter`. label, color, marker: of the line. x_bars: bars along x too. NaN is left out.
 
     >>> import matplotlib; matplotlib.use("Agg")
     >>> import torch, fastsal
@@ -161,7 +162,7 @@ def medians(
     drawn = ax.errorbar(
         x_middle,
         y_middle,
-        xerr=(x_middle - x_low, x_high - x_middle),
+        xerr=(x_middle - x_low, x_high - x_middle) if x_bars else None,
         yerr=(y_middle - y_low, y_high - y_middle),
         color=color,
         marker=marker,
@@ -188,8 +189,9 @@ def homogeneity(results: Results, x: Quantity = "linearized_robustness", *, ax: 
     >>> ax = fastsal.plot.homogeneity(fastsal.analyze(torch.nn.Linear(6, 3), torch.randn(50, 6)))
     """
     ax = _axes(ax)
-    medians(results, x, "homogeneity", label="predicted logit", color=COLORS[1], ax=ax)
-    medians(results, x, "binarized_homogeneity", label="binarised logit", color=COLORS[2], marker="s", ax=ax)
+    style: dict[str, Any] = {"x_bars": False, "ax": ax}
+    medians(results, x, "homogeneity", label="predicted logit", **style)
+    medians(results, x, "binarized_homogeneity", label="binarised logit", color=COLORS[2], marker="s", **style)
     ax.set(ylim=(0, 1.05), ylabel="homogeneity (1: homogeneous)")
     ax.legend()
     return ax
@@ -237,6 +239,7 @@ def saliency_grid(x: Tensor, results: Results, *, columns: int = 8, figure: Any 
         axes[row, 0].set_ylabel(name, rotation=0, horizontalalignment="right", verticalalignment="center")
     for ax in axes.flat:
         ax.set(xticks=[], yticks=[])
+        ax.spines[:].set_visible(False)
     figure.colorbar(
         drawn, ax=list(axes[1:].flat), location="bottom", shrink=0.6, aspect=40, label="saliency g / ‖g‖₂ (signed)"
     )

@@ -1,8 +1,9 @@
-"""Every example in a docstring of the installed package runs."""
+"""Every example in a docstring of the installed package runs, and every one of the README."""
 
 import doctest
 import importlib
 import pkgutil
+from pathlib import Path
 
 import pytest
 
@@ -17,4 +18,10 @@ def test_examples(name):
     if "triton" in name:
         pytest.importorskip("triton")
     results = doctest.testmod(importlib.import_module(name))
+    assert results.failed == 0
+
+
+def test_readme():
+    results = doctest.testfile(str(Path(__file__).resolve().parent.parent / "README.md"), module_relative=False)
+    assert results.attempted > 5
     assert results.failed == 0

@@ -310,6 +310,11 @@ class TestTraining:
         assert path.read_bytes() == before
         assert [path.name for path in tmp_path.iterdir()] == ["checkpoint.pt"]
 
+    def test_damaged_checkpoint(self, few, tmp_path):
+        (tmp_path / "checkpoint.pt").write_bytes(b"no checkpoint")
+        with pytest.raises(CommandError, match=r"^checkpoint .*checkpoint\.pt: "):
+            self.run(few, Recipe(), tmp_path / "checkpoint.pt")
+
     def test_seeds(self, few):
         state = torch.get_rng_state()
         one, same, other = (self.run(few, Recipe(), seed=seed, epochs=1)[0] for seed in (1, 1, 2))

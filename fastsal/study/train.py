@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
-from fastsal.commands import replacing
+from fastsal.commands import Blame, replacing
 from fastsal.study.data import Data, Split
 
 PGD_STEPS = 7
@@ -21,8 +21,10 @@ class Recipe:
     """How a network is trained: `penalty` λ of double backpropagation, or `radius` ε of adversarial training; 0 and 0: plainly.
 
     Double backpropagation (Drucker and LeCun, 1992) minimises the mean over examples of ℓ(x) + λ · ‖∇ℓ(x)‖₂², ℓ the
-    cross-entropy of one example. (The code that came with the paper penalised the gradient of the mean over a batch of B
-    examples, B² times smaller once squared, so that its λ is B² times ours: λ = 10 at B = 100 there is 1e-3 here.)
+    cross-entropy of one example. (Layers that mix a batch's examples in training, such as BatchNorm, mix their gradients.)
+    The code that came with the paper penalised the gradient of the mean over a batch of B examples, B² times smaller once
+    squared, so that its λ is B² times ours: λ = 10 at B = 100 there is 1e-3 here.
+
     Adversarial training (Madry et al., 2018) minimises the mean of ℓ(x + e), e found by projected gradient ascent among
     ‖e‖₂ ≤ ε.
     """
@@ -121,9 +123,10 @@ def train(
         parts: dict[str, Any] = {"model": model, "optimizer": optimizer, "schedule": schedule}
         done = 0
         if checkpoint is not None and checkpoint.exists():
-            saved = torch.load(checkpoint, map_location="cpu", weights_only=True)
-            for name, part in parts.items():
-                part.load_state_dict(saved[name])
+            with Blame(f"checkpoint {checkpoint}"):
+                saved = torch.load(checkpoint, map_location="cpu", weights_only=True)
+                for name, part in parts.items():
+                    part.load_state_dict(saved[name])
             torch.set_rng_state(saved["generator"])
             for one, state in zip(cuda, saved["cuda generators"], strict=True):
                 torch.cuda.set_rng_state(state, one)
