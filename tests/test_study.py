@@ -399,7 +399,7 @@ class TestAttacks:
     def test_closed_form(self, bias):
         """Linear and affine binary classifiers: ρ = |Ψ†| / ‖g†‖, ρ̃ the same, and every attack close above it."""
         torch.manual_seed(0)
-        model = nn.Sequential(nn.Flatten(), nn.Linear(16, 2, bias=bias))
+        model = nn.Sequential(nn.Flatten(), nn.Linear(16, 2, bias=bias)).eval()
         x = torch.rand(20, 1, 4, 4)
         score = (model(x)[:, 1] - model(x)[:, 0]).detach().double()
         rho = score.abs() / (model[1].weight[1] - model[1].weight[0]).detach().double().norm()

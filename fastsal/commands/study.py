@@ -145,17 +145,20 @@ def _result(
             left -= min(cost, left)
 
         progress.bar.set_description_str(f"training {recipe.label}")
-        model = train(
-            factory(arguments.model, data),
-            data,
-            recipe,
-            seed=arguments.seed,
-            epochs=arguments.epochs,
-            batch_size=arguments.batch_size,
-            device=arguments.device,
-            checkpoint=path.with_suffix(".pt"),
-            after_epoch=lambda: advance(progress.cost(recipe)),
-        )
+        # A network of torchvision's or timm's may lack second derivatives, or want other images.
+        foreign = arguments.model != "cnn"
+        with Blame(f"--model {arguments.model}, {recipe.label}") if foreign else contextlib.nullcontext():
+            model = train(
+                factory(arguments.model, data),
+                data,
+                recipe,
+                seed=arguments.seed,
+                epochs=arguments.epochs,
+                batch_size=arguments.batch_size,
+                device=arguments.device,
+                checkpoint=path.with_suffix(".pt"),
+                after_epoch=lambda: advance(progress.cost(recipe)),
+            )
         progress.bar.set_description_str(f"attacking {recipe.label}")
         x, y = data.test.batch(torch.arange(min(arguments.images, len(data.test))))
         columns, maps = measure(
