@@ -188,8 +188,8 @@ def _summary(columns: Columns, y: np.ndarray[Any, Any] | None, n: int, norm: str
         yield f"certified: {int(columns['certified'].sum())} of {len(columns['certified'])} examples"
     if method == "exact" and norm == "2" and columns["vjps"].mean() >= MANY_CLASSES:
         yield (
-            "hint: --method certified finds the same minimum, except with a probability of 1e-6 an example, "
-            "usually in fewer passes"
+            "hint: --method certified finds the same minimum, except with a probability of 1e-6 an example, in fewer passes "
+            "where classes are many (the README has figures)"
         )
 
 
