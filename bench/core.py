@@ -62,11 +62,14 @@ class Work:
 
 @dataclass(frozen=True)
 class Case:
-    """A piece of work: level and name say where its figures go; make() builds inputs and contestants."""
+    """A piece of work: level and name say where its figures go; make(tiny) builds inputs and contestants.
+
+    Tiny is the same work on next to nothing, by the same contestants: for the tests, to warm up, to know the names.
+    """
 
     level: str
     name: str
-    make: Callable[[], Work]
+    make: Callable[[bool], Work]
     quick: bool = False  # belongs to --quick, which runs nothing else
     every_thread_count: bool = True  # 1 thread and all; else all only
     memory: bool = False  # also the peak memory of every contestant, in a fresh process
@@ -170,7 +173,7 @@ def measure(case: Case, work: Work, threads: int, budget: float) -> dict[str, An
         times = {name: [first[name]] for name in right if name not in quick} | take_turns(quick, work.inputs, budget)
         yardstick = work.contestants[0].name
         for name, seconds in times.items():
-            rows[name] |= {"seconds": three(seconds), "rounds": len(seconds)}
+            rows[name] |= {"seconds": three(seconds), "rounds": [float(f"{second:.4g}") for second in seconds]}
             if yardstick in times:
                 rows[name]["ratio"] = three([a / b for a, b in zip(seconds, times[yardstick], strict=False)])
         other = load.cores()

@@ -88,8 +88,9 @@ METHODS: dict[str, tuple[Any, int | None]] = {
 }
 
 
-def work(model: nn.Module, x: Tensor) -> Work:
-    """Everyone on this model and batch."""
+def work(name: str, tiny: bool) -> Work:
+    """Everyone on a model and batch of bench/models.py."""
+    model, x = models.tiny() if tiny else models.load(name)
     truth, contestants, skipped = Truth(model, x), [], {}
 
     def add(name: str, run: Callable[[Tensor], Tensor], limit: float, classes: int | None, what: str) -> None:
@@ -118,5 +119,4 @@ def cases() -> Iterator[Case]:
     """The four models; all threads, as one would run them."""
     for name in models.MODELS:
         for quick in (False, True) if name in QUICK else (False,):
-            make = functools.partial(lambda name: work(*models.load(name)), name)
-            yield Case("model", name, make, quick, every_thread_count=False, memory=True)
+            yield Case("model", name, functools.partial(work, name), quick, every_thread_count=False, memory=True)

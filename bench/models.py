@@ -66,3 +66,11 @@ def load(name: str) -> tuple[nn.Module, Tensor]:
         torch.manual_seed(0)
         model = make().eval()
         return model, 0.2 + 0.6 * torch.rand(count, *shape)
+
+
+def tiny() -> tuple[nn.Module, Tensor]:
+    """A model that takes no time, for tests and for warming up."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Linear(20, 16), nn.ReLU(), nn.Linear(16, 12)).eval()
+        return model, 0.4 + 0.2 * torch.rand(3, 20)

@@ -109,10 +109,10 @@ def _near(n: int) -> tuple[Tensor, Tensor]:
     return torch.randn(1, n, generator=generator), base * (1 + NEAR * noise)
 
 
-def forward(shape: tuple[int, int, int]) -> Work:
+def forward(shape: tuple[int, int, int], tiny: bool) -> Work:
     """All outputs."""
-    inputs = [case[:2] for case in draw(shape, torch.float32)]
-    checks, near, contestants, skipped = Checks(*inputs[0]), _near(shape[1]), [], {}
+    inputs = [case[:2] for case in draw(shape, torch.float32, tiny)]
+    checks, near, contestants, skipped = Checks(*inputs[0]), _near(inputs[0][0].shape[1]), [], {}
     near_checks = Checks(*near)
 
     def add(name: str, run: Callable[[Tensor, Tensor], Pairs], limit: float) -> None:
@@ -131,11 +131,11 @@ def forward(shape: tuple[int, int, int]) -> Work:
     return Work(inputs, contestants, skipped)
 
 
-def backward(shape: tuple[int, int, int]) -> Work:
+def backward(shape: tuple[int, int, int], tiny: bool) -> Work:
     """Σ w_ij ‖g_i − g_j‖ and its gradient in the Jacobian, forward included."""
-    B, n, D = shape
-    inputs = [case[:2] for case in draw(shape, torch.float32)]
+    inputs = [case[:2] for case in draw(shape, torch.float32, tiny)]
     checks, contestants, skipped = Checks(*inputs[0]), [], {}
+    B, n, D = inputs[0][1].shape
     weight = torch.randn(B, n, n, generator=torch.Generator().manual_seed(2))
     weight.diagonal(dim1=1, dim2=2).zero_()
 

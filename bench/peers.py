@@ -112,12 +112,13 @@ def adv_lib_fab(model: nn.Module, x: Tensor) -> Tensor:
 
 
 TEN, EVERY = 10, 10**6
+ATTACKS = "--no-deps torchattacks"  # asks for a requests of 2020
 ADV_LIB = "--no-deps adv-lib"  # one of its dependencies does not build with current setuptools
 PEERS: dict[str, Peer] = {
     "foolbox DeepFool, 10 candidates": Peer("foolbox", "foolbox", lambda m, x: foolbox_deepfool(m, x, TEN), TEN - 1),
     "foolbox DeepFool, all": Peer("foolbox", "foolbox", lambda m, x: foolbox_deepfool(m, x, None)),
-    "torchattacks DeepFool": Peer("torchattacks", "torchattacks", torchattacks_deepfool),
-    "torchattacks FAB": Peer("torchattacks", "torchattacks", torchattacks_fab),
+    "torchattacks DeepFool": Peer("torchattacks", ATTACKS, torchattacks_deepfool),
+    "torchattacks FAB": Peer("torchattacks", ATTACKS, torchattacks_fab),
     "ART DeepFool, 10 gradients": Peer(
         "art", "adversarial-robustness-toolbox", lambda m, x: art_deepfool(m, x, TEN), TEN - 1
     ),

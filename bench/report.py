@@ -82,7 +82,7 @@ def long_table(record: Record) -> str:
     columns: dict[str, Callable[[Record], str]] = {
         "time": lambda row: seconds(row["seconds"][1]) if row["status"] == "right" else row["status"],
         f"relative to {record['yardstick']}": lambda row: _quartiles(row["ratio"]),
-        "rounds": lambda row: str(row["rounds"]),
+        "rounds": lambda row: str(len(row["rounds"])),
         "GB/s": lambda row: f"{record['bytes'] / row['seconds'][1] / 1e9:.2f}" if record["bytes"] else "",
         "error": lambda row: f"{row['error']:.1e}",
         NEAR: lambda row: f"{row[NEAR]:.1e}",

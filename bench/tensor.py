@@ -29,6 +29,7 @@ LOOSE = 1e-5  # the error that a float32 formula may have, in units of each quan
 
 SHAPES = ((8, 10, 784), (65536, 10, 784), (1700, 100, 3072), (13, 1000, 37632), (1, 1000, 150528))
 QUICK = ((8, 10, 784), (200, 100, 3072))
+TINY = (3, 30, 50)
 CHECKED = 64  # examples compared with float64, fewer where they are large
 
 
@@ -64,11 +65,11 @@ def _read(read_sum: Any, tensor: Tensor) -> None:
     read_sum(tensor.data_ptr(), tensor.numel() * tensor.element_size() // 4, 1)
 
 
-def draw(shape: tuple[int, int, int], dtype: torch.dtype) -> list[Inputs]:
-    """Random logits, jacobian and x; as many as it takes to exceed every cache."""
-    B, n, D = shape
+def draw(shape: tuple[int, int, int], dtype: torch.dtype, tiny: bool) -> list[Inputs]:
+    """Random logits, jacobian and x; as many as it takes to exceed every cache. Tiny: small ones."""
+    B, n, D = (min(size, small) for size, small in zip(shape, TINY, strict=True)) if tiny else shape
     generator = torch.Generator().manual_seed(0)
-    copies = max(1, CACHES // (B * n * D * dtype.itemsize))
+    copies = 1 if tiny else max(1, CACHES // (B * n * D * dtype.itemsize))
     return [
         (
             torch.randn(B, n, generator=generator),
@@ -124,9 +125,9 @@ FORMULAS: dict[str, tuple[formulas.Formula, str]] = {
 }
 
 
-def work(shape: tuple[int, int, int], dtype: torch.dtype, compiled: bool = True) -> Work:
+def work(shape: tuple[int, int, int], dtype: torch.dtype, tiny: bool) -> Work:
     """Everyone on a Jacobian of this shape."""
-    inputs = draw(shape, dtype)
+    inputs = draw(shape, dtype, tiny)
     checks = Checks(inputs[0])
     contestants = [Contestant("pure read", pure_read, lambda _: 0.0, 0.0, "reads J and x")]
     skipped = {}
@@ -139,11 +140,10 @@ def work(shape: tuple[int, int, int], dtype: torch.dtype, compiled: bool = True)
             skipped[f"fastsal {backend}"] = reason
         else:
             add(f"fastsal {backend}", functools.partial(_fastsal, backend), tolerance(dtype))
-    if compiled:
-        torch._dynamo.reset()  # a shape beyond its limit of recompilations would run uncompiled
-        # The number of threads is compiled in, and a change of it is guarded: every thread count gets code of its own.
-        optimized = torch.compile(formulas.eager, dynamic=False)
-        add("torch.compile", lambda given: optimized(*given), LOOSE, compiles=True)
+    torch._dynamo.reset()  # a shape beyond its limit of recompilations would run uncompiled
+    # The number of threads is compiled in, and a change of it is guarded: every thread count gets code of its own.
+    optimized = torch.compile(formulas.eager, dynamic=False)
+    add("torch.compile", lambda given: optimized(*given), LOOSE, compiles=True)
     for name, (formula, what) in FORMULAS.items():
         if name == "NumPy" and dtype == torch.bfloat16:
             skipped[name] = "NumPy has no bfloat16"

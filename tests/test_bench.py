@@ -1,6 +1,7 @@
 """The benchmark suite at tiny sizes: what it refuses to report, what it keeps, what it writes into the README."""
 
 import dataclasses
+import json
 import sys
 from pathlib import Path
 
@@ -12,41 +13,45 @@ if not (ROOT / "bench").is_dir():
     pytest.skip("the benchmark suite is not part of this distribution", allow_module_level=True)
 sys.path.append(str(ROOT))  # last: fastsal stays the installed one
 
-from bench import cases, core, edge, memory, model, pairs, report, store, tensor  # noqa: E402
+from bench import cases, core, edge, memory, model, models, pairs, profiling, report, session, store, tensor  # noqa: E402
+
+SHAPE = (3, 30, 50)
+NOT_ON_A_CPU = {"fastsal cuda", "fastsal triton"}
+CASES = [*cases.every(), *cases.every(quick=True)]
+
+
+@pytest.fixture(autouse=True)
+def _no_compiler(monkeypatch):
+    """torch.compile takes longer than everything else here together."""
+    monkeypatch.setattr(torch, "compile", lambda function, **_: function)
 
 
 def _measure(work: core.Work) -> dict:
-    case = core.Case("tensor", "tiny", lambda: work)
-    return core.measure(case, work, 1, budget=0.0)
+    case = core.Case("tensor", "tiny", lambda tiny: work)
+    return core.measure(case, work, 1, budget=0.0) | {"commit": "abc", "date": "2026-01-01"}
 
 
-def _tiny(monkeypatch: pytest.MonkeyPatch, shape=(3, 4, 50), dtype=torch.float32) -> core.Work:
-    monkeypatch.setattr(tensor, "CACHES", 0)
-    return tensor.work(shape, dtype, compiled=False)
+def _tensor() -> core.Work:
+    return tensor.work(SHAPE, torch.float32, tiny=True)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("shape", [(3, 4, 50), (70, 3, 8), (1, 30, 20)])
-def test_every_contestant_at_tensor_level_is_right(shape, dtype, monkeypatch):
-    record = _measure(_tiny(monkeypatch, shape, dtype))
-    status = {row["contestant"]: row["status"] for row in record["results"]}
-    skipped = {"fastsal cuda", "fastsal triton", *(["NumPy"] if dtype == torch.bfloat16 else [])}
-    assert {name for name, what in status.items() if what == "skipped"} <= skipped
-    assert {what for name, what in status.items() if name not in skipped} == {"right"}
-    assert all(row["reason"] for row in record["results"] if row["status"] == "skipped")
-
-
-@pytest.mark.parametrize("shape", [(3, 4, 50), (1, 30, 20), (2, 2, 7)])
-def test_every_contestant_on_pairs_is_right(shape, monkeypatch):
-    monkeypatch.setattr(tensor, "CACHES", 0)
-    for work in (pairs.forward(shape), pairs.backward(shape)):
-        rows = _measure(work)["results"]
-        assert {row["status"] for row in rows if row["contestant"] not in ("fastsal cuda", "fastsal triton")} == {
-            "right"
-        }
-        for row in rows:
-            if row["contestant"] == "fastsal cpu" and "error on near-identical rows" in row:
-                assert row["error on near-identical rows"] <= 1e-6
+@pytest.mark.parametrize("case", CASES, ids=lambda case: f"{case.title}{' quick' * case.quick}")
+def test_every_contestant_of_every_case_is_right_or_skipped_with_a_reason(case):
+    record = _measure(case.make(True))
+    for row in record["results"]:
+        if row["status"] == "skipped":
+            assert row["reason"]
+            assert row["contestant"] in NOT_ON_A_CPU | {"NumPy"} or row["reason"].startswith(
+                "not installed (pip install "
+            )
+        else:
+            assert row["status"] == "right", row
+            assert row["seconds"][0] <= row["seconds"][1] <= row["seconds"][2]
+        if row["contestant"] == "fastsal cpu" and report.NEAR in row:
+            assert row[report.NEAR] <= 1e-6
+        if "wrong answers" in row:
+            assert row["wrong answers"] == 0 or "9 classes" in row["what"]
+    assert case.title.split(": ")[1] in report.long_table(record | {"case": case.name})
 
 
 def test_a_gradient_that_is_wrong_is_found_out():
@@ -60,23 +65,10 @@ def test_a_gradient_that_is_wrong_is_found_out():
     assert checks.gradient(weight, 1.001 * right) > 1e-5
 
 
-def test_every_contestant_at_model_level_is_right_or_not_installed():
-    torch.manual_seed(0)
-    net = torch.nn.Sequential(torch.nn.Linear(20, 16), torch.nn.ReLU(), torch.nn.Linear(16, 12)).eval()
-    record = _measure(model.work(net, 0.4 + 0.2 * torch.rand(3, 20)))
-    for row in record["results"]:
-        if row["status"] == "skipped":
-            assert row["reason"].startswith("not installed (pip install ")
-        else:
-            assert row["status"] == "right", row
-            assert 0 <= row["wrong answers"] <= 1
-            assert row["wrong answers"] == 0 or "9 classes" in row["what"]
-
-
 def test_a_missing_peer_is_skipped_with_a_line(monkeypatch):
     name, peer = next(iter(model.PEERS.items()))
     monkeypatch.setitem(model.PEERS, name, dataclasses.replace(peer, module="not_there_at_all"))
-    record = _measure(model.work(torch.nn.Linear(5, 3), torch.rand(2, 5)))
+    record = _measure(model.work("", tiny=True))
     (row,) = (row for row in record["results"] if row["contestant"] == name)
     assert row == {"contestant": name, "status": "skipped", "reason": f"not installed (pip install {peer.install})"}
 
@@ -113,8 +105,8 @@ def test_every_case_has_a_name_of_its_own():
         assert len(set(titles)) == len(titles) > 0
 
 
-def test_a_wrong_contestant_gets_its_error_and_no_speed(monkeypatch):
-    work = _tiny(monkeypatch)
+def test_a_wrong_contestant_gets_its_error_and_no_speed():
+    work = _tensor()
     checks = tensor.Checks(work.inputs[0])
 
     def wrong(inputs):
@@ -130,13 +122,12 @@ def test_a_wrong_contestant_gets_its_error_and_no_speed(monkeypatch):
     assert row["error"] == pytest.approx(0.01, rel=1e-3)
     assert "seconds" not in row
     assert "ratio" not in row
-    record |= {"commit": "abc", "date": "today"}
     assert "wrong: 1e-02" in report._matrix([record], report._speed)
     assert "wrong" in report.long_table(record)
 
 
-def test_a_contestant_that_raises_is_reported_and_the_others_go_on(monkeypatch):
-    work = _tiny(monkeypatch)
+def test_a_contestant_that_raises_is_reported_and_the_others_go_on():
+    work = _tensor()
 
     def broken(_):
         raise RuntimeError("out of order\nand more")
@@ -163,7 +154,7 @@ def test_figures_are_kept_case_by_case_and_forgotten_with_the_machine(tmp_path, 
     assert "/" not in path.read_text().replace("GB/s", "")
 
 
-def test_report_is_idempotent_and_tells_stale_and_broken_markers(tmp_path, monkeypatch, capsys):
+def test_report_is_idempotent_and_tells_stale_and_broken_markers(tmp_path, capsys):
     figures = store.Store(tmp_path / "bench.json")
     readme = tmp_path / "README.md"
     readme.write_text(f"# x\n\n{report.BEGIN}\nold\n{report.END}\n\ntail\n")
@@ -171,7 +162,10 @@ def test_report_is_idempotent_and_tells_stale_and_broken_markers(tmp_path, monke
     assert "holds no figures" in capsys.readouterr().out
 
     figures.begin(fresh=True)
-    figures.put("a", _measure(_tiny(monkeypatch)), "abc")
+    figures.put("a", _measure(_tensor()), "abc")
+    figures.put("b", {**_measure(model.work("", tiny=True)), "level": "model"}, "abc")
+    figures.put("c", {**_measure(pairs.forward(SHAPE, tiny=True)), "level": "pairs"}, "abc")
+    figures.put("edge", edge.record(), "abc")
     assert report.write(figures.path, readme, check=True) == 1
     assert "stale" in capsys.readouterr().out
     assert "old" in readme.read_text()
@@ -181,6 +175,8 @@ def test_report_is_idempotent_and_tells_stale_and_broken_markers(tmp_path, monke
     assert text.startswith("# x\n\n" + report.BEGIN)
     assert text.endswith(report.END + "\n\ntail\n")
     assert "commit abc" in text
+    assert {path.name for path in tmp_path.glob("*.png")} == {"tensor.png", "pairs.png", "model.png"}
+    assert "fastsal triton: skipped" in (tmp_path / "tables.md").read_text()
     assert report.write(figures.path, readme, check=True) == 0
     assert report.write(figures.path, readme, check=False) == 0
     assert readme.read_text() == text
@@ -189,3 +185,38 @@ def test_report_is_idempotent_and_tells_stale_and_broken_markers(tmp_path, monke
     assert report.write(figures.path, readme, check=False) == 1
     assert "wants one line" in capsys.readouterr().out
     assert report.BEGIN in (ROOT / "README.md").read_text()
+
+
+def test_a_session_measures_what_the_file_lacks_and_nothing_twice(tmp_path, monkeypatch):
+    made = []
+    case = core.Case("tensor", "tiny", lambda tiny: made.append(tiny) or _tensor())
+    monkeypatch.setattr(session, "commit", lambda: "abc")
+    monkeypatch.setattr(session, "BUDGET", {True: 0.0})
+    path = tmp_path / "bench.json"
+    first = session.Session(quick=True, path=path)
+    record = first.record(case, 1)
+    assert first.record(case, 1) is record
+    assert session.Session(quick=True, path=path).record(case, 1) == json.loads(json.dumps(record))
+    assert made == [False]
+    session.Session(quick=True, path=path, fresh=True).record(case, 1)
+    monkeypatch.setattr(session, "commit", lambda: "abd")
+    session.Session(quick=True, path=path).record(case, 1)
+    assert made == [False] * 3
+
+
+@pytest.mark.parametrize("method", list(model.METHODS))
+def test_the_profile_counts_every_moment_once(method, monkeypatch):
+    monkeypatch.setattr(profiling.models, "load", lambda _: models.tiny())
+    elapsed, seconds = profiling.profile("", model.METHODS[method][0])
+    assert all(value > 0 for part, value in seconds.items() if part != "probes")
+    assert sum(seconds.values()) <= elapsed
+
+
+def test_pytest_bench_finds_every_contestant_and_plays_their_seconds_back(run_python):
+    done = run_python(
+        "-m", "pytest", str(ROOT / "bench"), "--quick", "--collect-only", "-q", "-c", str(ROOT / "pyproject.toml")
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    for case in cases.every(quick=True):
+        for contestant in case.make(True).contestants:
+            assert not contestant.name.isascii() or f", {contestant.name}]" in done.stdout

@@ -1,0 +1,37 @@
+"""One run of the suite: measures what the file of figures lacks."""
+
+import gc
+from pathlib import Path
+from typing import Any
+
+from bench import core, edge
+from bench.store import RESULTS, Store, commit
+
+BUDGET = {False: 10.0, True: 3.0}  # seconds of timing for a case and thread count
+
+
+class Session:
+    """Records of cases, from the file where it has them at this commit, else measured now and kept."""
+
+    def __init__(self, quick: bool, fresh: bool = False, path: Path | None = None) -> None:
+        self.quick, self._at = quick, commit()
+        self.store = Store(path or RESULTS / ("quick.json" if quick else "bench.json"))
+        self.store.begin(fresh)
+        self._held: tuple[str, core.Work] | None = None
+
+    def record(self, case: core.Case, threads: int) -> dict[str, Any]:
+        """The figures of a case; its inputs are kept until the next case."""
+        key = f"{case.title}, threads: {threads}"
+        if not self.store.has(key, self._at):
+            if self._held is None or self._held[0] != case.title:
+                self._held = None
+                gc.collect()
+                self._held = case.title, case.make(False)
+            self.store.put(key, core.measure(case, self._held[1], threads, BUDGET[self.quick]), self._at)
+        return self.store.records[key]
+
+    def edge(self) -> dict[str, Any]:
+        """The table of awkward inputs."""
+        if not self.store.has("edge", self._at):
+            self.store.put("edge", edge.record(), self._at)
+        return self.store.records["edge"]
