@@ -81,6 +81,16 @@ def _name_axes(ax: Any, x: Quantity, y: Quantity) -> None:
         ax.set_ylabel(LABELS[y])
 
 
+def _label_decades(axis: Any, values: dict[str, Values]) -> None:
+    """Labels at powers of ten, or at 1, 2 and 5 of each where there are few: they never touch."""
+    ticker = importlib.import_module("matplotlib.ticker")
+    known = np.concatenate([one[np.isfinite(one)] for one in values.values()])
+    if known.size and known.max() < 100 * known.min():
+        axis.set_major_locator(ticker.LogLocator(subs=(1, 2, 5)))
+        axis.set_major_formatter(ticker.FormatStrFormatter("%g"))
+    axis.set_minor_formatter(ticker.NullFormatter())
+
+
 def scatter(
     results: Results,
     x: Quantity = "linearized_robustness",
@@ -112,6 +122,8 @@ def scatter(
     positive = all(bool((values[np.isfinite(values)] > 0).all()) for side in (xs, ys) for values in side.values())
     if positive:
         ax.set(xscale="log", yscale="log")
+        _label_decades(ax.xaxis, xs)
+        _label_decades(ax.yaxis, ys)
     for slot, name in enumerate(xs):
         ax.plot(
             xs[name],

@@ -99,6 +99,31 @@ class TestStudy:
             assert "viewBox" in svg
         assert not [path for path in study.rglob("*") if path.name.endswith(".tmp")]
 
+    @pytest.mark.parametrize("name", report.FIGURES)
+    def test_no_label_covers_another(self, study, name, monkeypatch):
+        """Tick labels, axis labels and titles, as drawn."""
+        found = []
+        monkeypatch.setattr(report, "write", lambda study, out: found.append(study))
+        assert main(["study", *GRID, "--out", str(study)]) == 0
+        figure, _ = report.FIGURES[name][1](found[0])
+        canvas = pytest.importorskip("matplotlib.backends.backend_agg").FigureCanvasAgg(figure)
+        canvas.draw()
+        texts = []
+        for ax in figure.axes:
+            limits = [(axis.get_view_interval(), axis) for axis in (ax.xaxis, ax.yaxis)]
+            for (low, high), axis in limits:
+                ticks = [tick for tick in axis.get_major_ticks() + axis.get_minor_ticks() if tick.label1.get_visible()]
+                texts += [tick.label1 for tick in ticks if min(low, high) <= tick.get_loc() <= max(low, high)]
+            texts += [ax.xaxis.label, ax.yaxis.label, ax.title]
+        boxes = [(text.get_text(), text.get_window_extent()) for text in texts if text.get_text().strip()]
+        assert len(boxes) > 3
+        inside = figure.bbox.padded(1)
+        for slot, (text, box) in enumerate(boxes):
+            assert inside.contains(*box.min), text
+            assert inside.contains(*box.max), text
+            for other, other_box in boxes[:slot]:
+                assert not box.overlaps(other_box), (text, other)
+
     def test_page_needs_nothing_else(self, study):
         text = (study / "report.html").read_text(encoding="utf-8")
         page = Tags(text)

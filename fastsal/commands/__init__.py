@@ -1,5 +1,6 @@
 """The subcommands of `fastsal`, one a module (`add_arguments` and `run`), and what they share: errors and output files."""
 
+import argparse
 import contextlib
 import importlib
 import os
@@ -52,6 +53,13 @@ def extra(name: str, install: str = "'fastsal[demo]'") -> ModuleType:
         return importlib.import_module(name)
     except ImportError as error:
         raise CommandError(f"{error}; pip install {install}") from error
+
+
+def positive(text: str) -> int:
+    """An option's whole number from 1, for argparse."""
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"got {text!r}, wants a whole number from 1")
+    return int(text)
 
 
 def check_output(path: Path, endings: tuple[str, ...]) -> None:

@@ -28,7 +28,7 @@ import torch
 from torch import Tensor, nn
 
 from fastsal.analyze import METHODS, analyze
-from fastsal.commands import Blame, CommandError, check_output, extra, replacing
+from fastsal.commands import Blame, CommandError, check_output, extra, positive, replacing
 from fastsal.geometry import Geometry
 from fastsal.jacobian import call
 
@@ -42,12 +42,6 @@ QUANTITIES = (
 )
 MANY_CLASSES = 50  # passes, from where on the certified method can pay
 Columns = dict[str, np.ndarray[Any, Any]]
-
-
-def _positive(text: str) -> int:
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"got {text!r}, wants a whole number from 1")
-    return int(text)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -73,8 +67,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--norm", choices=("2", "1", "inf"), default="2", help="of the perturbation (gradients: its dual); default: 2"
     )
     parser.add_argument("--device", default="cpu", help="of model and data, such as cuda or cuda:1; default: cpu")
-    parser.add_argument("--batch-size", type=_positive, default=64, help="examples at once; default: %(default)s")
-    parser.add_argument("--chunk-size", type=_positive, help="classes at once; default: chosen by device")
+    parser.add_argument("--batch-size", type=positive, default=64, help="examples at once; default: %(default)s")
+    parser.add_argument("--chunk-size", type=positive, help="classes at once; default: chosen by device")
     parser.add_argument("--backend", default="auto", help="see fastsal info; default: auto")
 
 

@@ -17,7 +17,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from fastsal.commands import Blame, CommandError, extra, replacing
+from fastsal.commands import Blame, CommandError, extra, positive, replacing
 from fastsal.study import report
 from fastsal.study.attacks import ATTACKS
 from fastsal.study.data import Data, Split, load
@@ -32,7 +32,7 @@ SHOWN = 8
 SEEDED = ("data", "model", "epochs", "batch_size", "images", "seed")  # what a folder's results depend on
 
 
-def _numbers(text: str) -> float:
+def _number(text: str) -> float:
     try:
         value = float(text)
     except ValueError:
@@ -40,12 +40,6 @@ def _numbers(text: str) -> float:
     if not 0 <= value < float("inf"):
         raise argparse.ArgumentTypeError(f"got {text!r}, wants a number from 0")
     return value
-
-
-def _positive(text: str) -> int:
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"got {text!r}, wants a whole number from 1")
-    return int(text)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -58,7 +52,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--strengths",
-        type=_numbers,
+        type=_number,
         nargs="*",
         default=STRENGTHS,
         metavar="λ",
@@ -66,17 +60,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--radii",
-        type=_numbers,
+        type=_number,
         nargs="*",
         default=RADII,
         metavar="ε",
         help="radii of adversarial training, in units of x",
     )
     parser.add_argument("--model", default="cnn", help="cnn, torchvision:NAME or timm:NAME; default: cnn, the paper's")
-    parser.add_argument("--epochs", type=_positive, help="of training; default: by data")
-    parser.add_argument("--batch-size", type=_positive, default=64, help="of training; default: %(default)s")
+    parser.add_argument("--epochs", type=positive, help="of training; default: by data")
+    parser.add_argument("--batch-size", type=positive, default=64, help="of training; default: %(default)s")
     parser.add_argument(
-        "--images", type=_positive, default=300, help="test images to analyse and attack; default: %(default)s"
+        "--images", type=positive, default=300, help="test images to analyse and attack; default: %(default)s"
     )
     parser.add_argument("--seed", type=int, default=0, help="of the split, the networks and the attacks; default: 0")
     parser.add_argument("--device", default="cpu", help="cpu, or cuda; default: cpu")
@@ -194,7 +188,7 @@ def run(arguments: argparse.Namespace) -> int:
     shown = torch.tensor([int((y == label).nonzero()[0]) for label in y.unique()[:SHOWN]])
     progress = _Progress(arguments.epochs, len(y) / len(data.train))
     todo = [recipe for recipe in recipes if not (arguments.out / "models" / f"{recipe.name}.npz").exists()]
-    progress.bar.total = sum(progress.all(recipe) for recipe in todo)
+    progress.bar.total = sum(progress.all(recipe) for recipe in todo) + 1e-6  # rounding of the sums
     results = []
     with single_thread() if data.name == "digits" else contextlib.nullcontext(), progress.bar:
         for recipe in recipes:
