@@ -22,7 +22,7 @@ def run(arguments: argparse.Namespace) -> int:
     """Measures what is missing."""
     start = time.perf_counter()
     session = Session(arguments.quick, arguments.fresh, arguments.json)
-    print(report.where(session.store), flush=True)
+    print(report.where(session.store.environment), flush=True)
     for case in cases.every(arguments.quick):
         if arguments.only in case.title:
             for threads in core.thread_counts(case):

@@ -1,6 +1,6 @@
 """Certified against exact ρ̃ on trained 1000-class networks: passes, seconds, answers; and how passes grow with n.
 
-    python bench/certified.py --images 200 --threads 1 --folder build/bench
+    python -m bench.certified --images 200 --threads 1 --folder build/bench
 
 Trains the networks of certified_models.py first where the folder does not hold them (minutes). Every method runs on the same
 batches in turn, in one process, so that the ratios bear a busy machine. Writes results/certified.json and
@@ -10,19 +10,18 @@ results/certified_growth.png beside this file.
 import argparse
 import json
 import math
-import platform
 import time
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from certified_models import STEPS, Images, accuracy, load
 from torch import Tensor
 
 import fastsal
+from bench.certified_models import STEPS, Images, accuracy, load
+from bench.store import RESULTS, commit, environment
 from fastsal.certify import certify
 
-RESULTS = Path(__file__).resolve().parent / "results"
 HABITS = (1, 5, 10)
 
 
@@ -152,8 +151,9 @@ def main() -> None:
     torch.set_num_threads(arguments.threads)
     RESULTS.mkdir(exist_ok=True)
     report: dict[str, object] = {
-        "torch": torch.__version__,
-        "processor": platform.machine(),
+        "environment": environment(),
+        "commit": commit(),
+        "date": time.strftime("%Y-%m-%d"),
         "threads": arguments.threads,
         "growth": (table := [growth(n) for n in (10, 30, 100, 300, 1000, 3000, 10000)]),
     }

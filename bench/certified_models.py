@@ -3,7 +3,7 @@
 An image is one of 1000 random smooth prototypes, shifted by up to 4 pixels, scaled in contrast, with noise. `narrow` has
 F = 192 features (F < n), `wide` F = 1536 (F > n), both trained to a loss near zero on mild noise; `plain` is `narrow` on so
 much noise that it errs now and then, as ordinary networks do. Run as a script to train one and save it:
-python bench/certified_models.py narrow --folder build/bench
+python -m bench.certified_models narrow --folder build/bench
 """
 
 import argparse

@@ -1,5 +1,6 @@
 """Stored figures to tables, plots and the README: nothing there is typed by hand."""
 
+import json
 import re
 from collections.abc import Callable
 from pathlib import Path
@@ -13,9 +14,9 @@ NEAR = "error on near-identical rows"
 Record = dict[str, Any]
 
 
-def where(store: Store) -> str:
+def where(environment: dict[str, Any]) -> str:
     """Machine and versions in a line."""
-    machine, versions = store.environment["machine"], store.environment["versions"]
+    machine, versions = environment["machine"], environment["versions"]
     return (
         f"{machine['processor']}, {machine['cores']} cores, {machine['memory in GiB']} GiB, SIMD {machine['SIMD']}, "
         f"{machine['system']}; " + ", ".join(f"{name} {version}" for name, version in versions.items())
@@ -194,10 +195,64 @@ def plot(level: str, records: list[Record], path: Path) -> None:
     pyplot.close(figure)
 
 
+NETWORKS = {
+    "narrow": "192 features, loss near zero",
+    "wide": "1536 features, loss near zero",
+    "plain": "192 features, noisy images",
+}
+
+
+def certified(path: Path) -> list[str]:
+    """What bench/certified.py found on trained networks of 1000 classes; nothing where it was not run."""
+    if not path.exists():
+        return []
+    found = json.loads(path.read_text(encoding="utf-8"))
+    networks = {name: found[name] for name in NETWORKS if name in found}
+    methods = list(dict.fromkeys(method for one in networks.values() for method in one["passes"]))
+
+    def cell(network: Record, method: str) -> str:
+        if method not in network["passes"]:
+            return ""
+        passes, faster = network["passes"][method], network["times faster than exact rows"][method]
+        return f"{passes['median']:.0f} ({passes['p95']:.0f}), {times(faster)}×"
+
+    def right(network: Record) -> str:
+        return f"{network['same runner-up as exact']} of {network['images']}"
+
+    rows = [[method, *(cell(network, method) for network in networks.values())] for method in methods]
+    rows += [
+        ["accuracy of the network", *(f"{network['accuracy']:.1%}" for network in networks.values())],
+        ["certified gives the exact answer", *map(right, networks.values())],
+    ]
+    for habit in ("top-1", "top-5", "top-10"):
+        habits = [network["habits"][habit] for network in networks.values()]
+        cells = (f"{one['share wrong']:.1%}, {one['largest excess']:.0%}" for one in habits)
+        rows.append([f"{habit} candidates: share wrong, worst excess", *cells])
+    growth = found["growth"]
+    grown = [
+        [
+            f"{row['n']}",
+            f"{row['median']:.0f}",
+            f"{row['p95']:.0f}",
+            f"{row['certified and right']} of {row['examples']}",
+        ]
+        for row in growth
+    ]
+    return [
+        "### Exact and certified with 1000 classes",
+        "Passes an example, median (95th percentile), and how many times faster than exact rows, on networks trained for the "
+        f"purpose, {count(found['threads'])}, {where(found['environment'])}; commit {found['commit']}; {found['date']}:",
+        table(["", *(NETWORKS[name] for name in networks)], rows),
+        "Passes of certified as classes grow, on random Jacobians with a falling spectrum:",
+        table(["classes", "median", "95th percentile", "certified and right"], grown),
+        "![Passes over classes](bench/results/certified_growth.png)",
+    ]
+
+
 def render(store: Store, folder: Path | None) -> str:
     """The generated part of the README; writes the plots and the long tables into `folder` unless it is None."""
     records = list(store.records.values())
-    parts = [f"Measured on {where(store)}; {when(records)}."]
+    parts = [f"Measured on {where(store.environment)}; {when(records)}."]
     for level, (title, meaning, figure, _) in LEVELS.items():
         mine = [record for record in records if record["level"] == level]
         if not mine:
@@ -223,6 +278,7 @@ def render(store: Store, folder: Path | None) -> str:
                 "What everyone answers for ρ̃: `right`, its multiple of the truth, or what came instead.",
                 _edge(record),
             ]
+    parts += certified(store.path.parent / "certified.json")
     parts.append("[All figures](bench/results/tables.md), with errors, quartiles, other load and what was skipped.")
     if folder is not None:
         texts = [
