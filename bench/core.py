@@ -128,14 +128,15 @@ def take_turns(
 ) -> dict[str, list[float]]:
     """Seconds of every run, warm already, round by round.
 
-    Each has up to `rounds` rounds and an equal share of `budget` seconds, but three rounds at least.
+    Each has up to `rounds` rounds and an equal share of `budget` seconds, but three at least; two, if one takes a second.
     """
+    times: dict[str, list[float]] = {}
     repeats, wanted, share = {}, {}, budget / max(1, len(runs))
     for name, run in runs.items():
-        first = _once(run, inputs, 1)
-        repeats[name] = max(1, math.ceil(SHORTEST / first))
-        wanted[name] = min(rounds, max(3, int(share / (first * repeats[name]))))
-    times: dict[str, list[float]] = {name: [] for name in runs}
+        estimate = _once(run, inputs, 1)
+        repeats[name] = max(1, math.ceil(SHORTEST / estimate))
+        wanted[name] = min(rounds, max(3 if estimate < 1 else 1, int(share / (estimate * repeats[name]))))
+        times[name] = [estimate] if estimate >= 1 else []  # such a one counts
     for turn in range(max(wanted.values(), default=0)):
         gc.collect()
         for name, run in runs.items():
