@@ -8,12 +8,13 @@ where it was.
 """
 
 import argparse
+import json
 import time
 from pathlib import Path
 
 import torch
 
-from bench import ROOT, cases, core, memory, profiling, report
+from bench import ROOT, cases, core, edge, memory, profiling, report
 from bench.session import Session
 from bench.store import RESULTS
 
@@ -50,7 +51,9 @@ def main() -> int:
     parser = argparse.ArgumentParser(
         prog="python -m bench", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("command", nargs="?", choices=("run", "report", "profile", "memory"), default="run")
+    parser.add_argument(
+        "command", nargs="?", choices=("run", "report", "profile", "memory", "interpreted"), default="run"
+    )
     parser.add_argument("--quick", action="store_true", help="a table in two minutes")
     parser.add_argument("--only", default="", metavar="WORD", help="cases whose level or name holds this")
     parser.add_argument("--fresh", action="store_true", help="forget what the file holds")
@@ -64,6 +67,9 @@ def main() -> int:
         return report.write(arguments.json or RESULTS / "bench.json", arguments.readme, arguments.check)
     if arguments.command == "profile":
         print(profiling.table(arguments.only))
+        return 0
+    if arguments.command == "interpreted":  # bench/edge.py asks a process with Triton's interpreter for it
+        print(json.dumps(edge.row(dict(edge.answers())["fastsal triton"])))
         return 0
     return peak(arguments) if arguments.command == "memory" else run(arguments)
 

@@ -5,7 +5,12 @@ step is clipped. An answer is shown as `right`, as its multiple of the truth, or
 """
 
 import functools
+import importlib.util
+import json
 import math
+import os
+import subprocess
+import sys
 import warnings
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -14,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 import fastsal
-from bench import formulas
+from bench import ROOT, formulas
 from bench.core import FOREIGN_ERRORS
 from bench.peers import PEERS
 from fastsal import ops, reference
@@ -142,14 +147,31 @@ def cell(answer: Answer, given: Inputs) -> str:
     return next((word for word in words if word != "right"), "right")
 
 
+def row(answer: Answer) -> dict[str, str]:
+    """What one contestant answers, by column."""
+    return {column: cell(answer, given) for column, given in inputs().items()}
+
+
+def interpreted() -> dict[str, str] | None:
+    """The row of Triton where there is no GPU: in its interpreter, which wants a process of its own."""
+    if torch.cuda.is_available() or not importlib.util.find_spec("triton"):
+        return None
+    command = [sys.executable, "-m", "bench", "interpreted"]
+    environment = {**os.environ, "TRITON_INTERPRET": "1"}
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
+    return json.loads(done.stdout.splitlines()[-1]) if done.returncode == 0 else None
+
+
 def record() -> dict[str, Any]:
     """The whole table, for the JSON file."""
     columns = inputs()
     rows, skipped = {}, {}
     for name, answer in answers():
-        if isinstance(answer, str):
-            skipped[name] = answer
+        if not isinstance(answer, str):
+            rows[name] = row(answer)
+        elif name == "fastsal triton" and (found := interpreted()):
+            rows["fastsal triton (interpreter)"] = found
         else:
-            rows[name] = {column: cell(answer, given) for column, given in columns.items()}
+            skipped[name] = answer
     truths = {c: [f"{value:.3g}" for value in truth(g).tolist()] for c, g in columns.items() if g[0].shape[1] > 1}
     return {"level": "edge", "columns": list(columns), "truth": truths, "rows": rows, "skipped": skipped}

@@ -84,7 +84,7 @@ def test_answers_of_the_highest_logits_only_are_right_between_the_two_ratios():
 
 def test_fastsal_is_right_on_every_awkward_input_and_the_table_tells_who_is_not():
     record = edge.record()
-    for name in ("fastsal reference", "fastsal cpu"):
+    for name in (name for name in record["rows"] if name.startswith("fastsal")):
         row = dict(record["rows"][name])
         assert row.pop("n = 1") == "ValueError"
         assert set(row.values()) == {"right"}
