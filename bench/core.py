@@ -72,6 +72,7 @@ class Case:
     make: Callable[[bool], Work]
     quick: bool = False  # belongs to --quick, which runs nothing else
     every_thread_count: bool = True  # 1 thread and all; else all only
+    budget: float = 12.0  # seconds of timing, about, at each thread count
     memory: bool = False  # also the peak memory of every contestant, in a fresh process
 
     @property
@@ -128,14 +129,14 @@ def take_turns(
 ) -> dict[str, list[float]]:
     """Seconds of every run, warm already, round by round.
 
-    Each has up to `rounds` rounds and an equal share of `budget` seconds, but three at least; two, if one takes a second.
+    Each has up to `rounds` rounds and an equal share of `budget` seconds, but three at least; one, if it takes a second.
     """
     times: dict[str, list[float]] = {}
     repeats, wanted, share = {}, {}, budget / max(1, len(runs))
     for name, run in runs.items():
         estimate = _once(run, inputs, 1)
         repeats[name] = max(1, math.ceil(SHORTEST / estimate))
-        wanted[name] = min(rounds, max(3 if estimate < 1 else 1, int(share / (estimate * repeats[name]))))
+        wanted[name] = min(rounds, max(3 if estimate < 1 else 0, int(share / (estimate * repeats[name]))))
         times[name] = [estimate] if estimate >= 1 else []  # such a one counts
     for turn in range(max(wanted.values(), default=0)):
         gc.collect()

@@ -119,4 +119,6 @@ def cases() -> Iterator[Case]:
     """The four models; all threads, as one would run them."""
     for name in models.MODELS:
         for quick in (False, True) if name in QUICK else (False,):
-            yield Case("model", name, functools.partial(work, name), quick, every_thread_count=False, memory=True)
+            yield Case(
+                "model", name, functools.partial(work, name), quick, every_thread_count=False, budget=60.0, memory=True
+            )

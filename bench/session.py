@@ -7,7 +7,7 @@ from typing import Any
 from bench import core, edge
 from bench.store import RESULTS, Store, commit
 
-BUDGET = {False: 20.0, True: 3.0}  # seconds of timing for a case and thread count
+QUICK_BUDGET = 3.0  # seconds of timing for a case and thread count
 
 
 class Session:
@@ -27,7 +27,8 @@ class Session:
                 self._held = None
                 gc.collect()
                 self._held = case.title, case.make(False)
-            self.store.put(key, core.measure(case, self._held[1], threads, BUDGET[self.quick]), self._at)
+            budget = QUICK_BUDGET if self.quick else case.budget
+            self.store.put(key, core.measure(case, self._held[1], threads, budget), self._at)
         return self.store.records[key]
 
     def edge(self) -> dict[str, Any]:

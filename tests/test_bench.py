@@ -190,7 +190,7 @@ def test_a_session_measures_what_the_file_lacks_and_nothing_twice(tmp_path, monk
     made = []
     case = core.Case("tensor", "tiny", lambda tiny: made.append(tiny) or _tensor())
     monkeypatch.setattr(session, "commit", lambda: "abc")
-    monkeypatch.setattr(session, "BUDGET", {True: 0.0})
+    monkeypatch.setattr(session, "QUICK_BUDGET", 0.0)
     path = tmp_path / "bench.json"
     first = session.Session(quick=True, path=path)
     record = first.record(case, 1)
