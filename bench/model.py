@@ -120,5 +120,11 @@ def cases() -> Iterator[Case]:
     for name in models.MODELS:
         for quick in (False, True) if name in QUICK else (False,):
             yield Case(
-                "model", name, functools.partial(work, name), quick, every_thread_count=False, budget=60.0, memory=True
+                "model",
+                name,
+                functools.partial(work, name),
+                quick,
+                every_thread_count=False,
+                budget=60.0,
+                memory=not quick,
             )

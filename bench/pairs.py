@@ -17,7 +17,7 @@ from fastsal import ops, reference
 from fastsal.accuracy import tolerance, worst
 
 SHAPES = ((8192, 10, 784), (128, 100, 3072), (1, 1000, 12288))
-QUICK = ((16, 100, 3072),)
+QUICK = ((8, 100, 3072),)
 ROWS = 8  # rows whose pairs are compared with float64
 NEAR = 1e-4  # relative distance of near-identical rows
 LARGEST = 2**33  # bytes: eager differences that keep more than this for their backward are left out

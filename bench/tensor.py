@@ -25,7 +25,7 @@ from fastsal.accuracy import scaled_errors, tolerance, worst
 
 Inputs = tuple[Tensor, Tensor, Tensor]
 CACHES = 1 << 28  # bytes: several times any last-level cache of one socket
-LOOSE = 1e-5  # the error that a float32 formula may have, in units of each quantity's scale; fastsal is held to 1e-6
+LOOSE = 1e-4  # the error, in units of a quantity's scale, that others may have: plain float32 sums; fastsal's is 1e-6
 
 SHAPES = ((8, 10, 784), (65536, 10, 784), (1700, 100, 3072), (13, 1000, 37632), (1, 1000, 150528))
 QUICK = ((8, 10, 784), (200, 100, 3072))

@@ -61,7 +61,7 @@ def test_a_gradient_that_is_wrong_is_found_out():
     (right,) = torch.autograd.grad((pairs.differences(leaf) * weight).sum(), leaf)
     checks = pairs.Checks(logits, jacobian)
     assert checks.gradient(weight, right) < 1e-6
-    assert checks.gradient(weight, 1.001 * right) > 1e-5
+    assert checks.gradient(weight, 1.01 * right) > tensor.LOOSE
 
 
 def test_a_missing_peer_is_skipped_with_a_line(monkeypatch):
