@@ -12,7 +12,7 @@ namespace fastsal {
 // How many threads are worth waking for `units` units of work that read `elements` elements in all.
 inline int useful_threads(int threads, int64_t units, int64_t elements) {
 #ifdef _OPENMP
-  constexpr int64_t kSerialElements = 65536;  // below this a parallel region costs more than it saves
+  constexpr int64_t kSerialElements = 1 << 18;  // below this waking threads costs more than they save
   if (elements < kSerialElements || units < 2 || threads < 2) return 1;
   return units < threads ? static_cast<int>(units) : threads;
 #else
