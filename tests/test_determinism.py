@@ -184,7 +184,9 @@ def test_alignment(call, target, norm, dtype):
 @each_target
 @each_norm
 @each_dtype
-@pytest.mark.parametrize(("B", "n", "D"), [(1, 14, 20_011), (70, 4, 1030), (33, 5, 67)])  # two of them worth a second thread
+@pytest.mark.parametrize(
+    ("B", "n", "D"), [(1, 14, 20_011), (70, 4, 1030), (33, 5, 67)]
+)  # two of them worth a second thread
 def test_threads_and_runs(call, target, norm, dtype, B, n, D):
     """Work is shared out differently, results are not; the outputs' memory does not matter either."""
     inputs = on(target, B, n, D, dtype)
