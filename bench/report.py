@@ -252,6 +252,9 @@ def certified(path: Path) -> list[str]:
 def render(store: Store, folder: Path | None) -> str:
     """The generated part of the README; writes the plots and the long tables into `folder` unless it is None."""
     records = list(store.records.values())
+    trained = certified(store.path.parent / "certified.json")
+    if not records:
+        return "\n\n".join(trained)
     parts = [f"Measured on {where(store.environment)}; {when(records)}."]
     for level, (title, meaning, figure, _) in LEVELS.items():
         mine = [record for record in records if record["level"] == level]
@@ -278,7 +281,7 @@ def render(store: Store, folder: Path | None) -> str:
                 "What everyone answers for ρ̃: `right`, its multiple of the truth, or what came instead.",
                 _edge(record),
             ]
-    parts += certified(store.path.parent / "certified.json")
+    parts += trained
     parts.append("[All figures](bench/results/tables.md), with errors, quartiles, other load and what was skipped.")
     if folder is not None:
         texts = [
@@ -292,7 +295,7 @@ def render(store: Store, folder: Path | None) -> str:
 def write(path: Path, readme: Path, check: bool) -> int:
     """Puts the generated part between its markers; 1 if there is nothing to write or, with `check`, if it is stale."""
     store = Store(path)
-    if not store.records:
+    if not render(store, None):
         print(f"{path.name} holds no figures: run `python -m bench` first")
         return 1
     text = readme.read_text(encoding="utf-8")
