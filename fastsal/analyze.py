@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastsal import checks, reference
+from fastsal import checks
 from fastsal.certify import Certified, certify
 from fastsal.features import Exact, through_features
 from fastsal.geometry import Geometry, margin_geometry
@@ -35,18 +35,17 @@ def _select(method: Method, graph: Linearization, norm: float, chunk_size: int |
         return _certified(method, graph, chunk_size, backend)
     if isinstance(method, Exact) and (selection := through_features(method, graph, norm, chunk_size, backend)):
         return selection
-    B, n = graph.logits.shape
     nearest = Nearest(graph, norm, backend)
-    others = reference.other_classes(nearest.prediction, n)
+    order = nearest.order
     if isinstance(method, Candidates):
-        descending = graph.logits.gather(1, others).sort(stable=True, dim=1, descending=True).indices
-        others = others.gather(1, descending[:, : method.k])
-    graph.sweep(others.t(), chunk_size, nearest.visit)
+        highest = graph.logits.gather(1, order).sort(stable=True, dim=1, descending=True).indices
+        order = order.gather(1, highest[:, : method.k + 1])
+    graph.sweep(order.t(), chunk_size, nearest.visit)
     provenance: dict[str, Any] = {"method": "exact", "distances": nearest.distances.to(graph.logits.dtype)}
     if isinstance(method, Candidates):
-        nothing = graph.logits.new_zeros(B)
+        nothing = torch.zeros_like(graph.logits[:, 0])
         provenance = {"method": "candidates", "distances": None, "certified": nothing.bool(), "lower_bound": nothing}
-    provenance["vjps"] = nearest.prediction.new_full((B,), others.shape[1] + 1)
+    provenance["vjps"] = torch.full_like(nearest.prediction, order.shape[1])
     return Selection(nearest.winners, nearest.pair, provenance)
 
 

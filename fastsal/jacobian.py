@@ -104,6 +104,14 @@ def call(model: Model, x: Tensor) -> Tensor:
     return two_logits(logits) if logits.dim() == 1 or logits.shape[1] == 1 else logits
 
 
+def _vmap(run: Callable[[Tensor], Tensor | None], stack: Tensor) -> Tensor:
+    """run over stack [k, ...]. Not by autograd's is_grads_batched: its older vmap takes convolutions row by row."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "There is a performance drop")  # an operation that torch takes row by row
+        result: Tensor = torch.func.vmap(run)(stack)
+    return result
+
+
 def _out_of_memory(error: RuntimeError) -> bool:
     texts = ("out of memory", "not enough memory", "DefaultCPUAllocator", "ALLOC_FAILED")
     return isinstance(error, torch.OutOfMemoryError) or any(text in str(error) for text in texts)
@@ -153,17 +161,14 @@ class Linearization:
             return Linearization(model or self.model, self.leaf.detach()[examples].requires_grad_())
 
     def _grad(self, cotangents: Tensor, batched: bool, create_graph: bool) -> Tensor:
+        def grad_of(one: Tensor) -> Tensor | None:
+            return torch.autograd.grad(
+                self.graph_logits, self.leaf, one, retain_graph=True, create_graph=create_graph, allow_unused=True
+            )[0]
+
         # Outside autocast: backward operations take the dtype their forward had, and nothing else may be rounded.
         with torch.autocast(self.leaf.device.type, enabled=False):
-            (grad,) = torch.autograd.grad(
-                self.graph_logits,
-                self.leaf,
-                cotangents,
-                retain_graph=True,
-                create_graph=create_graph,
-                allow_unused=True,
-                is_grads_batched=batched,
-            )
+            grad = _vmap(grad_of, cotangents) if batched else grad_of(cotangents)
         if grad is None:
             raise ValueError("model: its logits do not depend on x, wants logits [B, n] computed from x")
         return flatten(grad, 2 if batched else 1)
@@ -255,32 +260,39 @@ class Selection:
 
 
 class Nearest:
-    """The predicted row and the nearest row so far, pair [B, 2, D], of a stream of rows in any order of classes.
+    """The predicted row and the nearest row so far, pair [B, 2, D], of a stream of rows, the predicted one first.
 
-    distances: m_j / ‖Δ_j‖_q of the rows seen, +inf elsewhere, float64 [B, n].
+    order: classes int64 [B, n], the predicted one and then the others. distances: m_j / ‖Δ_j‖_q of the rows seen, +inf
+    elsewhere, float64 [B, n].
     """
 
     def __init__(self, graph: Linearization, norm: float, backend: str) -> None:
         self._norm, self._backend = norm, backend
         self.prediction = graph.logits.argmax(1)
-        anchor = graph.rows(self.prediction.unsqueeze(0))
-        self.pair = torch.cat((anchor, anchor), 1)
         scores = graph.logits.double()
+        self.order = torch.cat((self.prediction.unsqueeze(1), reference.other_classes(self.prediction, scores.shape[1])), 1)
         self._margin = scores.gather(1, self.prediction.unsqueeze(1)) - scores
         self.distances = torch.full_like(scores, math.inf)
         self._nearest = self.prediction.new_empty(len(scores), 0)
+        self.pair = graph.x.new_empty(len(scores), 0, graph.x.shape[1])
 
     def visit(self, classes: Tensor, rows: Tensor) -> None:
-        """Takes rows [B, c, D] of classes int64 [B, c], none of them the predicted one."""
-        distance = ops.row_distances(self.pair[:, 0], rows, self._norm, self._backend)
-        self.distances.scatter_(1, classes, reference.ratios(self._margin.gather(1, classes), distance))
-        known = self._nearest.shape[1]  # 1, or 0 at first
-        contenders, order = torch.cat((self._nearest, classes), 1).sort(1)  # the lowest class among equals comes first
-        which = reference.nearest(self.distances.gather(1, contenders), self._margin.gather(1, contenders)).unsqueeze(1)
-        slot = order.gather(1, which)
-        row = rows.gather(1, (slot - known).clamp(min=0).unsqueeze(2).expand(-1, 1, rows.shape[2]))
-        self.pair[:, 1:] = torch.where((slot >= known).unsqueeze(2), row, self.pair[:, 1:])
-        self._nearest = contenders.gather(1, which)
+        """Takes the rows [B, c, D] of the next classes int64 [B, c] in an order that starts with the predicted ones."""
+        pair = self.pair
+        if pair.shape[1] == 0:
+            pair = rows[:, :1].expand(-1, 2, -1).clone()
+            classes, rows = classes[:, 1:], rows[:, 1:]
+        if classes.shape[1] > 0:
+            distance = ops.row_distances(pair[:, 0], rows, self._norm, self._backend)
+            self.distances.scatter_(1, classes, reference.ratios(self._margin.gather(1, classes), distance))
+            known = self._nearest.shape[1]  # 1, or 0 at first
+            contenders, order = torch.cat((self._nearest, classes), 1).sort(1)  # the lowest class among equals comes first
+            which = reference.nearest(self.distances.gather(1, contenders), self._margin.gather(1, contenders)).unsqueeze(1)
+            slot = order.gather(1, which)
+            row = rows.gather(1, (slot - known).clamp(min=0).unsqueeze(2).expand(-1, 1, rows.shape[2]))
+            pair[:, 1:] = torch.where((slot >= known).unsqueeze(2), row, pair[:, 1:])
+            self._nearest = contenders.gather(1, which)
+        self.pair = pair
 
     @property
     def winners(self) -> Tensor:
@@ -392,7 +404,11 @@ class ModelPasses:
                 logits = call(self._base.model, leaf.clone())
             dummy = torch.zeros_like(logits, requires_grad=True)
             (pulled,) = torch.autograd.grad(logits, leaf, dummy, create_graph=True)
-            (pushed,) = torch.autograd.grad(pulled, dummy, tangents, is_grads_batched=True)
+
+            def push(tangent: Tensor) -> Tensor:
+                return torch.autograd.grad(pulled, dummy, tangent, retain_graph=True)[0]
+
+            pushed = _vmap(push, tangents)
         return pushed
 
 

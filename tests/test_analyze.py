@@ -1,5 +1,6 @@
 """analyze against dense Jacobians, the bias sum, toys in closed form, and everything it promises to leave alone."""
 
+import collections
 import copy
 import itertools
 import math
@@ -15,7 +16,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from fastsal import reference
 from fastsal.analyze import Candidates, Exact, analyze
-from fastsal.jacobian import linearize
+from fastsal.jacobian import Linearization, linearize
 
 
 class Attention(nn.Module):
@@ -332,20 +333,34 @@ class TestStreaming:
         passes = spy(monkeypatch)
         analyze(model, x, chunk_size=5)
         assert passes[0] == 1  # the check that examples do not mix
-        assert passes[1:] == [1, 5, 5, 5, 5, 2]
+        assert passes[1:] == [5, 5, 5, 5, 3]
+
+    def test_a_chunk_takes_each_convolution_once(self):
+        model = nn.Sequential(nn.Conv2d(1, 3, 3), nn.ReLU(), nn.Conv2d(3, 3, 3), nn.Flatten(), nn.Linear(12, 20)).eval()
+        with linearize(model, torch.randn(2, 1, 6, 6)) as graph, CountedOperations() as counted:
+            graph.rows(torch.arange(20).unsqueeze(1).expand(20, 2))
+        assert counted["aten.convolution_backward.default"] == 2
+
+
+class CountedOperations(TorchDispatchMode, collections.Counter):
+    """How often each operation runs inside, by name."""
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self[str(func)] += 1
+        return func(*args, **(kwargs or {}))
 
 
 def spy(monkeypatch, fail=lambda count: None):
-    """The number of rows of every autograd.grad call from here on; `fail(count)` may raise."""
-    calls, grad = [], torch.autograd.grad
+    """The number of rows of every backward pass from here on; `fail(count)` may raise."""
+    calls, grad = [], Linearization._grad
 
-    def wrapper(outputs, inputs, grad_outputs, *args, **kwargs):
-        count = grad_outputs.shape[0] if kwargs.get("is_grads_batched") else 1
+    def wrapper(self, cotangents, batched, create_graph):
+        count = cotangents.shape[0] if batched else 1
         fail(count)
         calls.append(count)
-        return grad(outputs, inputs, grad_outputs, *args, **kwargs)
+        return grad(self, cotangents, batched, create_graph)
 
-    monkeypatch.setattr(torch.autograd, "grad", wrapper)
+    monkeypatch.setattr(Linearization, "_grad", wrapper)
     return calls
 
 
