@@ -342,6 +342,33 @@ class TestStreaming:
         assert counted["aten.convolution_backward.default"] == 2
 
 
+class TestChunkSize:
+    @pytest.mark.parametrize(
+        ("layer", "batch", "want"),
+        [
+            (nn.Conv2d(1, 8, 3, padding=1), 4, 16),  # 512 KiB of gradients a row, in 8 MiB
+            (nn.Conv2d(1, 8, 3, padding=1), 64, 1),  # 8 MiB
+            (nn.Conv2d(1, 8, 3, padding=1), 128, 1),
+            (nn.Conv2d(1, 1, 3, padding=1), 1, 64),  # the most
+            (
+                nn.Sequential(nn.Conv2d(1, 8, 3, padding=1), nn.Flatten(), nn.Linear(2**15, 128)),
+                8,
+                16,
+            ),  # 16 MiB of weights
+        ],
+    )
+    @pytest.mark.parametrize("frozen", [False, True])
+    def test_gradients_that_fit_a_cache_or_weights_that_do_not(self, layer, batch, want, frozen):
+        model = nn.Sequential(layer, nn.Flatten()).requires_grad_(not frozen)
+        with linearize(model, torch.randn(batch, 1, 64, 64)) as graph:
+            assert graph.default_chunk_size() == want
+
+    def test_in_another_graph(self):
+        x = torch.randn(4, 1, 64, 64, requires_grad=True) * 2
+        with linearize(nn.Sequential(nn.Conv2d(1, 8, 3, padding=1), nn.Flatten()), x, differentiable=True) as graph:
+            assert graph.default_chunk_size() == 16
+
+
 class CountedOperations(TorchDispatchMode, collections.Counter):
     """How often each operation runs inside, by name."""
 
@@ -386,12 +413,12 @@ class TestMemory:
         model, x = make("mlp", batch=1)
 
         def fail(count):
-            if passes:  # the predicted row has gone through
+            if passes:  # the first rows have gone through
                 raise torch.OutOfMemoryError("CUDA out of memory")
 
         passes = spy(monkeypatch, fail)
         with pytest.raises(torch.OutOfMemoryError):
-            analyze(model, x)
+            analyze(model, x, chunk_size=5)
 
     @pytest.mark.parametrize("differentiable", [False, True])
     def test_no_tensor_as_large_as_the_jacobian(self, differentiable):
