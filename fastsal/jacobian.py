@@ -16,7 +16,7 @@ from fastsal import checks, ops, reference
 
 Model = Callable[[Tensor], Tensor]
 
-# How many rows at once on a CPU, by measurement on convolutional networks of 10 to 1000 classes: gradients that stay in a cache,
+# How many rows at once on a CPU, by measurement on convolutional networks of 10 to 1000 classes: gradients that fit a cache,
 # or as many as are worth reading the weights for; elsewhere a number of rows.
 CHUNK_BYTES = 1 << 23
 CHUNK_ROWS = 64
