@@ -6,7 +6,7 @@ import time
 import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -15,6 +15,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from fastsal import checks, ops, reference
 
 Model = Callable[[Tensor], Tensor]
+R = TypeVar("R")
 
 # How many rows at once on a CPU, by measurement on convolutional networks of 10 to 1000 classes: gradients that fit a cache,
 # or as many as are worth reading the weights for; elsewhere a number of rows.
@@ -110,11 +111,11 @@ def call(model: Model, x: Tensor) -> Tensor:
     return two_logits(logits) if logits.dim() == 1 or logits.shape[1] == 1 else logits
 
 
-def _vmap(run: Callable[[Tensor], Tensor | None], stack: Tensor) -> Tensor:
+def _vmap(run: Callable[[Tensor], R], stack: Tensor) -> R:
     """run over stack [k, ...]. Not by autograd's is_grads_batched: its older vmap takes convolutions row by row."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "There is a performance drop")  # an operation that torch takes row by row
-        result: Tensor = torch.func.vmap(run)(stack)
+        result: R = torch.func.vmap(run)(stack)
     return result
 
 
