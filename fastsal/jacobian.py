@@ -218,9 +218,8 @@ class Linearization:
             if node not in seen:
                 seen.add(node)
                 nodes += users.get(node, [])
-                for gradient in getattr(
-                    node, "_input_metadata", ()
-                ):  # torch's own: where it is missing, x alone counts
+                # torch's own; where it is missing, x alone counts
+                for gradient in getattr(node, "_input_metadata", ()):
                     largest = max(largest, math.prod(gradient.shape) * self.leaf.element_size())
         return largest
 
@@ -315,12 +314,10 @@ class Nearest:
             distance = ops.row_distances(pair[:, 0], rows, self._norm, self._backend)
             self.distances.scatter_(1, classes, reference.ratios(self._margin.gather(1, classes), distance))
             known = self._nearest.shape[1]  # 1, or 0 at first
-            contenders, order = torch.cat((self._nearest, classes), 1).sort(
-                1
-            )  # the lowest class among equals comes first
-            which = reference.nearest(
-                self.distances.gather(1, contenders), self._margin.gather(1, contenders)
-            ).unsqueeze(1)
+            # Sorted: the lowest class among equals comes first.
+            contenders, order = torch.cat((self._nearest, classes), 1).sort(1)
+            distances, margins = self.distances.gather(1, contenders), self._margin.gather(1, contenders)
+            which = reference.nearest(distances, margins).unsqueeze(1)
             slot = order.gather(1, which)
             row = rows.gather(1, (slot - known).clamp(min=0).unsqueeze(2).expand(-1, 1, rows.shape[2]))
             pair[:, 1:] = torch.where((slot >= known).unsqueeze(2), row, pair[:, 1:])

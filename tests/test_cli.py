@@ -443,9 +443,8 @@ class TestDemo:
 
 class TestCheck:
     def test_all_within_tolerance(self, capsys, monkeypatch):
-        monkeypatch.delitem(
-            ops.BACKENDS, "triton", raising=False
-        )  # its interpreter takes minutes; it has its own tests
+        # The interpreter takes minutes, and has tests of its own.
+        monkeypatch.delitem(ops.BACKENDS, "triton", raising=False)
         assert main(["check", "--quick", "--seed", "5"]) == 0
         out = capsys.readouterr().out
         for backend in ("reference", *(name for name, module in ops.BACKENDS.items() if name == "cpu")):

@@ -508,9 +508,8 @@ class TestMeasure:
         def model(x):
             return torch.stack((450 - x.flatten(), x.flatten() * 0), 1)
 
-        assert accuracy(model, split, "cpu") == pytest.approx(
-            451 / 600
-        )  # at 450 the logits are equal: the lowest class
+        # At 450 the logits are equal: the lowest class.
+        assert accuracy(model, split, "cpu") == pytest.approx(451 / 600)
 
 
 class TestModels:
