@@ -8,6 +8,7 @@ median of the ratios with the quartiles beside it.
 import gc
 import math
 import os
+import random
 import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
@@ -127,8 +128,9 @@ def _once(run: Callable[[Any], object], inputs: list[Any], repeats: int) -> floa
 def take_turns(
     runs: dict[str, Callable[[Any], object]], inputs: list[Any], budget: float, rounds: int = 15
 ) -> dict[str, list[float]]:
-    """Seconds of every run, warm already, round by round.
+    """Seconds of every run, warm already, round by round, each round in an order of its own.
 
+    Whoever begins a round finds threads asleep, and everyone the caches as the one before left them: not always the same one.
     Each has up to `rounds` rounds and an equal share of `budget` seconds, but three at least; one, if it takes a second.
     """
     times: dict[str, list[float]] = {}
@@ -138,11 +140,13 @@ def take_turns(
         repeats[name] = max(1, math.ceil(SHORTEST / estimate))
         wanted[name] = min(rounds, max(3 if estimate < 1 else 0, int(share / (estimate * repeats[name]))))
         times[name] = [estimate] if estimate >= 1 else []  # such a one counts
+    names, order = list(runs), random.Random(0)
     for turn in range(max(wanted.values(), default=0)):
         gc.collect()
-        for name, run in runs.items():
+        order.shuffle(names)
+        for name in names:
             if turn < wanted[name]:
-                times[name].append(_once(run, inputs, repeats[name]))
+                times[name].append(_once(runs[name], inputs, repeats[name]))
     return times
 
 

@@ -1,7 +1,8 @@
 """Tensor level: all outputs of `fastsal.Geometry`, or ρ̃ alone, from a Jacobian that is given.
 
 The yardstick is a pure read of J and x (read_bandwidth.cpp, built by the system's compiler): what no method can beat that looks
-at every gradient.
+at every gradient. Beside it stands a read in the order that the definitions ask for, an example's rows side by side: what no
+kernel can beat that takes an example at a time.
 """
 
 import ctypes
@@ -35,35 +36,61 @@ CHECKED = 64  # examples compared with float64, fewer where they are large
 
 
 @functools.cache
-def _read_sum() -> Any:
-    """The compiled yardstick."""
+def readers() -> ctypes.CDLL:
+    """read_bandwidth.cpp, compiled."""
     with tempfile.TemporaryDirectory() as folder:
         library = Path(folder, "read_bandwidth.so")
         source = Path(__file__).with_name("read_bandwidth.cpp")
         # Without -fopenmp: a second OpenMP pool in the process would spin against torch's.
         subprocess.run(["c++", "-O3", "-march=native", "-shared", "-fPIC", str(source), "-o", str(library)], check=True)
-        read_sum = ctypes.CDLL(str(library)).read_sum
-    read_sum.argtypes = [ctypes.c_void_p, ctypes.c_int64, ctypes.c_int]
-    read_sum.restype = ctypes.c_double
-    return read_sum
+        found = ctypes.CDLL(str(library))
+    found.read_sum.argtypes = [ctypes.c_void_p, ctypes.c_int64]
+    found.read_in_tiles.argtypes = [ctypes.c_void_p, *[ctypes.c_int64] * 4, ctypes.c_void_p]
+    found.read_sum.restype = found.read_in_tiles.restype = ctypes.c_double
+    return found
 
 
 @functools.cache
-def _readers(threads: int) -> ThreadPoolExecutor:
+def _pool(threads: int) -> ThreadPoolExecutor:
     return ThreadPoolExecutor(threads)
 
 
-def pure_read(inputs: Inputs) -> None:
-    """The fastest sum over all bytes of J and x, taken as float32; every thread has its part of J (ctypes drops the GIL)."""
-    threads = torch.get_num_threads()
+def _total(read: Callable[[Any], float], parts: list[Any], threads: int) -> float:
+    """The sum of what `read` returns of each part (ctypes drops the GIL)."""
+    return sum((_pool(threads).map if threads > 1 else map)(read, parts))
+
+
+def _threads(jacobian: Tensor) -> int:
+    return torch.get_num_threads() if jacobian.numel() >= 2**20 else 1
+
+
+def pure_read(inputs: Inputs) -> float:
+    """The fastest sum over all bytes of J and x, taken as float32; every thread has its part of J."""
     _, jacobian, x = inputs
-    parts = [jacobian] if threads == 1 or jacobian.numel() < 2**20 else jacobian.flatten().chunk(threads)
-    read = functools.partial(_read, _read_sum())
-    list((map if len(parts) == 1 else _readers(threads).map)(read, (*parts, x)))
+    threads = _threads(jacobian)
+
+    def read(part: Tensor) -> float:
+        return readers().read_sum(part.data_ptr(), part.numel() * part.element_size() // 4)
+
+    return _total(read, [*jacobian.flatten().chunk(threads), x], threads)
 
 
-def _read(read_sum: Any, tensor: Tensor) -> None:
-    read_sum(tensor.data_ptr(), tensor.numel() * tensor.element_size() // 4, 1)
+def read_in_tiles(inputs: Inputs) -> float:
+    """The same bytes, the rows of an example (ten at least) side by side; see read_bandwidth.cpp."""
+    _, jacobian, x = inputs
+    threads = _threads(jacobian)
+    if len(jacobian) >= threads:
+        parts = list(zip(jacobian.chunk(threads), x.chunk(threads), strict=True))
+    else:
+        parts = [(rows, x) for rows in jacobian.chunk(min(threads, jacobian.shape[1] // 10), 1)]
+
+    def read(part: tuple[Tensor, Tensor]) -> float:
+        rows, own = part
+        (example, row, _), size = rows.stride(), rows.element_size()
+        B, n, _ = rows.shape
+        return readers().read_in_tiles(rows.data_ptr(), B, n, row * size, example * size, own.data_ptr())
+
+    return _total(read, parts, threads)
 
 
 def draw(shape: tuple[int, int, int], dtype: torch.dtype, tiny: bool) -> list[Inputs]:
@@ -130,7 +157,10 @@ def work(shape: tuple[int, int, int], dtype: torch.dtype, tiny: bool) -> Work:
     """Everyone on a Jacobian of this shape."""
     inputs = draw(shape, dtype, tiny)
     checks = Checks(inputs[0])
-    contestants = [Contestant("pure read", pure_read, lambda _: 0.0, 0.0, "reads J and x")]
+    contestants = [
+        Contestant("pure read", pure_read, lambda _: 0.0, 0.0, "reads J and x"),
+        Contestant("read in tiles", read_in_tiles, lambda _: 0.0, 0.0, "reads J and x, row beside row"),
+    ]
     skipped = {}
 
     def add(name: str, run: Callable[[Inputs], Any], limit: float, what: str = "", compiles: bool = False) -> None:

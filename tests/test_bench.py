@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -123,6 +124,37 @@ def test_a_wrong_contestant_gets_its_error_and_no_speed():
     assert "ratio" not in row
     assert "wrong: 1e-02" in report._matrix([record], report._speed)
     assert "wrong" in report.long_table(record)
+
+
+@pytest.mark.parametrize(("B", "n", "D"), [(3, 20, 32768), (200, 30, 784)])
+@pytest.mark.parametrize("threads", [1, 2])
+def test_the_yardsticks_read_every_number(B, n, D, threads, monkeypatch):
+    monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
+    inputs = torch.randn(B, n), torch.randn(B, n, D).round(decimals=1), torch.randn(B, D).round(decimals=1)
+    _, jacobian, x = (each.double() for each in inputs)
+    assert tensor.pure_read(inputs) == pytest.approx(float(jacobian.sum() + x.sum()), rel=1e-5, abs=0.5)
+    first, second = jacobian[:, 0], jacobian[:, 1]
+    expected = (first.unsqueeze(1) - jacobian).square().sum() + ((first + second) * x).sum()
+    assert tensor.read_in_tiles(inputs) == pytest.approx(float(expected), rel=1e-5)
+
+
+def test_one_example_is_read_in_halves_by_two_threads(monkeypatch):
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
+    inputs = torch.randn(1, 40), torch.randn(1, 40, 32768), torch.zeros(1, 32768)
+    halves = inputs[1].double().reshape(2, 20, -1)
+    expected = float((halves[:, :1] - halves).square().sum())
+    assert tensor.read_in_tiles(inputs) == pytest.approx(expected, rel=1e-5)
+
+
+def test_everyone_takes_a_turn_in_every_round_and_nobody_is_always_first_or_always_after_the_same():
+    played = []
+    runs = {name: lambda _, name=name: played.append(name) or time.sleep(core.SHORTEST) for name in "abc"}
+    times = core.take_turns(runs, [None], budget=1.0)
+    assert [len(seconds) for seconds in times.values()] == [15] * 3
+    rounds = ["".join(played[at : at + 3]) for at in range(3, len(played), 3)]
+    assert {"".join(sorted(one)) for one in rounds} == {"abc"}
+    assert {one[0] for one in rounds} == set("abc")
+    assert {one[at : at + 2] for one in rounds for at in (0, 1)} == {"ab", "ac", "ba", "bc", "ca", "cb"}
 
 
 def test_a_contestant_that_raises_is_reported_and_the_others_go_on():
