@@ -116,6 +116,26 @@ static inline VecD high_half(VecF v) {
 #endif
 }
 
+// Entries 0, 2, 4, ... (First = 0) or 1, 3, 5, ... (1) of a and then b.
+template <int First>
+static inline VecF every_second(VecF a, VecF b) {
+#if defined(FASTSAL_SHUFFLE) && FASTSAL_BYTES == 64
+  return __builtin_shufflevector(a, b, First, First + 2, First + 4, First + 6, First + 8, First + 10, First + 12,
+                                 First + 14, First + 16, First + 18, First + 20, First + 22, First + 24, First + 26,
+                                 First + 28, First + 30);
+#elif defined(FASTSAL_SHUFFLE) && FASTSAL_BYTES == 32
+  return __builtin_shufflevector(a, b, First, First + 2, First + 4, First + 6, First + 8, First + 10, First + 12,
+                                 First + 14);
+#else
+  VecF v;
+  for (int l = 0; l < kLanes / 2; ++l) {
+    v[l] = a[2 * l + First];
+    v[l + kLanes / 2] = b[2 * l + First];
+  }
+  return v;
+#endif
+}
+
 static inline VecF magnitude(VecF v) { return (VecF)((VecI)v & 0x7fffffff); }
 static inline VecD magnitude(VecD v) { return (VecD)((VecL)v & 0x7fffffffffffffffll); }
 
@@ -278,6 +298,21 @@ struct Compute {
   static constexpr int kWidth = kLanes;
   static constexpr double kTiny = kTinyFloat;
   static inline Vec load(const T* p) { return load_floats<kLanes>(p); }
+  // One of the two vectors that 2 * kWidth elements make, of a row or of x. Two bfloat16 neighbours share a word: one
+  // load and two operations give the elements 0, 2, 4, ... and 1, 3, 5, ...
+  static inline Vec load_of_two(int which, const T* p) {
+    if constexpr (__is_same(T, BFloat)) {
+      const auto words = load_vector<typename Lanes<kLanes>::U>(p);
+      return (Vec)(which == 0 ? words << 16 : words & 0xffff0000u);
+    } else {
+      return load(p + which * kWidth);
+    }
+  }
+  static inline Vec load_x_of_two(int which, const float* x) {
+    const Vec low = load_vector<Vec>(x), high = load_vector<Vec>(x + kWidth);
+    if constexpr (__is_same(T, BFloat)) return which == 0 ? every_second<0>(low, high) : every_second<1>(low, high);
+    return which == 0 ? low : high;
+  }
 };
 template <>
 struct Compute<double> {
@@ -286,6 +321,8 @@ struct Compute<double> {
   static constexpr int kWidth = kHalfLanes;
   static constexpr double kTiny = kTinyDouble;
   static inline Vec load(const double* p) { return load_vector<VecD>(p); }
+  static inline Vec load_of_two(int which, const double* p) { return load(p + which * kWidth); }
+  static inline Vec load_x_of_two(int which, const double* x) { return load(x + which * kWidth); }
 };
 
 template <int Q>
@@ -338,6 +375,7 @@ static void tile(const T* const* anchors, const T* const* rows, const typename C
                  const char* const* ahead, Scaled* norm, Scaled* dot, Strides out) {
   typedef Compute<T> C;
   typedef typename C::Vec Vec;
+  typedef typename C::Scalar Scalar;
   constexpr int W = C::kWidth;
   constexpr int kPrefetchEvery = 64 / (W * sizeof(T)) > 1 ? 64 / (W * sizeof(T)) : 1;  // vectors in a cache line
   VecD norm_sum[A][R], dot_sum[A][R];
@@ -350,7 +388,11 @@ static void tile(const T* const* anchors, const T* const* rows, const typename C
       for (int i = 0; i < A; ++i)
         for (int r = 0; r < R; ++r) n_acc[h][i][r] = d_acc[h][i][r] = Vec{};
   };
-  auto step = [&](int h, const Vec* a, const Vec* v, Vec xv) {
+  auto step = [&](int h, auto load, auto load_x) __attribute__((always_inline)) {
+    Vec a[A], v[R], xv = {};
+    for (int i = 0; i < A; ++i) a[i] = load(anchors[i]);
+    for (int r = 0; r < R; ++r) v[r] = load(rows[r]);
+    if constexpr (X) xv = load_x(x);
     for (int i = 0; i < A; ++i) {
       for (int r = 0; r < R; ++r) {
         const Vec d = a[i] - v[r];
@@ -358,13 +400,6 @@ static void tile(const T* const* anchors, const T* const* rows, const typename C
         if constexpr (X) d_acc[h][i][r] = multiply_add(xv, d, d_acc[h][i][r]);
       }
     }
-  };
-  auto step_at = [&](int h, int64_t k) {
-    Vec a[A], v[R], xv = {};
-    for (int i = 0; i < A; ++i) a[i] = C::load(anchors[i] + k);
-    for (int r = 0; r < R; ++r) v[r] = C::load(rows[r] + k);
-    if constexpr (X) xv = load_vector<Vec>(x + k);
-    step(h, a, v, xv);
   };
   // Into the second level cache: fetched to the first it would compete with the loads for fill buffers.
   // Always inline: GCC takes a function that only prefetches for pure, and drops calls of it.
@@ -388,21 +423,22 @@ static void tile(const T* const* anchors, const T* const* rows, const typename C
     clear();
     for (; k < end; k += 2 * W) {
       prefetch(k);
-      step_at(0, k);
-      step_at(1, k + W);
+      for (int h = 0; h < 2; ++h) {
+        step(
+            h, [=](const T* p) { return C::load_of_two(h, p + k); },
+            [=](const Scalar* p) { return C::load_x_of_two(h, p + k); });
+      }
     }
     if (k == whole && k < len) {  // one addition more
       prefetch(k);
       if (k + W <= len) {
-        step_at(0, k);
+        step(0, [=](const T* p) { return C::load(p + k); }, [=](const Scalar* p) { return load_vector<Vec>(p + k); });
         k += W;
       }
       if (k < len) {
-        Vec a[A], v[R], xv = {};
-        for (int i = 0; i < A; ++i) a[i] = C::load(Padded<T, W>(anchors[i] + k, len - k).value);
-        for (int r = 0; r < R; ++r) v[r] = C::load(Padded<T, W>(rows[r] + k, len - k).value);
-        if constexpr (X) xv = load_vector<Vec>(Padded<typename C::Scalar, W>(x + k, len - k).value);
-        step(1, a, v, xv);
+        step(
+            1, [=](const T* p) { return C::load(Padded<T, W>(p + k, len - k).value); },
+            [=](const Scalar* p) { return load_vector<Vec>(Padded<Scalar, W>(p + k, len - k).value); });
         k = len;
       }
     }
