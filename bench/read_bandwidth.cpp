@@ -36,9 +36,9 @@ extern "C" double read_sum(const float* data, int64_t n) {
   return total;
 }
 
-// read_in_tiles: the same bytes in the order that the definitions ask for, with next to no arithmetic. An example's rows
-// are read ten at a time, each against the anchor (the first of them here), the ten after them prefetched; then two rows
-// and x. A row is taken as floats, 64 bytes or more; the sum is that of |anchor - row|^2 and <row_0 + row_1, x>.
+// read_in_tiles: the same bytes example after example, with next to no arithmetic. The rows are read ten at a time,
+// each against the anchor (the first of them here), the ten after them prefetched; then two rows and x. A row is taken
+// as floats, 64 bytes or more; the sum is that of |anchor - row|^2 and <row_0 + row_1, x>.
 extern "C" double read_in_tiles(const char* jacobian, int64_t B, int64_t n, int64_t row_bytes, int64_t example_bytes,
                                 const char* x) {
   constexpr int kRows = 10, kLine = 64;

@@ -1,8 +1,8 @@
 """Tensor level: all outputs of `fastsal.Geometry`, or ρ̃ alone, from a Jacobian that is given.
 
 The yardstick is a pure read of J and x (read_bandwidth.cpp, built by the system's compiler): what no method can beat that looks
-at every gradient. Beside it stands a read in the order that the definitions ask for, an example's rows side by side: what no
-kernel can beat that takes an example at a time.
+at every gradient. Beside it stands a read of one example after the other, its rows side by side: the floor of a kernel that
+reads in that order, as fastsal's does wherever a processor is not faster at one row after the other.
 """
 
 import ctypes

@@ -266,3 +266,22 @@ def test_simd_levels(simd, level, norm, dtype, D):
         alone = cases.margin_geometry(target, *(v[1:] for v in inputs), norm)
         cases.assert_same_results(result, alone, slice(1, 2))
         cases.assert_pairwise(cases.pairwise_margins(target, *inputs, norm), *inputs, norm)
+
+
+@each_norm
+@each_dtype
+def test_rows_in_one_stream(norm, dtype):
+    """Whether short rows are read side by side or one after the other does not show in a bit."""
+    native = pytest.importorskip("fastsal._cpu")
+    target = cases.Target("cpu", "cpu")
+    inputs = cases.inputs(2, 101, 1031, dtype)
+    before = native.reads_one_stream()
+    results = []
+    try:
+        for one in (False, True):
+            native.set_reads_one_stream(one)
+            results.append(cases.margin_geometry(target, *inputs, norm))
+            cases.assert_geometry(results[-1], *inputs, norm)
+    finally:
+        native.set_reads_one_stream(before)
+    cases.assert_same_results(*results)

@@ -58,4 +58,7 @@ extern const Kernels kAvx512Kernels;
 
 const Kernels& kernels();  // the level in use
 
+// Whether short rows are read one after the other, not several side by side: what this processor is faster at.
+bool reads_one_stream();
+
 }  // namespace fastsal

@@ -50,6 +50,7 @@ struct Output {
 };
 
 void set_simd_level(const std::string& name);
+void set_reads_one_stream(bool one);
 
 void row_distances(int q, const Rows& anchor, const Rows& rows, double* out, int threads);
 void margin_geometry(int q, const Logits& logits, const Rows& jacobian, const Inputs& x, Output scalars,

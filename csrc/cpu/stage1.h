@@ -12,7 +12,8 @@ class Stage1 {
         tile_(kernels().tile[q][rows.dtype]),
         block_rows_(kernels().block_rows),
         count_(segments(rows.D)),
-        row_bytes_(rows.D * kElementSize[rows.dtype]) {}
+        row_bytes_(rows.D * kElementSize[rows.dtype]),
+        one_stream_(reads_one_stream() && row_bytes_ <= kLongRow && !is_small()) {}
 
   int64_t segment_count() const { return count_; }
   int64_t block_count() const { return (rows_.n + block_rows_ - 1) / block_rows_; }
@@ -31,7 +32,10 @@ class Stage1 {
       ahead[r] = next(b, first + r, n_rows, total, skip, row[r]);
     }
     Scaled sums[kMaxRows];
-    tile_(&a, 1, row, n_rows, nullptr, length, ahead, sums, nullptr, {0, 1});
+    const int step = one_stream_ ? 1 : n_rows;
+    for (int r = 0; r < n_rows; r += step) {
+      tile_(&a, 1, row + r, step, nullptr, length, ahead + r, sums + r, nullptr, {0, 1});
+    }
     for (int r = 0; r < n_rows; ++r) partial[index(first + r, skip) * count_ + segment] = sums[r];
   }
 
@@ -57,6 +61,8 @@ class Stage1 {
   }
 
  private:
+  static constexpr int64_t kLongRow = 16384;  // bytes
+
   // How many rows of the next example stage 2 prefetches, lest memory idle in it; they must lie one behind the other.
   int64_t left() const {
     if (!is_small() || rows_.stride_n != rows_.D) return 0;
@@ -66,10 +72,11 @@ class Stage1 {
   bool is_small() const { return rows_.n * row_bytes_ <= 128 * 1024; }
 
   // Where to prefetch, as measured: in a small example the same row of the next one; of short rows the row a block
-  // later; along a long row a little further on.
+  // later, or a page or two further on where they are read in one stream; along a long row a little further on.
   const void* next(int64_t b, int64_t k, int n_rows, int64_t total, int64_t skip, const void* row) const {
-    constexpr int64_t kLongRow = 16384, kAheadBytes = 512;
-    if (row_bytes_ > kLongRow) return static_cast<const char*>(row) + kAheadBytes;
+    constexpr int64_t kAlong = 512, kStream = 8192;
+    if (row_bytes_ > kLongRow) return static_cast<const char*>(row) + kAlong;
+    if (one_stream_) return static_cast<const char*>(row) + kStream;
     if (is_small()) {
       const int64_t j = index(k, skip);
       return b + 1 < rows_.B && j < rows_.n - left() ? rows_.row(b + 1, j) : row;
@@ -83,6 +90,7 @@ class Stage1 {
   TileFn tile_;
   int block_rows_;
   int64_t count_, row_bytes_;
+  bool one_stream_;
 };
 
 }  // namespace fastsal
