@@ -270,18 +270,19 @@ def test_simd_levels(simd, level, norm, dtype, D):
 
 @each_norm
 @each_dtype
-def test_rows_in_one_stream(norm, dtype):
-    """Whether short rows are read side by side or one after the other does not show in a bit."""
+@pytest.mark.parametrize(("n", "D"), [(101, 1031), (12, 17001)])
+def test_rows_in_few_streams(norm, dtype, n, D):
+    """How many rows are read side by side does not show in a bit."""
     native = pytest.importorskip("fastsal._cpu")
     target = cases.Target("cpu", "cpu")
-    inputs = cases.inputs(2, 101, 1031, dtype)
-    before = native.reads_one_stream()
+    inputs = cases.inputs(2, n, D, dtype)
+    before = native.reads_few_streams()
     results = []
     try:
-        for one in (False, True):
-            native.set_reads_one_stream(one)
+        for few in (False, True):
+            native.set_reads_few_streams(few)
             results.append(cases.margin_geometry(target, *inputs, norm))
             cases.assert_geometry(results[-1], *inputs, norm)
     finally:
-        native.set_reads_one_stream(before)
+        native.set_reads_few_streams(before)
     cases.assert_same_results(*results)

@@ -119,7 +119,7 @@ PYBIND11_MODULE(_cpu, m) {
   m.def("pairwise_backward", &pairwise_backward, release);
   m.def("simd_level", [] { return fastsal::kernels().name; });
   m.def("set_simd_level", &fastsal::set_simd_level);
-  m.def("reads_one_stream", &fastsal::reads_one_stream);
-  m.def("set_reads_one_stream", &fastsal::set_reads_one_stream);
+  m.def("reads_few_streams", &fastsal::reads_few_streams);
+  m.def("set_reads_few_streams", &fastsal::set_reads_few_streams);
   m.def("openmp", &has_openmp);
 }

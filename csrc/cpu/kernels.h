@@ -58,7 +58,8 @@ extern const Kernels kAvx512Kernels;
 
 const Kernels& kernels();  // the level in use
 
-// Whether short rows are read one after the other, not several side by side: what this processor is faster at.
-bool reads_one_stream();
+// Whether this processor is faster at few streams of memory: a short row after the other, of long ones five without
+// prefetching.
+bool reads_few_streams();
 
 }  // namespace fastsal

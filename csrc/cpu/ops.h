@@ -50,7 +50,7 @@ struct Output {
 };
 
 void set_simd_level(const std::string& name);
-void set_reads_one_stream(bool one);
+void set_reads_few_streams(bool few);
 
 void row_distances(int q, const Rows& anchor, const Rows& rows, double* out, int threads);
 void margin_geometry(int q, const Logits& logits, const Rows& jacobian, const Inputs& x, Output scalars,

@@ -12,8 +12,13 @@ class Stage1 {
         tile_(kernels().tile[q][rows.dtype]),
         block_rows_(kernels().block_rows),
         count_(segments(rows.D)),
-        row_bytes_(rows.D * kElementSize[rows.dtype]),
-        one_stream_(reads_one_stream() && row_bytes_ <= kLongRow && !is_small()) {}
+        row_bytes_(rows.D * kElementSize[rows.dtype]) {
+    if (!reads_few_streams() || is_small()) return;
+    one_stream_ = row_bytes_ <= kLongRow;
+    if (row_bytes_ <= 2 * kLongRow) return;
+    block_rows_ = block_rows_ < kFewRows ? block_rows_ : kFewRows;
+    prefetch_ = false;
+  }
 
   int64_t segment_count() const { return count_; }
   int64_t block_count() const { return (rows_.n + block_rows_ - 1) / block_rows_; }
@@ -34,7 +39,7 @@ class Stage1 {
     Scaled sums[kMaxRows];
     const int step = one_stream_ ? 1 : n_rows;
     for (int r = 0; r < n_rows; r += step) {
-      tile_(&a, 1, row + r, step, nullptr, length, ahead + r, sums + r, nullptr, {0, 1});
+      tile_(&a, 1, row + r, step, nullptr, length, prefetch_ ? ahead + r : nullptr, sums + r, nullptr, {0, 1});
     }
     for (int r = 0; r < n_rows; ++r) partial[index(first + r, skip) * count_ + segment] = sums[r];
   }
@@ -62,6 +67,7 @@ class Stage1 {
 
  private:
   static constexpr int64_t kLongRow = 16384;  // bytes
+  static constexpr int kFewRows = 5;
 
   // How many rows of the next example stage 2 prefetches, lest memory idle in it; they must lie one behind the other.
   int64_t left() const {
@@ -90,7 +96,7 @@ class Stage1 {
   TileFn tile_;
   int block_rows_;
   int64_t count_, row_bytes_;
-  bool one_stream_;
+  bool one_stream_ = false, prefetch_ = true;
 };
 
 }  // namespace fastsal
