@@ -349,7 +349,7 @@ class TestChunkSize:
             (nn.Conv2d(1, 8, 3, padding=1), 4, 16),  # 512 KiB of gradients a row, in 8 MiB
             (nn.Conv2d(1, 8, 3, padding=1), 64, 1),  # 8 MiB
             (nn.Conv2d(1, 8, 3, padding=1), 128, 1),
-            (nn.Conv2d(1, 1, 3, padding=1), 1, 64),  # the most
+            (nn.Conv2d(1, 1, 3, padding=1), 1, 40),  # the most
             (
                 nn.Sequential(nn.Conv2d(1, 8, 3, padding=1), nn.Flatten(), nn.Linear(2**15, 128)),
                 8,
