@@ -15,9 +15,11 @@ class Stage1 {
         row_bytes_(rows.D * kElementSize[rows.dtype]) {
     if (!reads_few_streams() || is_small()) return;
     one_stream_ = row_bytes_ <= kLongRow;
-    if (row_bytes_ <= 2 * kLongRow) return;
-    block_rows_ = block_rows_ < kFewRows ? block_rows_ : kFewRows;
-    prefetch_ = false;
+    const bool few_rows = row_bytes_ > 2 * kLongRow;
+    if (few_rows && block_rows_ > kFewRows) block_rows_ = kFewRows;
+    // In a stream of two-byte elements the processor sees too little ahead of itself, between short rows too.
+    const bool sees_ahead = row_bytes_ > kLongRow / 2 && kElementSize[rows.dtype] > 2;
+    prefetch_ = !few_rows && !(one_stream_ && sees_ahead);
   }
 
   int64_t segment_count() const { return count_; }
@@ -67,7 +69,7 @@ class Stage1 {
 
  private:
   static constexpr int64_t kLongRow = 16384;  // bytes
-  static constexpr int kFewRows = 5;
+  static constexpr int kFewRows = 4;
 
   // How many rows of the next example stage 2 prefetches, lest memory idle in it; they must lie one behind the other.
   int64_t left() const {
