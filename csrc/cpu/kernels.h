@@ -44,6 +44,7 @@ struct Kernels {
   int block_rows;  // rows that stage 1 reads together: as many as the registers hold, for streams of memory in flight
   int64_t chunk;
   TileFn tile[3][kDtypes];
+  TileFn in_turn[3][kDtypes];       // the rows one after the other: one stream of memory; one anchor, no x
   TwoRowFn two_row[3][kDtypes][2];  // [..][1]: x is float32
   GapFn gap[3][kDtypes];
   UpcastFn upcast[kDtypes];
@@ -58,8 +59,8 @@ extern const Kernels kAvx512Kernels;
 
 const Kernels& kernels();  // the level in use
 
-// Whether this processor is faster at few streams of memory: a short row after the other, of long ones five without
-// prefetching.
+// Whether this processor is faster at few streams of memory: a short row after the other, of long ones four
+// without prefetching.
 bool reads_few_streams();
 
 }  // namespace fastsal

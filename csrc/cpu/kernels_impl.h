@@ -370,17 +370,23 @@ __attribute__((noinline)) static Scaled exact_dot(const T* a, const T* r, const 
 constexpr int kAdds = 31;
 constexpr int kBlockRows = kBytes == 64 ? 10 : 4;
 
+template <int A, int R>
+struct TileSums {
+  VecD norm[A][R], dot[A][R];
+};
+
 template <int Q, class T, int A, int R, bool X>
-static void tile(const T* const* anchors, const T* const* rows, const typename Compute<T>::Scalar* x, int64_t len,
-                 const char* const* ahead, Scaled* norm, Scaled* dot, Strides out) {
+__attribute__((always_inline)) static inline TileSums<A, R> tile_sums(const T* const* anchors, const T* const* rows,
+                                                                      const typename Compute<T>::Scalar* x, int64_t len,
+                                                                      const char* const* ahead) {
   typedef Compute<T> C;
   typedef typename C::Vec Vec;
   typedef typename C::Scalar Scalar;
   constexpr int W = C::kWidth;
   constexpr int kPrefetchEvery = 64 / (W * sizeof(T)) > 1 ? 64 / (W * sizeof(T)) : 1;  // vectors in a cache line
-  VecD norm_sum[A][R], dot_sum[A][R];
+  TileSums<A, R> sums;
   for (int i = 0; i < A; ++i)
-    for (int r = 0; r < R; ++r) norm_sum[i][r] = dot_sum[i][r] = VecD{};
+    for (int r = 0; r < R; ++r) sums.norm[i][r] = sums.dot[i][r] = VecD{};
 
   Vec n_acc[2][A][R], d_acc[2][A][R];
   auto clear = [&] {
@@ -411,8 +417,8 @@ static void tile(const T* const* anchors, const T* const* rows, const typename C
   auto drain = [&] {
     for (int i = 0; i < A; ++i) {
       for (int r = 0; r < R; ++r) {
-        norm_sum[i][r] = flush<Q>(norm_sum[i][r], n_acc[0][i][r], n_acc[1][i][r]);
-        if constexpr (X) dot_sum[i][r] = flush<kL1>(dot_sum[i][r], d_acc[0][i][r], d_acc[1][i][r]);
+        sums.norm[i][r] = flush<Q>(sums.norm[i][r], n_acc[0][i][r], n_acc[1][i][r]);
+        if constexpr (X) sums.dot[i][r] = flush<kL1>(sums.dot[i][r], d_acc[0][i][r], d_acc[1][i][r]);
       }
     }
   };
@@ -444,15 +450,26 @@ static void tile(const T* const* anchors, const T* const* rows, const typename C
     }
     drain();
   }
+  return sums;
+}
 
+template <int Q, class T>
+static inline Scaled tile_norm(VecD sum, const T* anchor, const T* row, int64_t len) {
+  const double n = reduce<Q>(sum);
+  return in_range(n, len, Compute<T>::kTiny) ? Scaled{n, 0} : exact_norm<Q>(anchor, row, len);
+}
+
+template <int Q, class T, int A, int R, bool X>
+static void tile(const T* const* anchors, const T* const* rows, const typename Compute<T>::Scalar* x, int64_t len,
+                 const char* const* ahead, Scaled* norm, Scaled* dot, Strides out) {
+  const TileSums<A, R> sums = tile_sums<Q, T, A, R, X>(anchors, rows, x, len, ahead);
   for (int i = 0; i < A; ++i) {
     for (int r = 0; r < R; ++r) {
       const int64_t at = i * out.anchor + r * out.row;
-      const double n = reduce<Q>(norm_sum[i][r]);
-      norm[at] = in_range(n, len, C::kTiny) ? Scaled{n, 0} : exact_norm<Q>(anchors[i], rows[r], len);
+      norm[at] = tile_norm<Q>(sums.norm[i][r], anchors[i], rows[r], len);
       if constexpr (X) {
-        const double p = reduce<kL1>(dot_sum[i][r]);
-        dot[at] = in_range(p, len, C::kTiny) ? Scaled{p, 0} : exact_dot(anchors[i], rows[r], x, len);
+        const double p = reduce<kL1>(sums.dot[i][r]);
+        dot[at] = in_range(p, len, Compute<T>::kTiny) ? Scaled{p, 0} : exact_dot(anchors[i], rows[r], x, len);
       }
     }
   }
@@ -525,6 +542,25 @@ static void tile_entry(const void* const* anchors, int n_anchors, const void* co
     tile_rows<Q, T, true>(a, n_anchors, r, n_rows, xs, len, hint, norm, dot, out);
   } else {
     tile_rows<Q, T, false>(a, n_anchors, r, n_rows, xs, len, hint, norm, dot, out);
+  }
+}
+
+// The same one row after the other. The sums are reduced last: in between that would hold up the reading.
+template <int Q, class T>
+static void in_turn(const void* const* anchors, int, const void* const* rows, int n_rows, const void*, int64_t len,
+                    const void* const* ahead, Scaled* norm, Scaled*, Strides out) {
+  const T* anchor = static_cast<const T*>(anchors[0]);
+  VecD sums[kMaxRows];
+  auto sum = [=](const T* row, const char* const* next) __attribute__((always_inline)) {
+    return tile_sums<Q, T, 1, 1, false>(&anchor, &row, nullptr, len, next).norm[0][0];
+  };
+  for (int r = 0; r < n_rows; ++r) {
+    const T* row = static_cast<const T*>(rows[r]);
+    const char* next = ahead ? static_cast<const char*>(ahead[r]) : nullptr;
+    sums[r] = ahead ? sum(row, &next) : sum(row, nullptr);
+  }
+  for (int r = 0; r < n_rows; ++r) {
+    norm[r * out.row] = tile_norm<Q>(sums[r], anchor, static_cast<const T*>(rows[r]), len);
   }
 }
 
@@ -683,6 +719,7 @@ static constexpr Kernels kTable = {
     kBlockRows,
     kChunk,
     {FASTSAL_TYPES(tile_entry, kMax), FASTSAL_TYPES(tile_entry, kL1), FASTSAL_TYPES(tile_entry, kL2)},
+    {FASTSAL_TYPES(in_turn, kMax), FASTSAL_TYPES(in_turn, kL1), FASTSAL_TYPES(in_turn, kL2)},
     {FASTSAL_TWO_ROW(kMax), FASTSAL_TWO_ROW(kL1), FASTSAL_TWO_ROW(kL2)},
     {FASTSAL_TYPES(gap, kMax), FASTSAL_TYPES(gap, kL1), FASTSAL_TYPES(gap, kL2)},
     {upcast<float>, upcast<double>, upcast<Half>, upcast<BFloat>},

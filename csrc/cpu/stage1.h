@@ -15,6 +15,7 @@ class Stage1 {
         row_bytes_(rows.D * kElementSize[rows.dtype]) {
     if (!reads_few_streams() || is_small()) return;
     one_stream_ = row_bytes_ <= kLongRow;
+    if (one_stream_) tile_ = kernels().in_turn[q][rows.dtype];
     const bool few_rows = row_bytes_ > 2 * kLongRow;
     if (few_rows && block_rows_ > kFewRows) block_rows_ = kFewRows;
     // In a stream of two-byte elements the processor sees too little ahead of itself, between short rows too.
@@ -39,10 +40,7 @@ class Stage1 {
       ahead[r] = next(b, first + r, n_rows, total, skip, row[r]);
     }
     Scaled sums[kMaxRows];
-    const int step = one_stream_ ? 1 : n_rows;
-    for (int r = 0; r < n_rows; r += step) {
-      tile_(&a, 1, row + r, step, nullptr, length, prefetch_ ? ahead + r : nullptr, sums + r, nullptr, {0, 1});
-    }
+    tile_(&a, 1, row, n_rows, nullptr, length, prefetch_ ? ahead : nullptr, sums, nullptr, {0, 1});
     for (int r = 0; r < n_rows; ++r) partial[index(first + r, skip) * count_ + segment] = sums[r];
   }
 
