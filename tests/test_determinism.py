@@ -270,7 +270,7 @@ def test_simd_levels(simd, level, norm, dtype, D):
 
 @each_norm
 @each_dtype
-@pytest.mark.parametrize(("n", "D"), [(101, 1031), (12, 17001)])
+@pytest.mark.parametrize(("n", "D"), [(101, 1031), (23, 3001), (12, 17001)])
 def test_rows_in_few_streams(norm, dtype, n, D):
     """How many rows are read side by side does not show in a bit."""
     native = pytest.importorskip("fastsal._cpu")
