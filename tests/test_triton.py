@@ -70,3 +70,15 @@ def test_a_cpu_tensor_is_refused_with_the_reason(run_python):
     )
     result = run_python("-c", code, TRITON_INTERPRET="0")
     assert "RuntimeError: backend 'triton' cannot run: tensors are on the CPU" in result.stderr
+
+
+@pytest.mark.parametrize("interpreter", ["0", "1"])
+def test_without_a_device_only_the_interpreter_is_available(run_python, interpreter):
+    code = (
+        "import fastsal, torch\n"
+        "torch.accelerator.is_available = lambda: False\n"
+        "print(fastsal.info()['backends']['triton'])"
+    )
+    result = run_python("-c", code, TRITON_INTERPRET=interpreter)
+    wanted = {"0": "torch finds no accelerator, and Triton's interpreter is off (TRITON_INTERPRET=1)", "1": "available"}
+    assert result.stdout == wanted[interpreter] + "\n", result.stderr

@@ -26,7 +26,10 @@ def _load() -> tuple[ModuleType | None, str]:
 
 def unavailable() -> str:
     """Why this backend cannot run at all; empty if it can."""
-    return _load()[1]
+    reason = _load()[1]
+    if reason or _interpreted() or torch.accelerator.is_available():
+        return reason
+    return "torch finds no accelerator, and Triton's interpreter is off (TRITON_INTERPRET=1)"
 
 
 def _interpreted() -> bool:
@@ -37,7 +40,7 @@ def why_not(jacobian: Tensor) -> str:
     """Why this backend cannot take this Jacobian; empty if it can."""
     if jacobian.device.type == "cpu" and not _interpreted():
         return "tensors are on the CPU, where Triton runs in its interpreter only (TRITON_INTERPRET=1)"
-    return unavailable()
+    return _load()[1]
 
 
 def info() -> dict[str, object]:
