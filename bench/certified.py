@@ -95,10 +95,10 @@ class Matrices:
     def __post_init__(self) -> None:
         self.dimension = self.jacobian.shape[2]
 
-    def pull(self, examples: Tensor, cotangents: Tensor) -> Tensor:
+    def vjp(self, examples: Tensor, cotangents: Tensor) -> Tensor:
         return torch.einsum("ecn,end->ecd", cotangents, self.jacobian[examples])
 
-    def push(self, examples: Tensor, directions: Tensor) -> Tensor:
+    def jvp(self, examples: Tensor, directions: Tensor) -> Tensor:
         return torch.einsum("ekd,end->ekn", directions.float(), self.jacobian[examples])
 
     def price(self) -> float:

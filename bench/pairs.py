@@ -14,7 +14,7 @@ import fastsal
 from bench.core import Case, Contestant, Work
 from bench.tensor import LOOSE, draw
 from fastsal import ops, reference
-from fastsal.accuracy import tolerance, worst
+from fastsal.tolerance import tolerance, worst
 
 SHAPES = ((8192, 10, 784), (128, 100, 3072), (1, 1000, 12288))
 QUICK = ((8, 100, 3072),)

@@ -48,7 +48,7 @@ def watched() -> Iterator[Stopwatch]:
     seams: list[tuple[Any, str, str]] = [
         (jacobian, "call", "forward"),
         (torch.autograd, "grad", "backward rows"),
-        (jacobian.ModelPasses, "push", "probes"),
+        (jacobian.ModelPasses, "jvp", "probes"),
     ]
     for module in ops.BACKENDS.values():
         seams += [(module, name, "kernel") for name in ("row_distances", "margin_geometry") if hasattr(module, name)]

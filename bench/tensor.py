@@ -22,7 +22,7 @@ import fastsal
 from bench import formulas
 from bench.core import Case, Contestant, Work
 from fastsal import ops, reference
-from fastsal.accuracy import scaled_errors, tolerance, worst
+from fastsal.tolerance import scaled_errors, tolerance, worst
 
 Inputs = tuple[Tensor, Tensor, Tensor]
 CACHES = 1 << 28  # bytes: several times any last-level cache of one socket

@@ -1,9 +1,9 @@
 """fastsal: linearised robustness, saliency alignment and the bound that ties them, at the hardware's limit."""
 
 from fastsal import plot
-from fastsal.analyze import Candidates, analyze
+from fastsal.adversarial import Adversarial, deepfool
+from fastsal.analysis import Candidates, analyze
 from fastsal.certify import Certified
-from fastsal.deepfool import Adversarial, deepfool
 from fastsal.features import Exact
 from fastsal.geometry import Geometry, margin_geometry
 from fastsal.ops import info

@@ -99,10 +99,10 @@ class Passes(Protocol):
     roundoff: float  # unit roundoff of the precision that the passes work in
     pairs: int  # how many (example, direction) pairs are best run at once
 
-    def pull(self, examples: Tensor, cotangents: Tensor) -> Tensor:
+    def vjp(self, examples: Tensor, cotangents: Tensor) -> Tensor:
         """cotangents [e, c, n] times the Jacobians: [e, c, D]."""
 
-    def push(self, examples: Tensor, directions: Tensor) -> Tensor | None:
+    def jvp(self, examples: Tensor, directions: Tensor) -> Tensor | None:
         """The Jacobians times directions [e, k, D]: [e, k, n]; None where the model cannot."""
 
     def price(self) -> float:
@@ -206,7 +206,7 @@ class _Search:
 
     def _rows(self, e: Tensor, classes: Tensor) -> Tensor:
         one_hot = self.passes.logits.new_zeros(*classes.shape, self.n).scatter_(2, classes.unsqueeze(2), 1.0)
-        return self.passes.pull(e, one_hot)
+        return self.passes.vjp(e, one_hot)
 
     @property
     def best(self) -> Tensor:
@@ -283,15 +283,15 @@ class _Search:
                 kept &= length > DEPENDENT
                 row = torch.where(kept, row / length, 0.0)
             directions[:, slot : slot + 1] = row
-        pushed = self.passes.push(e, directions)
-        if pushed is None:
+        products = self.passes.jvp(e, directions)
+        if products is None:
             return False
         self.jvps[e] += directions.shape[1]
         r, c = self.basis.shape[1], directions.shape[1]
         self.basis = torch.cat((self.basis, self.basis.new_zeros(len(self.basis), c, self.basis.shape[2])), 1)
         self.basis[e, r:] = directions
         self.components = torch.cat((self.components, self.components.new_zeros(len(self.basis), c, self.n)), 1)
-        self.components[e, r:] = pushed.double() / self.unit[e].view(-1, 1, 1)
+        self.components[e, r:] = products.double() / self.unit[e].view(-1, 1, 1)
         return True
 
     def differences(self, e: Tensor, values: Tensor) -> Tensor:
@@ -369,7 +369,7 @@ class _Search:
             largest = cotangents.abs().amax(2, keepdim=True)
             cotangents = cotangents / torch.where(largest > 0, largest, 1.0)
             self.vjps[a] += BLOCK
-            rows = self.passes.pull(a, cotangents.to(self.passes.logits.dtype))
+            rows = self.passes.vjp(a, cotangents.to(self.passes.logits.dtype))
             self.sound[a] &= ~rows.isnan().flatten(1).any(1)
             self.span(a, rows)
         return plan
@@ -401,9 +401,9 @@ class _Search:
                 basis = self.basis[e]
                 shadow = part @ basis.mT
                 directions = part - shadow @ basis
-                pushed = self.passes.push(e, directions)
-                assert pushed is not None  # the basis has gone through
-                values = pushed.double() / self.unit[e].view(-1, 1, 1)
+                products = self.passes.jvp(e, directions)
+                assert products is not None  # the basis has gone through
+                values = products.double() / self.unit[e].view(-1, 1, 1)
                 sums += self.differences(e, values).square().sum(1)
                 squares += values.square().sum(1)
                 self._record(e, done, values, shadow)

@@ -123,7 +123,7 @@ def _independent(features: Linearization) -> bool:
     """Whether the first example's features depend on no other example."""
     cotangent = torch.zeros_like(features.logits)
     cotangent[0] = torch.arange(1, cotangent.shape[1] + 1, device=cotangent.device).cos()
-    others = features.pull(cotangent.unsqueeze(0))[1:]
+    others = features.vjp(cotangent.unsqueeze(0))[1:]
     return not bool(((others != 0) & ~others.isnan()).any())
 
 

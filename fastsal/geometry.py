@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastsal import checks, ops, reference
+from fastsal import ops, reference, validation
 
 
 @dataclass(frozen=True)
@@ -102,9 +102,9 @@ def margin_geometry(
     >>> result.prediction.item(), result.runner_up.item(), round(result.linearized_robustness.item(), 4)
     (2, 0, 2.2361)
     """
-    p = checks.norm(norm)
-    checks.floating("x", x)  # None is for pairwise_margins only
-    logits, flat, flat_x = checks.tensors(logits, jacobian, x)
+    p = validation.norm(norm)
+    validation.floating("x", x)  # None is for pairwise_margins only
+    logits, flat, flat_x = validation.tensors(logits, jacobian, x)
     assert flat_x is not None
     return _geometry(logits, flat, flat_x, p, backend)
 

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from fastsal import checks, ops, reference
+from fastsal import ops, reference, validation
 
 Model = Callable[[Tensor], Tensor]
 R = TypeVar("R")
@@ -71,7 +71,7 @@ def flatten(value: Tensor, lead: int) -> Tensor:
 
 def check_input(x: Tensor) -> None:
     """x [B, *S] is a floating-point tensor with D >= 1."""
-    checks.floating("x", x)
+    validation.floating("x", x)
     if x.dim() == 0 or 0 in x.shape[1:]:
         raise ValueError(f"x: got shape {tuple(x.shape)}, wants [B, *S] with at least one entry an example (D >= 1)")
 
@@ -108,7 +108,7 @@ def call(model: Model, x: Tensor) -> Tensor:
         raise TypeError(f"model: returned dtype {logits.dtype}, wants floating-point logits [B, n]")
     if logits.dim() not in (1, 2) or logits.shape[0] != x.shape[0] or 0 in logits.shape[1:]:
         raise ValueError(f"model: returned shape {tuple(logits.shape)}, {wants}")
-    logits = logits.to(checks.output_dtype(x.dtype))
+    logits = logits.to(validation.output_dtype(x.dtype))
     return two_logits(logits) if logits.dim() == 1 or logits.shape[1] == 1 else logits
 
 
@@ -172,7 +172,7 @@ class Linearization:
             raise ValueError("model: its logits do not depend on x, wants logits [B, n] computed from x")
         return flatten(grad, 2 if batched else 1)
 
-    def pull(self, cotangents: Tensor, create_graph: bool = False) -> Tensor:
+    def vjp(self, cotangents: Tensor, create_graph: bool = False) -> Tensor:
         """cotangents [c, B, n] times the Jacobian, example by example: [B, c, D] in x's dtype, unit stride in D."""
         if cotangents.shape[0] == 1:
             return self._grad(cotangents[0], False, create_graph).unsqueeze(1)
@@ -194,7 +194,7 @@ class Linearization:
     def rows(self, classes: Tensor, create_graph: bool = False) -> Tensor:
         """The gradients of the given classes: int64 [c, B] (each example its own) to [B, c, D]."""
         one_hot = self.logits.new_zeros(*classes.shape, self.logits.shape[1])
-        return self.pull(one_hot.scatter_(2, classes.unsqueeze(2), 1.0), create_graph)
+        return self.vjp(one_hot.scatter_(2, classes.unsqueeze(2), 1.0), create_graph)
 
     def default_chunk_size(self) -> int:
         """How many VJPs to run at once where the caller does not say."""
@@ -247,7 +247,7 @@ def _check_independent(model: Model, x: Tensor) -> None:
     few = Linearization(model, x[:4].detach().clone().requires_grad_())
     cotangent = torch.zeros_like(few.logits)
     cotangent[0] = torch.arange(1, cotangent.shape[1] + 1, device=x.device).cos()
-    others = few.pull(cotangent.unsqueeze(0))[1:]
+    others = few.vjp(cotangent.unsqueeze(0))[1:]
     if bool(((others != 0) & ~others.isnan()).any()):  # NaN: zero times a weight that is not finite, not a mixture
         raise ValueError(
             "model: mixes the examples of a batch (logits[0] have a gradient with respect to x[1:]), wants each "
@@ -358,7 +358,7 @@ class ModelPasses:
         vjp, jvp = self._seconds
         return 2.0 ** min(2, max(-1, round(math.log2(jvp / vjp)))) if math.inf > jvp else 1.0
 
-    def pull(self, examples: Tensor, cotangents: Tensor) -> Tensor:
+    def vjp(self, examples: Tensor, cotangents: Tensor) -> Tensor:
         """cotangents [e, c, n] times the Jacobians: [e, c, D]."""
         if 2 * len(examples) <= len(self._held) or not bool(torch.isin(examples, self._held).all()):
             self._record(examples)
@@ -366,9 +366,9 @@ class ModelPasses:
         padded = cotangents.new_zeros(cotangents.shape[1], len(self._held), cotangents.shape[2])
         padded[:, slot] = cotangents.transpose(0, 1)
         size = max(1, self.pairs // len(self._held))
-        return torch.cat(self._chunks(self._pull, padded, size), 1)[slot]
+        return torch.cat(self._chunks(self._vjp, padded, size), 1)[slot]
 
-    def push(self, examples: Tensor, directions: Tensor) -> Tensor | None:
+    def jvp(self, examples: Tensor, directions: Tensor) -> Tensor | None:
         """The Jacobians times directions [e, k, D]: [e, k, n]; None, with a warning, where the model cannot."""
         x = self._base.x.detach()[self._own[examples]].view(-1, *self._base.leaf.shape[1:])
         tangents = directions.to(x.dtype).transpose(0, 1).reshape(-1, *x.shape)
@@ -409,24 +409,24 @@ class ModelPasses:
         result = run(part)
         if part.is_cuda:
             torch.cuda.synchronize(part.device)
-        kind = int(run != self._pull)
+        kind = int(run != self._vjp)
         self._seconds[kind] = min(self._seconds[kind], (time.perf_counter() - start) / (len(part) * part.shape[1]))
         return result
 
-    def _pull(self, cotangents: Tensor) -> Tensor:
-        return self._graph.pull(cotangents)
+    def _vjp(self, cotangents: Tensor) -> Tensor:
+        return self._graph.vjp(cotangents)
 
     def _forward_mode(self, x: Tensor, tangents: Tensor) -> Tensor:
         def logits(value: Tensor) -> Tensor:
             return call(self._base.model, value.clone())
 
-        def push(tangent: Tensor) -> Tensor:
-            pushed: Tensor = torch.func.jvp(logits, (x,), (tangent,))[1]
-            return pushed
+        def jvp(tangent: Tensor) -> Tensor:
+            products: Tensor = torch.func.jvp(logits, (x,), (tangent,))[1]
+            return products
 
         with torch.no_grad(), math_attention(), self._base.same_precision():
-            pushed: Tensor = torch.func.vmap(push, randomness="same")(tangents)
-        return pushed
+            products: Tensor = torch.func.vmap(jvp, randomness="same")(tangents)
+        return products
 
     def _double_backward(self, x: Tensor, tangents: Tensor) -> Tensor:
         leaf = x.clone().requires_grad_()
@@ -434,13 +434,13 @@ class ModelPasses:
             with self._base.same_precision():
                 logits = call(self._base.model, leaf.clone())
             dummy = torch.zeros_like(logits, requires_grad=True)
-            (pulled,) = torch.autograd.grad(logits, leaf, dummy, create_graph=True)
+            (gradient,) = torch.autograd.grad(logits, leaf, dummy, create_graph=True)
 
-            def push(tangent: Tensor) -> Tensor:
-                return torch.autograd.grad(pulled, dummy, tangent, retain_graph=True)[0]
+            def jvp(tangent: Tensor) -> Tensor:
+                return torch.autograd.grad(gradient, dummy, tangent, retain_graph=True)[0]
 
-            pushed = _vmap(push, tangents)
-        return pushed
+            products = _vmap(jvp, tangents)
+        return products
 
 
 def _roundoff(graph: Linearization) -> float:

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastsal import checks, reference
+from fastsal import reference, validation
 from fastsal.kernels import cpu, cuda, triton
 
 BACKENDS: dict[str, ModuleType] = {"cpu": cpu, "cuda": cuda, "triton": triton}
@@ -80,7 +80,7 @@ def _margin_geometry(
 ) -> tuple[Tensor, Tensor, Tensor]:
     name = choose(backend, jacobian)
     if name == "reference":
-        out = checks.output_dtype(jacobian.dtype)
+        out = validation.output_dtype(jacobian.dtype)
         scalars, prediction, runner_up, distances = reference.margin_geometry(logits, jacobian, x, norm)
         packed = torch.stack([scalars[key] for key in reference.SCALARS])
         return packed.to(out), torch.stack((prediction, runner_up)), distances.to(out)
@@ -92,7 +92,7 @@ def _margin_geometry_fake(
     logits: Tensor, jacobian: Tensor, x: Tensor, norm: float, backend: str
 ) -> tuple[Tensor, Tensor, Tensor]:
     B, n, _ = jacobian.shape
-    out = checks.output_dtype(jacobian.dtype)
+    out = validation.output_dtype(jacobian.dtype)
     return (
         jacobian.new_empty(len(reference.SCALARS), B, dtype=out),
         jacobian.new_empty(2, B, dtype=torch.int64),
@@ -105,7 +105,7 @@ def _pairwise_margins(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     name = choose(backend, jacobian)
     if name == "reference":
-        out = checks.output_dtype(jacobian.dtype)
+        out = validation.output_dtype(jacobian.dtype)
         distance, margin, nearest_margin, nearest, projection = reference.pairwise_margins(logits, jacobian, x, norm)
         projection = distance.new_empty(0) if projection is None else projection
         return distance.to(out), margin.to(out), nearest_margin.to(out), nearest, projection.to(out)
@@ -117,7 +117,7 @@ def _pairwise_margins_fake(
     logits: Tensor, jacobian: Tensor, x: Tensor | None, norm: float, backend: str
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     B, n, _ = jacobian.shape
-    out = checks.output_dtype(jacobian.dtype)
+    out = validation.output_dtype(jacobian.dtype)
     return (
         jacobian.new_empty(B, n, n, dtype=out),
         jacobian.new_empty(B, n, n, dtype=out),

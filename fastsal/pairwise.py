@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastsal import checks, ops, reference
+from fastsal import ops, reference, validation
 
 
 @dataclass(frozen=True)
@@ -112,8 +112,8 @@ def pairwise_margins(
     >>> pairs.distance[0, 0, 1].item(), pairs.margin[0, 0, 1].item(), pairs.nearest[0].tolist()
     (2.0, 3.0, [2, 2, 0])
     """
-    p = checks.norm(norm)
-    logits, flat, flat_x = checks.tensors(logits, jacobian, x)
+    p = validation.norm(norm)
+    logits, flat, flat_x = validation.tensors(logits, jacobian, x)
     distance, margin, nearest_margin, nearest, projection = _PairwiseMargins.apply(logits, flat, flat_x, p, backend)
     return PairwiseMargins(
         distance=distance,

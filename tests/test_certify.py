@@ -32,13 +32,13 @@ class Matrices:
     def __init__(self, logits, jacobian):
         self.logits, self.jacobian = logits, jacobian
         self.dimension = jacobian.shape[2]
-        self.pushed = []
+        self.jvp_calls = []
 
-    def pull(self, examples, cotangents):
+    def vjp(self, examples, cotangents):
         return cotangents @ self.jacobian[examples]
 
-    def push(self, examples, directions):
-        self.pushed.append((examples, directions))
+    def jvp(self, examples, directions):
+        self.jvp_calls.append((examples, directions))
         return directions.to(self.jacobian.dtype) @ self.jacobian[examples].mT
 
     def price(self):
@@ -270,7 +270,7 @@ class TestAnswer:
         logits, rows = problem(1, 400, 200)
         passes = Matrices(logits, rows)
         found = certify.certify(passes, Certified())
-        directions = torch.cat([pushed[0] for _, pushed in passes.pushed])
+        directions = torch.cat([directions[0] for _, directions in passes.jvp_calls])
         assert len(directions) == found.jvps.item()
         gram = directions @ directions.T
         units = ((gram.diagonal() - 1).abs() < 1e-10).long()
@@ -355,12 +355,12 @@ class TestEdges:
             rows[1, j, 3] = math.nan
 
         class Rows(Matrices):
-            def pull(self, examples, cotangents):  # 0 · NaN is no part of a row
+            def vjp(self, examples, cotangents):  # 0 · NaN is no part of a row
                 one_hot = (cotangents != 0).sum(2, keepdim=True) == 1
                 rows = self.jacobian[examples].gather(
                     1, cotangents.argmax(2, keepdim=True).expand(-1, -1, self.dimension)
                 )
-                return torch.where(one_hot, rows, super().pull(examples, cotangents))
+                return torch.where(one_hot, rows, super().vjp(examples, cotangents))
 
         found = certify.certify(Rows(logits, rows), Certified())
         assert found.certified.tolist() == [True, False, True]
@@ -374,8 +374,8 @@ class TestEdges:
         logits, rows = problem(4, 300, 100)
 
         class Wrong(Matrices):
-            def push(self, examples, directions):
-                return super().push(examples, directions) * (1 + 1e-9)
+            def jvp(self, examples, directions):
+                return super().jvp(examples, directions) * (1 + 1e-9)
 
         found = certify.certify(Wrong(logits, rows), Certified())
         assert not found.certified.any()
@@ -384,7 +384,7 @@ class TestEdges:
     def test_a_model_without_jvps_gets_rows(self):
         logits, rows = problem(4, 100, 50)
         passes = Matrices(logits, rows)
-        passes.push = lambda examples, directions: None
+        passes.jvp = lambda examples, directions: None
         found = certify.certify(passes, Certified())
         assert found.certified.all()
         assert found.jvps.tolist() == [0] * 4

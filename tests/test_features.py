@@ -50,7 +50,7 @@ def make(kind):
 def rows(monkeypatch, model, x, **options):
     """analyze by class rows, whatever the head."""
     with monkeypatch.context() as patch:
-        patch.setattr(sys.modules["fastsal.analyze"], "through_features", lambda *arguments: None)
+        patch.setattr(sys.modules["fastsal.analysis"], "through_features", lambda *arguments: None)
         return analyze(model, x, **options)
 
 

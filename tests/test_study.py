@@ -19,8 +19,8 @@ from torch import nn
 
 import fastsal
 from fastsal.cli import main
-from fastsal.commands import CommandError
-from fastsal.commands import study as command
+from fastsal.cli import study as command
+from fastsal.files import CommandError
 from fastsal.study import report
 from fastsal.study import train as training
 from fastsal.study.attacks import ATTACKS, robustness

@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fastsal.commands import extra
-from fastsal.deepfool import classes, deepfool, distances, to_boundary
+from fastsal.adversarial import classes, deepfool, distances, to_boundary
+from fastsal.files import extra
 
 ATTACKS = ("DeepFool", "gradient line search", "PGD", "DDN", "FMN", "Carlini-Wagner")
 BOX = 8.0  # far outside of [0, 1]: foolbox wants bounds, ρ has none

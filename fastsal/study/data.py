@@ -7,7 +7,7 @@ from typing import Any, Generic, Protocol, TypeVar
 import torch
 from torch import Tensor
 
-from fastsal.commands import Blame, CommandError, extra
+from fastsal.files import Blame, CommandError, extra
 
 SIDE = 64  # pixels, of the images of a folder after scaling and cropping
 

@@ -9,8 +9,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from fastsal.analyze import analyze
-from fastsal.deepfool import distances
+from fastsal.adversarial import distances
+from fastsal.analysis import analyze
 from fastsal.jacobian import call
 from fastsal.study.attacks import ATTACKS, robustness
 from fastsal.study.data import Split

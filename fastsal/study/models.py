@@ -6,7 +6,7 @@ from itertools import pairwise
 
 from torch import nn
 
-from fastsal.commands import Blame, CommandError, extra
+from fastsal.files import Blame, CommandError, extra
 from fastsal.study.data import Data, Split
 
 

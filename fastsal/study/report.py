@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from fastsal import plot
-from fastsal.commands import extra, replacing
+from fastsal.files import extra, replacing
 from fastsal.geometry import Geometry
 from fastsal.study.attacks import ATTACKS
 from fastsal.study.train import Recipe

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
-from fastsal.commands import Blame, replacing
+from fastsal.files import Blame, replacing
 from fastsal.study.data import Data, Split
 
 PGD_STEPS = 7

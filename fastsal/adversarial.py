@@ -6,8 +6,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from fastsal import checks
-from fastsal.analyze import Method, analyze
+from fastsal import validation
+from fastsal.analysis import Method, analyze
 from fastsal.jacobian import Model, call, check_evaluation_mode, check_input, recording
 
 HALVINGS = 16
@@ -120,7 +120,7 @@ def deepfool(
     >>> round(found.distance.item(), 3), found.prediction.item(), found.adversarial_class.item(), found.steps.item()
     (6.0, 1, 0, 1)
     """
-    p = checks.norm(norm)
+    p = validation.norm(norm)
     check_input(x)
     check_evaluation_mode(model)
     if not isinstance(max_steps, int) or max_steps < 1:
@@ -168,5 +168,5 @@ def deepfool(
             reached = classes(model, found)
         else:
             success, reached = prediction.bool(), prediction
-        distance = torch.where(success, distances(found, start, p), math.inf).to(checks.output_dtype(x.dtype))
+        distance = torch.where(success, distances(found, start, p), math.inf).to(validation.output_dtype(x.dtype))
     return Adversarial(found, distance, success, prediction, reached, steps)

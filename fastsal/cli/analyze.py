@@ -27,8 +27,9 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from fastsal.analyze import METHODS, analyze
-from fastsal.commands import Blame, CommandError, check_output, extra, positive, replacing
+from fastsal.analysis import METHODS, analyze
+from fastsal.cli.options import positive
+from fastsal.files import Blame, CommandError, check_output, extra, replacing
 from fastsal.geometry import Geometry
 from fastsal.jacobian import call
 

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 import fastsal
-from fastsal.deepfool import HALVINGS, deepfool
+from fastsal.adversarial import HALVINGS, deepfool
 
 NORMS = [2, 1, math.inf]
 DUAL = {2: 2, 1: math.inf, math.inf: 1}

@@ -14,14 +14,14 @@ import torch
 from torch import Tensor, nn
 
 from fastsal import ops
-from fastsal.accuracy import scaled_errors
-from fastsal.analyze import analyze
-from fastsal.commands import check_output, extra, replacing
-from fastsal.commands.check import best_times
+from fastsal.analysis import analyze
+from fastsal.cli.check import best_times
+from fastsal.files import check_output, extra, replacing
 from fastsal.geometry import Geometry, margin_geometry
 from fastsal.jacobian import linearize
 from fastsal.study.data import Data, Held, load_digits
 from fastsal.study.train import Recipe, single_thread, train
+from fastsal.tolerance import scaled_errors
 
 PENALTY = 1.0
 EPOCHS = 60

@@ -15,7 +15,7 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from fastsal import reference
-from fastsal.analyze import Candidates, Exact, analyze
+from fastsal.analysis import Candidates, Exact, analyze
 from fastsal.jacobian import Linearization, linearize
 
 
@@ -446,7 +446,7 @@ class TestMemory:
         script = """
 import resource, torch
 from torch import nn
-from fastsal.analyze import Candidates, analyze
+from fastsal.analysis import Candidates, analyze
 model = nn.Sequential(nn.Flatten(), nn.Linear(12288, 16), nn.ReLU(), nn.Linear(16, 200))
 x = torch.ones(4, 3, 64, 64)
 analyze(model, x, chunk_size=4, method=Candidates(8))
@@ -771,7 +771,7 @@ def test_rows_per_example():
     classes = torch.tensor([[0, 4, 7], [3, 3, 3]])
     with linearize(model, x) as graph:
         rows = graph.rows(classes)
-        mixed = graph.pull(torch.ones(2, 3, 23, dtype=torch.float64))
+        mixed = graph.vjp(torch.ones(2, 3, 23, dtype=torch.float64))
     assert rows.shape == (3, 2, 20)
     assert rows.stride(2) == 1
     assert rows.stride(0) < rows.stride(1)

@@ -17,7 +17,8 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from fastsal.commands import Blame, CommandError, extra, positive, replacing
+from fastsal.cli.options import positive
+from fastsal.files import Blame, CommandError, extra, replacing
 from fastsal.study import report
 from fastsal.study.attacks import ATTACKS
 from fastsal.study.data import Data, Split, load

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import fastsal
-from fastsal import checks
+from fastsal import validation
 
 CALLS = pytest.mark.parametrize("call", [fastsal.margin_geometry, fastsal.pairwise_margins], ids=lambda f: f.__name__)
 
@@ -179,14 +179,14 @@ def test_x_is_required_by_margin_geometry():
 
 def test_probabilities_are_noticed():
     with pytest.warns(UserWarning, match="every row is non-negative and sums to 1, as probabilities do"):
-        checks.warn_probabilities(torch.randn(5, 4).softmax(1))
+        validation.warn_probabilities(torch.randn(5, 4).softmax(1))
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         for logits in (torch.randn(5, 4), torch.randn(5, 4).log_softmax(1), torch.empty(0, 4)):
-            checks.warn_probabilities(logits)
+            validation.warn_probabilities(logits)
 
 
 def test_output_dtypes():
-    assert [checks.output_dtype(dtype) for dtype in checks.DTYPES] == [
-        cases.out_dtype(dtype) for dtype in checks.DTYPES
+    assert [validation.output_dtype(dtype) for dtype in validation.DTYPES] == [
+        cases.out_dtype(dtype) for dtype in validation.DTYPES
     ]

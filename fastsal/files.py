@@ -1,6 +1,5 @@
-"""The subcommands of `fastsal`, one a module (`add_arguments` and `run`), and what they share: errors and output files."""
+"""What the command line and the study share: files that are whole or absent, optional packages, errors of one line."""
 
-import argparse
 import contextlib
 import importlib
 import os
@@ -12,17 +11,15 @@ from typing import IO
 
 import torch
 
-import fastsal
-
 # Not the user's own code: this package, the installed ones beside torch, the standard library.
 _OTHERS = (
-    *(f"{Path(file).parent}{os.sep}" for file in (fastsal.__file__, Path(torch.__file__).parent, os.__file__)),
+    *(f"{Path(file).parent}{os.sep}" for file in (__file__, Path(torch.__file__).parent, os.__file__)),
     "<frozen",
 )
 
 
 class CommandError(Exception):
-    """What the user has to put right, in one line; the command ends with status 2."""
+    """What the user has to put right, in one line; a command ends with status 2."""
 
 
 class Blame:
@@ -53,13 +50,6 @@ def extra(name: str, install: str = "'fastsal[demo]'") -> ModuleType:
         return importlib.import_module(name)
     except ImportError as error:
         raise CommandError(f"{error}; pip install {install}") from error
-
-
-def positive(text: str) -> int:
-    """An option's whole number from 1, for argparse."""
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"got {text!r}, wants a whole number from 1")
-    return int(text)
 
 
 def check_output(path: Path, endings: tuple[str, ...]) -> None:

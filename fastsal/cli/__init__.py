@@ -1,11 +1,15 @@
-"""The command line: `fastsal demo | study | analyze | check | info`, also `python -m fastsal`."""
+"""The command line: `fastsal demo | study | analyze | check | info`, also `python -m fastsal`.
+
+Each subcommand is a module of this folder with `add_arguments` and `run`.
+"""
 
 import argparse
 import sys
 from typing import NoReturn
 
 import fastsal
-from fastsal.commands import CommandError, analyze, check, demo, info, study
+from fastsal.cli import analyze, check, demo, info, study
+from fastsal.files import CommandError
 
 COMMANDS = {"demo": demo, "study": study, "analyze": analyze, "check": check, "info": info}
 

@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastsal import checks
+from fastsal import validation
 from fastsal.certify import Certified, certify
 from fastsal.features import Exact, through_features
 from fastsal.geometry import Geometry, margin_geometry
@@ -127,7 +127,7 @@ def analyze(
     >>> result.prediction.item(), result.runner_up.item(), round(result.linearized_robustness.item(), 4)
     (2, 0, 2.2361)
     """
-    p = checks.norm(norm)
+    p = validation.norm(norm)
     chosen = _checked_method(method, p)
     if chunk_size is not None and (not isinstance(chunk_size, int) or chunk_size < 1):
         raise ValueError(f"chunk_size: got {chunk_size!r}, wants None or an integer >= 1")
@@ -135,7 +135,7 @@ def analyze(
     B = x.shape[0]
     empty = B == 0  # the number of classes is still to be learnt: ask one example, keep none
     with linearize(model, x.new_zeros(1, *x.shape[1:]) if empty else x, differentiable=differentiable) as graph:
-        checks.warn_probabilities(graph.logits)
+        validation.warn_probabilities(graph.logits)
         selection = _select(chosen, graph, p, chunk_size, backend)
         logits, pair, flat_x = graph.logits, selection.pair, graph.x.detach()
         if differentiable:

@@ -17,10 +17,10 @@ import torch
 from torch import Tensor
 
 from fastsal import ops
-from fastsal.accuracy import pairwise_errors, scaled_errors, tolerance, worst
 from fastsal.geometry import margin_geometry
 from fastsal.pairwise import pairwise_margins
 from fastsal.reference import row_distances
+from fastsal.tolerance import pairwise_errors, scaled_errors, tolerance, worst
 
 DTYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
 NORMS = (2.0, 1.0, math.inf)

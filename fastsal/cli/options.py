@@ -1,0 +1,10 @@
+"""Options that several subcommands take."""
+
+import argparse
+
+
+def positive(text: str) -> int:
+    """An option's whole number from 1, for argparse."""
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"got {text!r}, wants a whole number from 1")
+    return int(text)
