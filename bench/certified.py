@@ -20,7 +20,7 @@ from torch import Tensor
 import fastsal
 from bench.certified_models import STEPS, Images, accuracy, load
 from bench.store import RESULTS, commit, environment
-from fastsal.certify import certify
+from fastsal.methods.certified import certify
 
 HABITS = (1, 5, 10)
 

@@ -12,7 +12,7 @@ import torch
 import fastsal
 from bench import models, report
 from bench.model import METHODS
-from fastsal import jacobian, ops
+from fastsal import linearization, ops, passes
 
 PARTS = ("forward", "backward rows", "probes", "kernel")
 
@@ -46,9 +46,9 @@ def watched() -> Iterator[Stopwatch]:
     """fastsal with a stopwatch on its seams."""
     watch = Stopwatch()
     seams: list[tuple[Any, str, str]] = [
-        (jacobian, "call", "forward"),
+        (linearization, "call", "forward"),
         (torch.autograd, "grad", "backward rows"),
-        (jacobian.ModelPasses, "jvp", "probes"),
+        (passes.ModelPasses, "jvp", "probes"),
     ]
     for module in ops.BACKENDS.values():
         seams += [(module, name, "kernel") for name in ("row_distances", "margin_geometry") if hasattr(module, name)]

@@ -2,10 +2,9 @@
 
 from fastsal import plot
 from fastsal.adversarial import Adversarial, deepfool
-from fastsal.analysis import Candidates, analyze
-from fastsal.certify import Certified
-from fastsal.features import Exact
+from fastsal.analysis import analyze
 from fastsal.geometry import Geometry, margin_geometry
+from fastsal.methods import Candidates, Certified, Exact
 from fastsal.ops import info
 from fastsal.pairwise import PairwiseMargins, pairwise_margins
 

@@ -7,8 +7,9 @@ import torch
 from torch import Tensor
 
 from fastsal import validation
-from fastsal.analysis import Method, analyze
-from fastsal.jacobian import Model, call, check_evaluation_mode, check_input, recording
+from fastsal.analysis import analyze
+from fastsal.linearization import Model, call, check_evaluation_mode, check_input, recording
+from fastsal.methods import Method
 
 HALVINGS = 16
 

@@ -1,80 +1,14 @@
 """analyze: the whole of DESIGN section 2 for a model, streaming its Jacobian instead of holding it."""
 
-from dataclasses import dataclass, fields, replace
+from dataclasses import fields, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from fastsal import validation
-from fastsal.certify import Certified, certify
-from fastsal.features import Exact, through_features
+from fastsal import methods, validation
 from fastsal.geometry import Geometry, margin_geometry
-from fastsal.jacobian import Linearization, Model, ModelPasses, Nearest, Selection, check_input, linearize
-
-
-@dataclass(frozen=True)
-class Candidates:
-    """The k highest logits besides the predicted one: k + 1 backward passes, and an upper bound of ρ̃."""
-
-    k: int = 10
-
-    def __post_init__(self) -> None:
-        if not isinstance(self.k, int) or self.k < 1:
-            raise ValueError(f"Candidates: got k={self.k!r}, wants an integer >= 1")
-
-
-Method = Exact | Candidates | Certified
-METHODS: dict[str, Method] = {"exact": Exact(), "candidates": Candidates(), "certified": Certified()}
-GROUP_BYTES = 1 << 29
-
-
-def _select(method: Method, graph: Linearization, norm: float, chunk_size: int | None, backend: str) -> Selection:
-    """The one place where a method becomes a choice of rows: a new method is a new branch here."""
-    if isinstance(method, Certified):
-        return _certified(method, graph, chunk_size, backend)
-    if isinstance(method, Exact) and (selection := through_features(method, graph, norm, chunk_size, backend)):
-        return selection
-    nearest = Nearest(graph, norm, backend)
-    order = nearest.order
-    if isinstance(method, Candidates):
-        highest = graph.logits.gather(1, order).sort(stable=True, dim=1, descending=True).indices
-        order = order.gather(1, highest[:, : method.k + 1])
-    graph.sweep(order.t(), chunk_size, nearest.visit)
-    provenance: dict[str, Any] = {"method": "exact", "distances": nearest.distances.to(graph.logits.dtype)}
-    if isinstance(method, Candidates):
-        nothing = torch.zeros_like(graph.logits[:, 0])
-        provenance = {"method": "candidates", "distances": None, "certified": nothing.bool(), "lower_bound": nothing}
-    provenance["vjps"] = torch.full_like(nearest.prediction, order.shape[1])
-    return Selection(nearest.winners, nearest.pair, provenance)
-
-
-def _certified(method: Certified, graph: Linearization, chunk_size: int | None, backend: str) -> Selection:
-    """Certifies the batch in groups whose bases (at most 52 float64 directions an example, seldom over 20) fit in memory."""
-    everyone = torch.arange(len(graph.logits), device=graph.logits.device)
-    groups = torch.split(everyone, max(1, GROUP_BYTES // (8 * 20 * graph.x.shape[1])))
-    parts = [certify(ModelPasses(graph, group, chunk_size), method, backend) for group in groups]
-
-    def joined(name: str) -> Tensor:
-        return torch.cat([getattr(part, name) for part in parts])
-
-    provenance: dict[str, Any] = {name: joined(name) for name in ("vjps", "jvps", "certified")}
-    provenance |= {"method": "certified", "distances": None, "failure_probability": method.failure_probability}
-    provenance["lower_bound"] = joined("lower_bound").to(graph.logits.dtype)
-    return Selection(joined("winners"), joined("pair"), provenance)
-
-
-def _checked_method(method: str | Method, norm: float) -> Method:
-    chosen = METHODS.get(method) if isinstance(method, str) else method
-    if not isinstance(chosen, Method):
-        raise ValueError(
-            f"method: got {method!r}, wants one of {list(METHODS)}, fastsal.Exact(), .Candidates(k) or .Certified()"
-        )
-    if isinstance(chosen, Certified) and norm != 2:
-        raise ValueError(
-            f"norm: got {norm} with method='certified', wants 2 (chi-square bounds are of the Euclidean norm); use 'exact'"
-        )
-    return chosen
+from fastsal.linearization import Model, check_input, linearize
 
 
 def analyze(
@@ -82,7 +16,7 @@ def analyze(
     x: Tensor,
     *,
     norm: float | str = 2,
-    method: str | Method = "exact",
+    method: str | methods.Method = "exact",
     chunk_size: int | None = None,
     backend: str = "auto",
     keep_saliency: bool = False,
@@ -128,7 +62,7 @@ def analyze(
     (2, 0, 2.2361)
     """
     p = validation.norm(norm)
-    chosen = _checked_method(method, p)
+    chosen = methods.resolve(method, p)
     if chunk_size is not None and (not isinstance(chunk_size, int) or chunk_size < 1):
         raise ValueError(f"chunk_size: got {chunk_size!r}, wants None or an integer >= 1")
     check_input(x)
@@ -136,7 +70,7 @@ def analyze(
     empty = B == 0  # the number of classes is still to be learnt: ask one example, keep none
     with linearize(model, x.new_zeros(1, *x.shape[1:]) if empty else x, differentiable=differentiable) as graph:
         validation.warn_probabilities(graph.logits)
-        selection = _select(chosen, graph, p, chunk_size, backend)
+        selection = chosen.select(graph, p, chunk_size, backend)
         logits, pair, flat_x = graph.logits, selection.pair, graph.x.detach()
         if differentiable:
             logits, flat_x = graph.graph_logits, graph.x

@@ -111,10 +111,23 @@ def nearest(ratio: Tensor, margin: Tensor) -> Tensor:
     return torch.where((ratio == math.inf).all(-1), margin.argmin(-1), ratio.argmin(-1))
 
 
-def other_classes(prediction: Tensor, n: int) -> Tensor:
-    """All classes but the predicted one, ascending: int64 [B, n − 1] from [B]."""
-    slot = torch.arange(n - 1, device=prediction.device)
-    return slot + (slot >= prediction.unsqueeze(1))
+def other_classes(own: Tensor, n: int) -> Tensor:
+    """All classes but one's own, ascending: int64 [..., n − 1] from [...]."""
+    slot = torch.arange(n - 1, device=own.device)
+    return slot + (slot >= own.unsqueeze(-1))
+
+
+def predicted_margins(logits: Tensor) -> tuple[Tensor, Tensor]:
+    """The prediction i* (int64 [B], the lowest index among equals) and the margins m_j (float64 [B, n]) of logits [B, n]."""
+    prediction = logits.argmax(1)
+    scores = logits.double()
+    return prediction, scores.gather(1, prediction.unsqueeze(1)) - scores
+
+
+def nearest_other(ratio: Tensor, margin: Tensor, own: Tensor) -> Tensor:
+    """Where the smallest ratio is among all classes but one's own: int64 [...], from [..., n] twice and int64 [...]."""
+    others = other_classes(own, ratio.shape[-1])
+    return others.gather(-1, nearest(ratio.gather(-1, others), margin.gather(-1, others)).unsqueeze(-1)).squeeze(-1)
 
 
 def two_row_scalars(logits: Tensor, rows: Tensor, x: Tensor, norm: float) -> dict[str, Tensor]:
@@ -171,19 +184,16 @@ def margin_geometry(
     Returns the scalars (dict of float64 [B], keyed by `SCALARS`), prediction and runner_up (int64 [B]) and the distances
     m_j / ‖Δ_j‖_q (float64 [B, n], +inf at the prediction).
     """
-    B, n, D = jacobian.shape
-    prediction = logits.argmax(1)
+    B, _, D = jacobian.shape
+    prediction, margin = predicted_margins(logits)
     anchor = jacobian.gather(1, prediction.view(B, 1, 1).expand(B, 1, D)).squeeze(1)
-    scores = logits.double()
-    margin = scores.gather(1, prediction.unsqueeze(1)) - scores
     ratio = ratios(margin, row_distances(anchor, jacobian, norm))
-    others = other_classes(prediction, n)
-    runner_up = others.gather(1, nearest(ratio.gather(1, others), margin.gather(1, others)).unsqueeze(1))
-    winners = torch.cat((prediction.unsqueeze(1), runner_up), 1)
+    runner_up = nearest_other(ratio, margin, prediction)
+    winners = torch.stack((prediction, runner_up), 1)
     rows = jacobian.gather(1, winners.unsqueeze(2).expand(B, 2, D))
     scalars = two_row_scalars(logits.gather(1, winners), rows, x, norm)
     distances = ratio.scatter(1, prediction.unsqueeze(1), math.inf)
-    return scalars, prediction, runner_up.squeeze(1), distances
+    return scalars, prediction, runner_up, distances
 
 
 def pairwise_margins(
@@ -209,11 +219,9 @@ def pairwise_margins(
     distance = torch.stack(distances, 1).masked_fill(diagonal, 0.0)
     difference = scores.unsqueeze(2) - scores.unsqueeze(1)
     margin = ratios(difference, distance).masked_fill(diagonal, math.inf)
-    others = other_classes(torch.arange(n, device=jacobian.device), n).expand(B, n, n - 1)
-    where = nearest(margin.gather(2, others), difference.gather(2, others))
-    which = others.gather(2, where.unsqueeze(2))
+    which = nearest_other(margin, difference, torch.arange(n, device=jacobian.device).expand(B, n))
     projection = torch.stack(projections, 1).masked_fill(diagonal, math.nan) if projections else None
-    return distance, margin, margin.gather(2, which).squeeze(2), which.squeeze(2), projection
+    return distance, margin, margin.gather(2, which.unsqueeze(2)).squeeze(2), which, projection
 
 
 def pairwise_backward(

@@ -14,9 +14,8 @@ import torch.nn.functional as F
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from fastsal import reference
-from fastsal.analysis import Candidates, Exact, analyze
-from fastsal.jacobian import Linearization, linearize
+from fastsal import Candidates, Exact, analyze, reference
+from fastsal.linearization import Linearization, linearize
 
 
 class Attention(nn.Module):
@@ -446,7 +445,7 @@ class TestMemory:
         script = """
 import resource, torch
 from torch import nn
-from fastsal.analysis import Candidates, analyze
+from fastsal import Candidates, analyze
 model = nn.Sequential(nn.Flatten(), nn.Linear(12288, 16), nn.ReLU(), nn.Linear(16, 200))
 x = torch.ones(4, 3, 64, 64)
 analyze(model, x, chunk_size=4, method=Candidates(8))

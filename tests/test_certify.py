@@ -8,9 +8,10 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-import fastsal.certify as certify
+import fastsal.methods.certified as certify
 from fastsal import Candidates, Certified, analyze
-from fastsal.certify import chi_square_quantile, schedule, upper_norms
+from fastsal.methods import bounds
+from fastsal.methods.bounds import chi_square_quantile, schedule, upper_norms
 
 REJECT = 1e-6  # of a true hypothesis, by any of the statistics tests; the seeds are fixed
 
@@ -93,13 +94,13 @@ class TestQuantile:
                 assert chi_square_quantile(count, probability) == pytest.approx(want, rel=1e-8)
 
     def test_shares_add_up_to_the_failure_probability(self):
-        assert sum(share for _, share in certify.ROUNDS) <= 1 + 1e-12
+        assert sum(share for _, share in bounds.ROUNDS) <= 1 + 1e-12
         for count, quantile in schedule(20, 1e-6, 11):
             got = torch.special.gammainc(
                 torch.tensor(count / 2, dtype=torch.float64), torch.tensor(quantile / 2, dtype=torch.float64)
             ).item()
             factor = count / 20
-            share = dict(certify.ROUNDS)[factor]
+            share = dict(bounds.ROUNDS)[factor]
             assert got == pytest.approx(share * 1e-7, rel=1e-8)
 
 

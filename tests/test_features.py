@@ -1,7 +1,6 @@
 """Exact ρ̃ through a linear head: the same as class rows, for every head it recognises, and class rows for the others."""
 
 import math
-import sys
 
 import pytest
 import torch
@@ -50,7 +49,7 @@ def make(kind):
 def rows(monkeypatch, model, x, **options):
     """analyze by class rows, whatever the head."""
     with monkeypatch.context() as patch:
-        patch.setattr(sys.modules["fastsal.analysis"], "through_features", lambda *arguments: None)
+        patch.setattr("fastsal.methods.rows.through_features", lambda *arguments: None)
         return analyze(model, x, **options)
 
 
@@ -105,7 +104,7 @@ def test_memory_limit_takes_the_batch_in_parts(fit):
 def test_tiles_of_classes(monkeypatch):
     model, x = make("mlp")
     whole = analyze(model, x)
-    monkeypatch.setattr("fastsal.features.TILE_BYTES", 7 * 36 * 4 * 11)
+    monkeypatch.setattr("fastsal.methods.features.TILE_BYTES", 7 * 36 * 4 * 11)
     torch.testing.assert_close(analyze(model, x).distances, whole.distances)
 
 

@@ -27,11 +27,12 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from fastsal.analysis import METHODS, analyze
+from fastsal.analysis import analyze
 from fastsal.cli.options import positive
 from fastsal.files import Blame, CommandError, check_output, extra, replacing
 from fastsal.geometry import Geometry
-from fastsal.jacobian import call
+from fastsal.linearization import call
+from fastsal.methods import METHODS
 
 QUANTITIES = (
     "linearized_robustness",

@@ -18,7 +18,7 @@ from fastsal.analysis import analyze
 from fastsal.cli.check import best_times
 from fastsal.files import check_output, extra, replacing
 from fastsal.geometry import Geometry, margin_geometry
-from fastsal.jacobian import linearize
+from fastsal.linearization import linearize
 from fastsal.study.data import Data, Held, load_digits
 from fastsal.study.train import Recipe, single_thread, train
 from fastsal.tolerance import scaled_errors

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from fastsal.adversarial import distances
 from fastsal.analysis import analyze
-from fastsal.jacobian import call
+from fastsal.linearization import call
 from fastsal.study.attacks import ATTACKS, robustness
 from fastsal.study.data import Split
 

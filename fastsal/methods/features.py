@@ -11,40 +11,15 @@ comes from the same rows as without features.
 import contextlib
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
 from fastsal import ops, reference
-from fastsal.jacobian import Linearization, Selection
+from fastsal.linearization import Linearization
+from fastsal.methods.selection import Selection
 
 TILE_BYTES = 1 << 26
-
-
-@dataclass(frozen=True)
-class Exact:
-    """Every class, and ρ̃ itself: n backward passes an example, or F + 2 where the logits leave a linear layer of F inputs.
-
-    head: that layer (an `nn.Linear`, or a 1×1 convolution on 1×1 maps), a module of the model; None finds it. A layer that
-        is given but cannot serve is an error; without one, class rows are taken.
-    memory_limit: bytes for J_f, F·D numbers an example; where not even one example's fit, class rows are taken.
-
-    >>> import torch, fastsal
-    >>> _ = torch.manual_seed(0)
-    >>> model = torch.nn.Sequential(torch.nn.Linear(30, 8), torch.nn.ReLU(), torch.nn.Linear(8, 100))
-    >>> fastsal.analyze(model, torch.randn(2, 30)).vjps.tolist()
-    [10, 10]
-    """
-
-    head: nn.Module | None = None
-    memory_limit: int = 1 << 30
-
-    def __post_init__(self) -> None:
-        if self.head is not None and not isinstance(self.head, nn.Module):
-            raise TypeError(f"Exact: got head of type {type(self.head).__name__}, wants a module of the model or None")
-        if not isinstance(self.memory_limit, int) or self.memory_limit < 0:
-            raise ValueError(f"Exact: got memory_limit={self.memory_limit!r}, wants a number of bytes")
 
 
 @contextlib.contextmanager
@@ -119,14 +94,6 @@ def _find(graph: Linearization, wanted: nn.Module | None) -> nn.Module | None:
     return None
 
 
-def _independent(features: Linearization) -> bool:
-    """Whether the first example's features depend on no other example."""
-    cotangent = torch.zeros_like(features.logits)
-    cotangent[0] = torch.arange(1, cotangent.shape[1] + 1, device=cotangent.device).cos()
-    others = features.vjp(cotangent.unsqueeze(0))[1:]
-    return not bool(((others != 0) & ~others.isnan()).any())
-
-
 def _jacobian(features: Linearization, chunk_size: int | None) -> Tensor:
     """J_f of every example: [B, F, D], by F passes."""
     B, F = features.logits.shape
@@ -140,17 +107,22 @@ def _jacobian(features: Linearization, chunk_size: int | None) -> Tensor:
 
 
 def through_features(
-    method: Exact, graph: Linearization, norm: float, chunk_size: int | None, backend: str
+    graph: Linearization,
+    norm: float,
+    chunk_size: int | None,
+    backend: str,
+    wanted: nn.Module | None,
+    memory_limit: int,
 ) -> Selection | None:
-    """All classes by way of the features, norm any of the three; None where class rows are the way to go."""
-    head = _find(graph, method.head)
+    """All classes by way of the features of `wanted`, or of the head that is found; None where class rows are cheaper."""
+    head = _find(graph, wanted)
     weight = None if head is None else _weight(head)
     if head is None or weight is None:
         return None
     B, n = graph.logits.shape
     F, D = weight.shape[1], graph.x.shape[1]
-    size = method.memory_limit // (F * D * graph.x.element_size())
-    if size == 0 or (method.head is None and F + 2 >= n):
+    size = memory_limit // (F * D * graph.x.element_size())
+    if size == 0 or (wanted is None and F + 2 >= n):
         return None
 
     def features(x: Tensor) -> Tensor:
@@ -158,16 +130,14 @@ def through_features(
             graph.model(x)
         return calls[0][1].flatten(1)
 
-    prediction = graph.logits.argmax(1)
-    scores = graph.logits.double()
-    margin = scores.gather(1, prediction.unsqueeze(1)) - scores
-    distance = torch.zeros_like(scores)
+    prediction, margin = reference.predicted_margins(graph.logits)
+    distance = torch.zeros_like(margin)
     everyone = torch.arange(B, device=prediction.device)
     tile = max(1, TILE_BYTES // (min(size, B) * D * graph.x.element_size()))
     for start in range(0, B, size):
         part = slice(start, min(start + size, B))
         inner = graph.at(everyone[part], features)
-        if not _independent(inner):
+        if inner.mixes_examples():
             return None
         jacobian = _jacobian(inner, chunk_size)
         winner = weight.double()[prediction[part]].unsqueeze(1)
@@ -176,9 +146,7 @@ def through_features(
             difference = (winner - weight[first : first + tile].double()).to(graph.x.dtype)
             distance[part, first : first + tile] = ops.row_distances(nothing, difference @ jacobian, norm, backend)
     ratio = reference.ratios(margin, distance)
-    others = reference.other_classes(prediction, n)
-    nearest = reference.nearest(ratio.gather(1, others), margin.gather(1, others)).unsqueeze(1)
-    winners = torch.cat((prediction.unsqueeze(1), others.gather(1, nearest)), 1)
+    winners = torch.stack((prediction, reference.nearest_other(ratio, margin, prediction)), 1)
     distances = ratio.scatter(1, prediction.unsqueeze(1), math.inf).to(graph.logits.dtype)
     provenance = {"method": "exact", "distances": distances, "vjps": torch.full_like(prediction, F + 2)}
     return Selection(winners, graph.rows(winners.t()), provenance)

@@ -33,15 +33,18 @@ Why the guarantee holds.
   nothing is called certified.
 """
 
-import functools
 import math
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
-from fastsal import ops, reference
+from fastsal import reference
+from fastsal.linearization import Linearization
+from fastsal.methods.bounds import schedule, upper_norms
+from fastsal.methods.selection import Method, Nearest, Selection
+from fastsal.passes import ModelPasses, Passes
 
 TOP = 3  # highest other logits that are evaluated first and span the basis together with g
 BLOCK = 4  # range finder directions a step: as good as one at a time, in a quarter of the steps
@@ -51,13 +54,13 @@ CAUTION = 2.0  # the forecast is optimistic: some classes have more of their nor
 DEPENDENT = 1e-4  # what is left of a row that the basis spans is rounding: no direction worth a JVP
 WORTHWHILE = 64  # with no more classes than this left, rows are about as cheap as any probing, and certain
 COUNTS = (10, 12, 16, 20, 24, 28, 32, 40, 48, 64, 96)  # first rounds to choose from
-ROUNDS = ((1.0, 0.4), (1.4, 0.3), (2.0, 0.2), (3.0, 0.1))  # (count relative to the first round, share of δ)
 TAIL = 8.0  # unknown energy in units of the newest direction's; measured 5 to 14 on trained CNNs. Only a guess for planning
 ROUNDOFFS = 64.0  # η in units of the working precision's rounding error
+GROUP_BYTES = 1 << 29
 
 
 @dataclass(frozen=True)
-class Certified:
+class Certified(Method):
     """ρ̃ itself with probability at least 1 − failure_probability for each example, in far fewer than n passes (norm 2).
 
     failure_probability: δ in (0, 1), for each example.
@@ -76,6 +79,9 @@ class Certified:
     True
     """
 
+    name: ClassVar = "certified"
+    norms: ClassVar = frozenset((2.0,))
+
     failure_probability: float = 1e-6
     max_passes: int | None = None
     seed: int = 0
@@ -90,23 +96,19 @@ class Certified:
         if not isinstance(self.seed, int):
             raise ValueError(f"Certified: got seed={self.seed!r}, wants an integer")
 
+    def select(self, graph: Linearization, norm: float, chunk_size: int | None, backend: str) -> Selection:
+        """Certifies the batch in groups whose bases fit in memory: at most 52 float64 directions an example, seldom over 20."""
+        everyone = torch.arange(len(graph.logits), device=graph.logits.device)
+        groups = torch.split(everyone, max(1, GROUP_BYTES // (8 * 20 * graph.x.shape[1])))
+        parts = [certify(ModelPasses(graph, group, chunk_size), self, backend) for group in groups]
 
-class Passes(Protocol):
-    """What the algorithm asks of a model at x [E, *S]; examples are a subset of range(E), int64 [e]."""
+        def joined(name: str) -> Tensor:
+            return torch.cat([getattr(part, name) for part in parts])
 
-    logits: Tensor  # [E, n]
-    dimension: int  # D
-    roundoff: float  # unit roundoff of the precision that the passes work in
-    pairs: int  # how many (example, direction) pairs are best run at once
-
-    def vjp(self, examples: Tensor, cotangents: Tensor) -> Tensor:
-        """cotangents [e, c, n] times the Jacobians: [e, c, D]."""
-
-    def jvp(self, examples: Tensor, directions: Tensor) -> Tensor | None:
-        """The Jacobians times directions [e, k, D]: [e, k, n]; None where the model cannot."""
-
-    def price(self) -> float:
-        """What a JVP costs in VJPs, roughly."""
+        provenance: dict[str, Any] = {name: joined(name) for name in ("vjps", "jvps", "certified")}
+        provenance |= {"method": self.name, "distances": None, "failure_probability": self.failure_probability}
+        provenance["lower_bound"] = joined("lower_bound").to(graph.logits.dtype)
+        return Selection(joined("winners"), joined("pair"), provenance)
 
 
 @dataclass(frozen=True)
@@ -121,56 +123,17 @@ class Certificate:
     lower_bound: Tensor  # float64
 
 
-@functools.lru_cache(maxsize=4096)
-def chi_square_quantile(count: int, probability: float) -> float:
-    """The x with P(χ²_count ≤ x) = probability, from below: bisection on log x in float64.
-
-    The cumulative distribution is gammainc(count/2, x/2), whose float64 error is relative down to the smallest numbers.
-    """
-    half = torch.tensor(count / 2, dtype=torch.float64)
-    low, high = -1400.0 / count - 50.0, math.log(count) + 8.0
-    for _ in range(64):
-        middle = (low + high) / 2
-        below = (
-            torch.special.gammainc(half, torch.tensor(math.exp(middle) / 2, dtype=torch.float64)).item() <= probability
-        )
-        low, high = (middle, high) if below else (low, middle)
-    return math.exp(low)
-
-
-def schedule(first: int, delta: float, n: int) -> list[tuple[int, float]]:
-    """(cumulative probe count, lower χ² quantile at the round's share of δ for each of n − 1 classes), for all rounds."""
-    return [
-        (count := round(first * factor), chi_square_quantile(count, share * delta / (n - 1)))
-        for factor, share in ROUNDS
-    ]
-
-
-def upper_norms(
-    known: Tensor, sums: Tensor, size: Tensor, predicted: Tensor, count: int, quantile: float, eta: float
-) -> Tensor:
-    """Upper bounds of ‖Δ_j‖ [e, n] that hold together, each but for its share of δ.
-
-    known, sums: the squared known part of Δ_j and S_j; size: an estimate of ‖g_j‖, of which η is the rounding error of a
-    direction's JVP; predicted int64 [e]. By the triangle inequality over the vector of all JVPs.
-    """
-    slack = eta * (size + size.gather(1, predicted.unsqueeze(1)))
-    return ((known.sqrt() + slack).square() + (sums.sqrt() + math.sqrt(count) * slack).square() / quantile).sqrt()
-
-
 class _Search:
     """The state of a group of E examples. Squares are in units of each example's own gradient scale, float64."""
 
     def __init__(self, passes: Passes, method: Certified, backend: str) -> None:
-        self.passes, self.method, self.backend = passes, method, backend
+        self.passes, self.method = passes, method
         logits = passes.logits
         self.device = logits.device
         E, self.n = logits.shape
-        self.prediction = logits.argmax(1)
-        scores = logits.double()
-        self.margin = scores.gather(1, self.prediction.unsqueeze(1)) - scores
+        self.nearest = Nearest(logits, 2.0, backend)
+        self.prediction, self.margin = self.nearest.prediction, self.nearest.margin
         self.seen = torch.zeros_like(logits, dtype=torch.bool).scatter_(1, self.prediction.unsqueeze(1), True)
-        self.ratio = torch.full_like(self.margin, math.inf)
         self.lower = torch.zeros_like(self.margin)
         self.vjps, self.jvps = torch.zeros_like(self.prediction), torch.zeros_like(self.prediction)
         self.sound = torch.ones_like(self.prediction, dtype=torch.bool)
@@ -178,8 +141,7 @@ class _Search:
         everyone = torch.arange(E, device=self.device)
         self.vjps += 1
         anchor = self._rows(everyone, self.prediction.unsqueeze(1))
-        self.pair = torch.cat((anchor, anchor), 1)
-        self.runner_up = self.prediction.new_empty(E, 0)
+        self.nearest.visit(self.prediction.unsqueeze(1), anchor)
         self.price = 1.0
         self.unit = torch.ones_like(self.margin[:, 0])
         self.basis = anchor.new_zeros(E, 0, passes.dimension, dtype=torch.float64)
@@ -211,14 +173,14 @@ class _Search:
     @property
     def best(self) -> Tensor:
         """The best exact ratio so far; NaN once there is one."""
-        return self.ratio.amin(1)
+        return self.nearest.distances.amin(1)
 
     def undecided(self, e: Tensor) -> Tensor:
         """Which classes may still change the answer, [e, n]: L_j below the best ratio; ties only where the class is lower.
 
         A NaN bound has to be looked at, lowest class first, until a NaN row settles the matter.
         """
-        best, lower, runner_up = self.best[e].unsqueeze(1), self.lower[e], self.runner_up[e]
+        best, lower, runner_up = self.best[e].unsqueeze(1), self.lower[e], self.nearest.runner_up[e]
         before = torch.arange(self.n, device=self.device) < runner_up
         tie = (lower == best) & before & ((self.margin[e] == 0) | (best > 0)) & (best < math.inf)
         unknown = lower.isnan() & (before | ~best.isnan())
@@ -228,21 +190,8 @@ class _Search:
         """Takes the exact rows [e, c, D] of classes int64 [e, c] of examples e, and returns them."""
         rows = self._rows(e, classes)
         self.vjps[e] += classes.shape[1]
-        distance = ops.row_distances(self.pair[e, 0], rows, 2.0, self.backend)
-        index = e.unsqueeze(1)
-        self.seen[index, classes] = True
-        self.ratio[index, classes] = reference.ratios(self.margin[e].gather(1, classes), distance)
-        known = self.runner_up.shape[1]  # 1, or 0 at first
-        contenders, order = torch.cat((self.runner_up[e], classes), 1).sort(1)  # the lowest class among equals first
-        which = reference.nearest(self.ratio[e].gather(1, contenders), self.margin[e].gather(1, contenders)).unsqueeze(
-            1
-        )
-        slot = order.gather(1, which)
-        row = rows.gather(1, (slot - known).clamp(min=0).unsqueeze(2).expand(-1, 1, rows.shape[2])).squeeze(1)
-        self.pair[e, 1] = torch.where(slot >= known, row, self.pair[e, 1])
-        if not known:
-            self.runner_up = self.prediction.unsqueeze(1).clone()
-        self.runner_up[e] = contenders.gather(1, which)
+        self.seen[e.unsqueeze(1), classes] = True
+        self.nearest.visit(classes, rows, None if len(e) == len(self.seen) else e)
         self.check(e, classes, rows)
         return rows
 
@@ -478,8 +427,8 @@ def certify(passes: Passes, method: Certified, backend: str = "auto") -> Certifi
     best = search.best
     bound = torch.minimum(best, torch.where(search.seen, math.inf, search.lower).amin(1))
     return Certificate(
-        winners=torch.cat((search.prediction.unsqueeze(1), search.runner_up), 1),
-        pair=search.pair,
+        winners=search.nearest.winners,
+        pair=search.nearest.pair,
         vjps=search.vjps,
         jvps=search.jvps,
         certified=search.sound & ~best.isnan() & ~search.undecided(everyone).any(1),
