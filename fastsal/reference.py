@@ -76,14 +76,16 @@ def _norm(v: Tensor, q: float) -> Tensor:
 
 
 def _dot(x: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-    """(s, e) with ⟨x, v⟩ = s · 2^e along the last dimension, the largest term near 1; e is `_ZERO` if every term is 0.
+    """(s, e) with ⟨x, v⟩ = s · 2^e along the last dimension, the largest term near 1.
 
     Each term has its own exponent: max|x| · max|v| may be far above every product of entries.
     """
     ex, ev = _exponent(x, None), _exponent(v, None)
     terms = _shift(x, -ex) * _shift(v, -ev)
-    e = torch.where(terms.detach() == 0, _ZERO, ex + ev).amax(-1)
-    return _sum(_shift(terms, ex + ev - e.unsqueeze(-1))), e
+    exponent = ex + ev
+    top = torch.where(terms.detach() == 0, _ZERO, exponent).amax(-1)
+    top = torch.where(top == _ZERO, exponent.amax(-1), top)
+    return _sum(_shift(terms, exponent - top.unsqueeze(-1))), top
 
 
 def vector_norm(v: Tensor, q: float) -> Tensor:
@@ -148,7 +150,9 @@ def two_row_scalars(logits: Tensor, rows: Tensor, x: Tensor, norm: float) -> dic
     def parts(score: Tensor, v: Tensor, ev: Tensor, norm_v: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """α = |⟨x,v⟩|/‖v‖, β = score − ⟨x,v⟩, |β|/‖v‖ and the homogeneity, for a gradient v."""
         dot, e_dot = _dot(x, v)
-        e = torch.maximum(torch.where(score.detach() == 0, _ZERO, _exponent(score, None)), e_dot)
+        e_score = torch.where(score.detach() == 0, _ZERO, _exponent(score, None))
+        e = torch.maximum(e_score, torch.where(dot.detach() == 0, _ZERO, e_dot))
+        e = torch.where(e == _ZERO, e_dot, e)
         dot_e = _shift(dot, e_dot - e)
         beta = _shift(score, -e) - dot_e
         homogeneity = _divide(dot_e.abs(), dot_e.abs() + beta.abs())
