@@ -141,7 +141,7 @@ def _geometry(logits: Tensor, jacobian: Tensor, x: Tensor, norm: float, backend:
     scalars = values.unbind(0)
     if torch.is_grad_enabled() and (logits.requires_grad or jacobian.requires_grad or x.requires_grad):
         winners = indices.t()
-        rows = jacobian.gather(1, winners.unsqueeze(2).expand(-1, -1, jacobian.shape[2]))
+        rows = reference.rows_of(jacobian, winners)
         recomputed = reference.two_row_scalars(logits.gather(1, winners), rows, x, norm)
         scalars = _KernelValues.apply(values, *(recomputed[key] for key in reference.SCALARS))
     named = dict(zip(reference.SCALARS, scalars, strict=True))

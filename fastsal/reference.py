@@ -183,6 +183,11 @@ def other_classes(own: Tensor, n: int) -> Tensor:
     return slot + (slot >= own.unsqueeze(-1))
 
 
+def rows_of(jacobian: Tensor, classes: Tensor) -> Tensor:
+    """The gradients [B, k, D] of classes int64 [B, k], from a jacobian [B, n, D]."""
+    return jacobian.gather(1, classes.unsqueeze(2).expand(-1, -1, jacobian.shape[2]))
+
+
 def predicted_margins(logits: Tensor) -> tuple[Tensor, Tensor]:
     """The prediction i* (int64 [B], the lowest index among equals) and the margins m_j (float64 [B, n]) of logits [B, n]."""
     prediction = logits.argmax(1)
@@ -262,14 +267,12 @@ def margin_geometry(
         The scalars (float64 [B] for every name in `SCALARS`), the prediction and the runner-up (int64 [B] each), and the
         distances m_j / ‖Δ_j‖_q (float64 [B, n], +inf at the prediction).
     """
-    B, _, D = jacobian.shape
     prediction, margin = predicted_margins(logits)
-    anchor = jacobian.gather(1, prediction.view(B, 1, 1).expand(B, 1, D)).squeeze(1)
+    anchor = rows_of(jacobian, prediction.unsqueeze(1)).squeeze(1)
     ratio = ratios(margin, row_distances(anchor, jacobian, norm))
     runner_up = nearest_other(ratio, margin, prediction)
     winners = torch.stack((prediction, runner_up), 1)
-    rows = jacobian.gather(1, winners.unsqueeze(2).expand(B, 2, D))
-    scalars = two_row_scalars(logits.gather(1, winners), rows, x, norm)
+    scalars = two_row_scalars(logits.gather(1, winners), rows_of(jacobian, winners), x, norm)
     distances = ratio.scatter(1, prediction.unsqueeze(1), math.inf)
     return scalars, prediction, runner_up, distances
 

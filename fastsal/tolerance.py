@@ -99,7 +99,7 @@ def scaled_errors(result: Any, logits: Tensor, jacobian: Tensor, x: Tensor, norm
     errors["runner_up"], runner_up = _chosen(result.runner_up, runner_up, distances)
 
     winners = torch.stack((prediction, runner_up), 1)
-    rows = jacobian.gather(1, winners.unsqueeze(2).expand(-1, -1, jacobian.shape[2])).double()
+    rows = reference.rows_of(jacobian, winners).double()
     scores = logits.gather(1, winners).double()
     values = reference.two_row_scalars(scores, rows, x, norm)
     scales = _scales(values, scores, rows, x.double(), norm)

@@ -21,8 +21,8 @@ from fastsal.geometry import margin_geometry
 from fastsal.pairwise import pairwise_margins
 from fastsal.reference import row_distances
 from fastsal.tolerance import pairwise_errors, scaled_errors, tolerance, worst
+from fastsal.validation import DTYPES
 
-DTYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
 NORMS = (2.0, 1.0, math.inf)
 SHAPES = ((3, 2, 1), (2, 5, 33), (5, 10, 784), (1, 3, 65537))
 Inputs = tuple[Tensor, Tensor, Tensor]
