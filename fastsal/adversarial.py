@@ -38,7 +38,7 @@ class Adversarial:
 
 
 def distances(a: Tensor, b: Tensor, norm: float) -> Tensor:
-    """‖a − b‖_p of every example: float64 [B] from [B, *S]."""
+    """‖a − b‖_p of every example, float64 [B], for a and b [B, *S]."""
     norms: Tensor = torch.linalg.vector_norm((a.double() - b.double()).flatten(1), norm, dim=1)
     return norms
 
@@ -70,7 +70,7 @@ def to_boundary(model: Model, x: Tensor, adversarial: Tensor, reference: Tensor)
 
 
 def _step(length: Tensor, row: Tensor, norm: float) -> Tensor:
-    """The perturbation of p-norm `length` [b] that lowers ⟨row [b, D], ·⟩ the most."""
+    """The perturbation, of p-norm `length` [b], whose inner product with row [b, D] is the lowest."""
     scaled = row / row.abs().amax(1, keepdim=True)  # no square overflows
     direction = scaled.sign()
     if norm == 2:
@@ -169,7 +169,7 @@ def deepfool(
             row = geometry.binarized_saliency
             assert row is not None
             length = geometry.linearized_robustness.double()
-            # On the boundary itself the step is empty: go one rounding error of x farther, to the other side of it.
+            # On the boundary itself the step is empty. One rounding error of x farther lies the other side.
             tiny = torch.finfo(x.dtype).eps * distances(found[active], torch.zeros_like(found[active]), p)
             going = length.isfinite() & (row.flatten(1) != 0).any(1) & row.flatten(1).isfinite().all(1)
             active, row, length = active[going], row[going].double(), torch.maximum(length, tiny)[going]

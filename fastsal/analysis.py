@@ -91,7 +91,7 @@ def analyze(
         raise ValueError(f"chunk_size: got {chunk_size!r}, wants None or an integer >= 1")
     check_input(x)
     B = x.shape[0]
-    empty = B == 0  # the number of classes is still to be learnt: ask one example, keep none
+    empty = B == 0  # one example of zeros tells the number of classes, and is dropped at the end
     with linearize(model, x.new_zeros(1, *x.shape[1:]) if empty else x, differentiable=differentiable) as graph:
         validation.warn_probabilities(graph.logits)
         selection = chosen.select(graph, p, chunk_size, backend)

@@ -129,7 +129,7 @@ def margin_geometry(
         (2, 0, 2.2361)
     """
     p = validation.norm(norm)
-    validation.floating("x", x)  # None is for pairwise_margins only
+    validation.floating("x", x)  # which `validation.tensors` would let pass as None
     logits, flat, flat_x = validation.tensors(logits, jacobian, x)
     assert flat_x is not None
     return _geometry(logits, flat, flat_x, p, backend)

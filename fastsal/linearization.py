@@ -247,12 +247,12 @@ class Linearization:
                     nodes.append(after)
                 users.setdefault(after, []).append(node)
         largest, seen, nodes = self.leaf.nbytes, set(), [torch.autograd.graph.get_gradient_edge(self.leaf).node]
-        while nodes:  # from x up: the gradients of weights are not computed
+        while nodes:  # from x upward, since the gradients of weights are not computed
             node = nodes.pop()
             if node not in seen:
                 seen.add(node)
                 nodes += users.get(node, [])
-                # torch's own; where it is missing, x alone counts
+                # An attribute of torch's own. Where it is missing, only the size of x counts.
                 for gradient in getattr(node, "_input_metadata", ()):
                     largest = max(largest, math.prod(gradient.shape) * self.leaf.element_size())
         return largest
