@@ -1,3 +1,5 @@
+#include "levels.h"
+
 #include <atomic>
 #include <cstdlib>
 #include <cstring>
@@ -7,8 +9,6 @@
 #if defined(__x86_64__)
 #include <cpuid.h>
 #endif
-
-#include "ops.h"
 
 namespace fastsal {
 namespace {

@@ -18,7 +18,7 @@
 
 namespace fastsal {
 namespace {
-#include "kernels_impl.h"
+#include "level.h"
 }  // namespace
 const Kernels kAvx2Kernels = kTable;
 }  // namespace fastsal

@@ -19,7 +19,7 @@
 
 namespace fastsal {
 namespace {
-#include "kernels_impl.h"
+#include "level.h"
 }  // namespace
 const Kernels kAvx512Kernels = kTable;
 }  // namespace fastsal

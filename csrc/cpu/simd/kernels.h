@@ -57,10 +57,4 @@ extern const Kernels kAvx2Kernels;
 extern const Kernels kAvx512Kernels;
 #endif
 
-const Kernels& kernels();  // the level in use
-
-// Whether this processor is faster at few streams of memory: a short row after the other, of long ones four
-// without prefetching.
-bool reads_few_streams();
-
 }  // namespace fastsal

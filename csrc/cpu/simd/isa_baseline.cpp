@@ -11,7 +11,7 @@
 
 namespace fastsal {
 namespace {
-#include "kernels_impl.h"
+#include "level.h"
 }  // namespace
 const Kernels kBaselineKernels = kTable;
 }  // namespace fastsal

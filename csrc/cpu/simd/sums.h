@@ -1,0 +1,76 @@
+// The q-sum of vectors: of squares (q = 2), of magnitudes (q = 1), or the largest magnitude (q = infinity). Nothing
+// here depends on which tile a vector belongs to.
+#pragma once
+
+#include "vectors.h"
+
+static inline VecF magnitude(VecF v) { return (VecF)((VecI)v & 0x7fffffff); }
+static inline VecD magnitude(VecD v) { return (VecD)((VecL)v & 0x7fffffffffffffffll); }
+
+// As integers NaN > infinity > every number, so a maximum of magnitudes never loses a NaN.
+static inline VecF larger(VecF a, VecF b) { return (VecF)((VecI)a > (VecI)b ? (VecI)a : (VecI)b); }
+static inline VecD larger(VecD a, VecD b) { return (VecD)((VecL)a > (VecL)b ? (VecL)a : (VecL)b); }
+
+template <int Q, class V>
+static inline V term(V d) {
+  return Q == kL2 ? d * d : magnitude(d);
+}
+template <int Q, class V>
+static inline V join(V sum, V t) {
+  if constexpr (Q == kMax) return larger(sum, t);
+  return sum + t;
+}
+
+// a * b + sum, rounded once where the level has the instruction: named, since -ffp-contract=off keeps the compiler from
+// choosing it for one tile and not for another.
+static inline VecF multiply_add(VecF a, VecF b, VecF sum) {
+#if defined(FASTSAL_FMA) && FASTSAL_BYTES == 64
+  return (VecF)_mm512_fmadd_ps((__m512)a, (__m512)b, (__m512)sum);
+#elif defined(FASTSAL_FMA)
+  return (VecF)_mm256_fmadd_ps((__m256)a, (__m256)b, (__m256)sum);
+#else
+  return sum + a * b;
+#endif
+}
+static inline VecD multiply_add(VecD a, VecD b, VecD sum) {
+#if defined(FASTSAL_FMA) && FASTSAL_BYTES == 64
+  return (VecD)_mm512_fmadd_pd((__m512d)a, (__m512d)b, (__m512d)sum);
+#elif defined(FASTSAL_FMA)
+  return (VecD)_mm256_fmadd_pd((__m256d)a, (__m256d)b, (__m256d)sum);
+#else
+  return sum + a * b;
+#endif
+}
+
+// The q-sum with one more entry d.
+template <int Q, class V>
+static inline V accumulate(V sum, V d) {
+  if constexpr (Q == kL2) return multiply_add(d, d, sum);
+  return join<Q>(sum, term<Q>(d));
+}
+
+template <int Q>
+static inline double reduce(VecD v) {
+  double lane[kHalfLanes];
+  __builtin_memcpy(lane, &v, sizeof v);
+  for (int width = kHalfLanes / 2; width > 0; width /= 2) {
+    for (int l = 0; l < width; ++l) {
+      if constexpr (Q == kMax) {
+        if (!(lane[l + width] <= lane[l]) && lane[l] == lane[l]) lane[l] = lane[l + width];
+      } else {
+        lane[l] = lane[l] + lane[l + width];
+      }
+    }
+  }
+  return lane[0];
+}
+
+template <int Q>
+static inline VecD flush(VecD sum, VecF a, VecF b) {
+  const VecF both = join<Q>(a, b);
+  return join<Q>(sum, join<Q>(low_half(both), high_half(both)));
+}
+template <int Q>
+static inline VecD flush(VecD sum, VecD a, VecD b) {
+  return join<Q>(sum, join<Q>(a, b));
+}
