@@ -6,6 +6,11 @@
 namespace fastsal {
 namespace {
 
+// The squared direction gap for q = 2 by way of the cosine: no second pass over the rows, good to about 1e-12 where the
+// gap is not small.
+double squared_gap(const TwoRowSums& s) { return 2 - 2 * (s.cross.value / s.norm_d.value / s.norm_g.value); }
+constexpr double kSmallSquaredGap = 1e-3;
+
 struct Winners {
   int64_t prediction;
   Candidate runner_up;
@@ -55,40 +60,40 @@ class Example {
     return {prediction, best};
   }
 
-  void sums(int64_t b, int64_t segment, const Winners& rows, const char* ahead, TwoRow* out) const {
+  void sums(int64_t b, int64_t segment, const Winners& rows, const char* ahead, TwoRowSums* out) const {
     const int64_t at = segment * kSegment;
     two_row_(row(b, rows.prediction, at), row(b, rows.runner_up.index, at), x_.row(b) + at * kElementSize[x_.dtype],
              length(at), ahead, out);
   }
 
   // The norms and dot products over all of D from their segments.
-  TwoRow combine(const TwoRow* partial, Scaled* scratch) const {
-    auto gather = [&](Scaled TwoRow::* field) {
+  TwoRowSums combine(const TwoRowSums* partial, Scaled* scratch) const {
+    auto gather = [&](Scaled TwoRowSums::* field) {
       for (int64_t s = 0; s < n_segments_; ++s) scratch[s] = partial[s].*field;
       return scratch;
     };
     const int p = q_ == kL2 ? kL2 : q_ == kL1 ? kMax : kL1;
-    return {sum_segments(gather(&TwoRow::dot_g), n_segments_),
-            sum_segments(gather(&TwoRow::dot_d), n_segments_),
-            norm_segments(q_, gather(&TwoRow::norm_g), n_segments_),
-            norm_segments(q_, gather(&TwoRow::norm_d), n_segments_),
-            norm_segments(p, gather(&TwoRow::norm_x), n_segments_),
-            sum_segments(gather(&TwoRow::cross), n_segments_)};
+    return {sum_segments(gather(&TwoRowSums::dot_g), n_segments_),
+            sum_segments(gather(&TwoRowSums::dot_d), n_segments_),
+            norm_segments(q_, gather(&TwoRowSums::norm_g), n_segments_),
+            norm_segments(q_, gather(&TwoRowSums::norm_d), n_segments_),
+            norm_segments(p, gather(&TwoRowSums::norm_x), n_segments_),
+            sum_segments(gather(&TwoRowSums::cross), n_segments_)};
   }
 
   // Whether the direction gap needs its pass over the rows: finish() can do without for q = 2 below float64.
-  bool needs_gap(const TwoRow& sums) const {
+  bool needs_gap(const TwoRowSums& sums) const {
     return q_ != kL2 || jacobian_.dtype == kFloat64 || !(squared_gap(sums) > kSmallSquaredGap);
   }
 
-  Scaled gap(int64_t b, int64_t segment, const Winners& rows, const TwoRow& sums) const {
+  Scaled gap(int64_t b, int64_t segment, const Winners& rows, const TwoRowSums& sums) const {
     const int64_t at = segment * kSegment;
     return {gap_(row(b, rows.prediction, at), row(b, rows.runner_up.index, at), length(at), unit_of(sums.norm_d),
                  unit_of(sums.norm_g)),
             0};
   }
 
-  void finish(int64_t b, const Winners& rows, const TwoRow& sums, const Scaled* gaps) const {
+  void finish(int64_t b, const Winners& rows, const TwoRowSums& sums, const Scaled* gaps) const {
     const double gap = needs_gap(sums) ? to_double(norm_segments(q_, gaps, n_segments_)) : sqrt(squared_gap(sums));
     double all[kScalars];
     two_row_scalars(logit(b, rows.prediction), rows.runner_up.margin, rows.runner_up.ratio, sums, gap, all);
@@ -96,13 +101,13 @@ class Example {
   }
 
   // Everything for one example, while its rows are in cache.
-  void run(int64_t b, Scaled* partial, TwoRow* two_row, Scaled* gaps) const {
+  void run(int64_t b, Scaled* partial, TwoRowSums* two_row, Scaled* gaps) const {
     const int64_t top = prediction(b);
     stage1_.run_all(b, row(b, top, 0), top, partial);
     prefetch_x(b + 1);
     const Winners rows = select(b, top, partial);
     for (int64_t s = 0; s < n_segments_; ++s) sums(b, s, rows, stage1_.left_ahead(b, s), two_row + s);
-    const TwoRow total = combine(two_row, gaps);
+    const TwoRowSums total = combine(two_row, gaps);
     for (int64_t s = 0; s < n_segments_ && needs_gap(total); ++s) gaps[s] = gap(b, s, rows, total);
     finish(b, rows, total, gaps);
   }
@@ -149,7 +154,7 @@ void margin_geometry(int q, const Logits& logits, const Rows& jacobian, const In
   if (threads == 1 || B >= 32 * threads) {
     const auto per_thread = static_cast<size_t>(threads);
     std::vector<Scaled> partial(per_thread * static_cast<size_t>(n * n_segments));
-    std::vector<TwoRow> two_row(per_thread * static_cast<size_t>(n_segments));
+    std::vector<TwoRowSums> two_row(per_thread * static_cast<size_t>(n_segments));
     std::vector<Scaled> gaps(per_thread * static_cast<size_t>(n_segments));
     const int64_t chunk = 1 + B / (32 * threads) / 8;
     parallel_for(threads, B, chunk, [&](int64_t b, int t) {
@@ -170,7 +175,7 @@ void margin_geometry(int q, const Logits& logits, const Rows& jacobian, const In
   });
   std::vector<Winners> winners(static_cast<size_t>(B));
   for (int64_t b = 0; b < B; ++b) winners[b] = example.select(b, predictions[b], partial.data() + b * n * n_segments);
-  std::vector<TwoRow> two_row(static_cast<size_t>(B * n_segments)), total(static_cast<size_t>(B));
+  std::vector<TwoRowSums> two_row(static_cast<size_t>(B * n_segments)), total(static_cast<size_t>(B));
   std::vector<Scaled> gaps(static_cast<size_t>(B * n_segments));
   parallel_for(threads, B * n_segments, 1, [&](int64_t unit, int) {
     example.sums(unit / n_segments, unit % n_segments, winners[unit / n_segments], nullptr, &two_row[unit]);

@@ -1,6 +1,8 @@
 // The operators behind fastsal._cpu. Strides count elements; pointers are borrowed for the call.
 #pragma once
 
+#include "fastsal/nearest.h"
+#include "segments.h"
 #include "simd/levels.h"
 
 namespace fastsal {

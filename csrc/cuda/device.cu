@@ -1,6 +1,6 @@
 // What the module knows of the device: whether its kernels run there.
-#include "fastsal/cuda.h"
 #include "launch.cuh"
+#include "ops.h"
 
 namespace fastsal {
 namespace {

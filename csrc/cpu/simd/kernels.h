@@ -3,23 +3,18 @@
 
 #include <stdint.h>
 
-#include "fastsal/finalize.h"
+#include "fastsal/scalars.h"
+#include "fastsal/types.h"
 
 namespace fastsal {
 
-enum Dtype { kFloat32 = 0, kFloat64 = 1, kFloat16 = 2, kBFloat16 = 3, kDtypes = 4 };
 constexpr int64_t kElementSize[kDtypes] = {4, 8, 2, 2};
 
-// D is cut into segments of this many elements whatever the batch or thread count: the reduction tree depends on D
-// alone.
-constexpr int64_t kSegment = 8192;
 // Rows and anchors that one call of a tile kernel takes; with two anchors or with x at most kTileRows.
 constexpr int kMaxRows = 10;
 constexpr int kTileRows = 4;
 constexpr int kTileAnchors = 2;
 constexpr int kRowsAhead = 4;
-
-inline int64_t segments(int64_t D) { return (D + kSegment - 1) / kSegment; }
 
 struct Strides {
   int64_t anchor, row;
@@ -32,7 +27,8 @@ using TileFn = void (*)(const void* const* anchors, int n_anchors, const void* c
                         int64_t len, const void* const* ahead, Scaled* norm, Scaled* dot, Strides out);
 // One segment of the sums of stage 2, norms still as q-sums (norm_x as p-sum). `ahead` (or null) says where data needed
 // soon begins: up to kRowsAhead times the bytes of a row are prefetched.
-using TwoRowFn = void (*)(const void* g, const void* row, const void* x, int64_t len, const char* ahead, TwoRow* out);
+using TwoRowFn = void (*)(const void* g, const void* row, const void* x, int64_t len, const char* ahead,
+                          TwoRowSums* out);
 // One segment of the q-sum of d/‖d‖ - g/‖g‖.
 using GapFn = double (*)(const void* g, const void* row, int64_t len, Unit d, Unit g_unit);
 using UpcastFn = void (*)(const void* from, int64_t len, double* to);

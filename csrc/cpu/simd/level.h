@@ -12,12 +12,12 @@
 #include "stage1.h"
 #include "stage2.h"
 
-#define FASTSAL_TYPES(f, q) {f<q, float>, f<q, double>, f<q, Half>, f<q, BFloat>}
+#define FASTSAL_TYPES(f, q) {f<q, float>, f<q, double>, f<q, Half>, f<q, BFloat16>}
 #define FASTSAL_TWO_ROW(q)                                                                                         \
   {                                                                                                                \
     {two_row<q, float, float>, two_row<q, float, float>}, {two_row<q, double, double>, two_row<q, double, float>}, \
         {two_row<q, Half, Half>, two_row<q, Half, float>}, {                                                       \
-      two_row<q, BFloat, BFloat>, two_row<q, BFloat, float>                                                        \
+      two_row<q, BFloat16, BFloat16>, two_row<q, BFloat16, float>                                                  \
     }                                                                                                              \
   }
 
@@ -29,6 +29,6 @@ static constexpr Kernels kTable = {
     {FASTSAL_TYPES(in_turn, kMax), FASTSAL_TYPES(in_turn, kL1), FASTSAL_TYPES(in_turn, kL2)},
     {FASTSAL_TWO_ROW(kMax), FASTSAL_TWO_ROW(kL1), FASTSAL_TWO_ROW(kL2)},
     {FASTSAL_TYPES(gap, kMax), FASTSAL_TYPES(gap, kL1), FASTSAL_TYPES(gap, kL2)},
-    {upcast<float>, upcast<double>, upcast<Half>, upcast<BFloat>},
+    {upcast<float>, upcast<double>, upcast<Half>, upcast<BFloat16>},
     {nullptr, push<kL1>, push<kL2>},
 };

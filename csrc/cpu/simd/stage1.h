@@ -15,7 +15,7 @@ struct Compute {
   // One of the two vectors that 2 * kWidth elements make, of a row or of x. Two bfloat16 neighbours share a word: one
   // load and two operations give the elements 0, 2, 4, ... and 1, 3, 5, ...
   static inline Vec load_of_two(int which, const T* p) {
-    if constexpr (__is_same(T, BFloat)) {
+    if constexpr (__is_same(T, BFloat16)) {
       const auto words = load_vector<typename Lanes<kLanes>::U>(p);
       return (Vec)(which == 0 ? words << 16 : words & 0xffff0000u);
     } else {
@@ -24,7 +24,7 @@ struct Compute {
   }
   static inline Vec load_x_of_two(int which, const float* x) {
     const Vec low = load_vector<Vec>(x), high = load_vector<Vec>(x + kWidth);
-    if constexpr (__is_same(T, BFloat)) return which == 0 ? every_second<0>(low, high) : every_second<1>(low, high);
+    if constexpr (__is_same(T, BFloat16)) return which == 0 ? every_second<0>(low, high) : every_second<1>(low, high);
     return which == 0 ? low : high;
   }
 };

@@ -9,7 +9,7 @@ constexpr int kBlock = 32;
 
 template <int Q, class T, class X>
 static void two_row(const void* g_ptr, const void* row_ptr, const void* x_ptr, int64_t len, const char* ahead,
-                    TwoRow* out) {
+                    TwoRowSums* out) {
   constexpr int P = Q == kL2 ? kL2 : Q == kL1 ? kMax : kL1;  // the norm of x is the dual of the gradients'
   constexpr bool kCross = Q == kL2 && sizeof(T) < 8;
   const T* g = static_cast<const T*>(g_ptr);

@@ -12,13 +12,6 @@ typedef FASTSAL_VECTOR(double, kBytes) VecD;
 typedef FASTSAL_VECTOR(int64_t, kBytes) VecL;
 typedef FASTSAL_VECTOR(float, kBytes / 2) HalfF;
 
-struct Half {
-  uint16_t bits;
-};
-struct BFloat {
-  uint16_t bits;
-};
-
 template <class V>
 static inline V load_vector(const void* p) {
   V v;
@@ -39,7 +32,7 @@ static inline typename Lanes<N>::F load_floats(const float* p) {
 }
 
 template <int N>
-static inline typename Lanes<N>::F load_floats(const BFloat* p) {
+static inline typename Lanes<N>::F load_floats(const BFloat16* p) {
   typedef typename Lanes<N>::U U;
   return (typename Lanes<N>::F)(__builtin_convertvector(load_vector<typename Lanes<N>::H>(p), U) << 16);
 }
@@ -134,7 +127,7 @@ static inline VecF every_second(VecF a, VecF b) {
 }
 static inline double as_double(double v) { return v; }
 static inline double as_double(float v) { return v; }
-static inline double as_double(BFloat v) {
+static inline double as_double(BFloat16 v) {
   const uint32_t bits = static_cast<uint32_t>(v.bits) << 16;
   float f;
   __builtin_memcpy(&f, &bits, 4);
