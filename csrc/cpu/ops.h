@@ -1,11 +1,11 @@
 // The operators behind fastsal._cpu. Strides count elements; pointers are borrowed for the call.
 #pragma once
 
-#include "fastsal/nearest.h"
-#include "segments.h"
-#include "simd/levels.h"
+#include "fastsal/types.h"
 
 namespace fastsal {
+
+constexpr int64_t kElementSize[kDtypes] = {4, 8, 2, 2};
 
 // [B, n, D] with unit stride on D.
 struct Rows {

@@ -1,4 +1,4 @@
-// How the rows are cut along D, and how the sums of the segments become one, in fixed order.
+// How the CPU backend cuts rows along D, and how the sums of the segments become one, in fixed order.
 #pragma once
 
 #include "fastsal/scaled.h"
@@ -11,7 +11,11 @@ constexpr int64_t kSegment = 8192;
 
 inline int64_t segments(int64_t D) { return (D + kSegment - 1) / kSegment; }
 
-// What a sum over D becomes in fixed order: compensated, so that the number of segments costs no accuracy.
+// How many entries the segment that begins at `start` has: fewer than the others where it is the last.
+inline int64_t segment_length(int64_t start, int64_t D) { return D - start < kSegment ? D - start : kSegment; }
+
+// The sum over D from the sums of its segments, in fixed order, and compensated, so that the number of segments costs
+// no accuracy.
 inline Scaled sum_segments(const Scaled* partial, int64_t count) {
   if (count == 1) return partial[0];
   double sum = 0, lost = 0;
@@ -45,7 +49,7 @@ inline Scaled sum_segments(const Scaled* partial, int64_t count) {
   return {sum + lost, top};
 }
 
-// The largest of non-negative partials; NaN wins.
+// The largest of partials, none of which is negative; NaN wins.
 inline Scaled max_segments(const Scaled* partial, int64_t count) {
   Scaled best = partial[0];
   for (int64_t s = 1; s < count; ++s) {
@@ -54,7 +58,8 @@ inline Scaled max_segments(const Scaled* partial, int64_t count) {
   return best;
 }
 
-// ‖·‖_q from its partials: sums of squares (q = 2), of absolute values (1) or maxima (infinity, exponents 0).
+// The q-norm from the folds of its segments: sums of squares (q = 2), sums of magnitudes (q = 1), or largest magnitudes
+// (q = infinity; their exponents are 0).
 inline Scaled norm_segments(int q, const Scaled* partial, int64_t count) {
   if (q == kMax) return max_segments(partial, count);
   Scaled s = sum_segments(partial, count);

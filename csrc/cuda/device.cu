@@ -1,4 +1,4 @@
-// What the module knows of the device: whether its kernels run there.
+// Whether the kernels of this module run on the current device, and which runtime they were linked with.
 #include "launch.cuh"
 #include "ops.h"
 

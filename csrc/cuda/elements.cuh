@@ -1,4 +1,4 @@
-// Entries of the Jacobian and of x in registers: what a difference is formed in, and rounding on the way back.
+// Entries in registers: the type that differences are formed in, widening to it, and rounding on the way back.
 #pragma once
 
 #include <cstring>
@@ -7,7 +7,7 @@
 
 namespace fastsal {
 
-// The type a difference is formed in. float32 differences of float32 entries are off by 6e-8 of themselves at most.
+// The type that differences are formed in. A float32 difference of float32 entries is off by 6e-8 of itself at most.
 template <class T>
 struct RealOf {
   using type = float;

@@ -1,4 +1,5 @@
-// The arithmetic of a fold over entries: the q-norm before its root, one entry or one part at a time.
+// The arithmetic of folds. The fold of entries is the q-norm before its root: the sum of their squares (q = 2), the sum
+// of their magnitudes (q = 1), or the largest magnitude (q = infinity).
 #pragma once
 
 #include <cmath>
@@ -8,7 +9,8 @@
 
 namespace fastsal {
 
-// a >= 0 or NaN, b likewise: the larger, NaN above all. float32 as integers, since one comparison then sees NaN too.
+// The larger of two numbers that are not negative; NaN is above all. float32 is compared as integers, since one
+// comparison then sees NaN too.
 FASTSAL_HD inline float larger(float a, float b) {
   const uint32_t x = bit_cast<uint32_t>(a), y = bit_cast<uint32_t>(b);
   return bit_cast<float>(x > y ? x : y);
@@ -30,7 +32,7 @@ FASTSAL_HD inline R join(R a, R b) {
   }
 }
 
-// The q-norm as a fold over entries: a sum of squares, a sum of magnitudes, or the largest magnitude.
+// The fold with one more entry.
 template <int q, class R>
 FASTSAL_HD inline R fold(R sum, R entry) {
   if constexpr (q == kL2) {
@@ -40,7 +42,7 @@ FASTSAL_HD inline R fold(R sum, R entry) {
   }
 }
 
-// v * 2^exponent; in steps, since 2^exponent itself may lie outside the range of float64.
+// v * 2^exponent, in steps, since 2^exponent itself may lie outside the range of float64.
 FASTSAL_HD inline double shift(double v, int64_t exponent) {
   exponent = exponent < -3000 ? -3000 : exponent > 3000 ? 3000 : exponent;
   const int64_t third = exponent / 3;
@@ -57,7 +59,7 @@ FASTSAL_HD inline Scaled join(Scaled a, Scaled b) {
   return {join<q>(shift(a.value, a.exponent - exponent), shift(b.value, b.exponent - exponent)), exponent};
 }
 
-// The norm of a complete fold; exponents of sums of squares are even.
+// The norm of a complete fold. The exponent of a sum of squares is even.
 template <int q>
 FASTSAL_HD inline Scaled root(Scaled fold) {
   return q == kL2 ? Scaled{sqrt(fold.value), fold.exponent / 2} : fold;
@@ -107,7 +109,7 @@ FASTSAL_HD inline int64_t exponent_of(double v) {
   return static_cast<int64_t>((bit_cast<uint64_t>(normal) >> 52) & 2047u) - 1023 - (v < 0x1p-1000 ? 60 : 0);
 }
 
-// A lane's accumulators joined.
+// The accumulators of a lane joined.
 template <int q, class R, int count>
 FASTSAL_HD inline R join_all(const R (&sums)[count]) {
   if constexpr (count == 2) {

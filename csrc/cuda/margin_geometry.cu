@@ -1,5 +1,6 @@
-// margin_geometry: the Jacobian is read once. Six small steps, each written for "worker i of so many"; either one block
-// does all of them for an example in its shared memory, or six kernels spread each over the device. Both give the same
+// margin_geometry, which reads the Jacobian once. It takes six small steps: predict, fold the rows, join their folds,
+// sum over the two winning rows, fold the direction gap, finalize. Either one block takes all of them for an example,
+// in its shared memory (the fused kernel), or six kernels spread one step each over the device. Both give the same
 // bits.
 #include "dispatch.cuh"
 #include "fastsal/scalars.h"
@@ -13,9 +14,9 @@ namespace {
 
 constexpr int kThreads = 256;
 constexpr int kWarps = kThreads / kWarpSize;
-constexpr int64_t kSharedBytes =
-    40 * 1024;                      // below the 48 KiB that need no opt-in, and several blocks fit beside the L1
-constexpr int64_t kGapBlocks = 64;  // each joins all of an example's TwoRowFolds first
+// What the fused kernel may take: less than the 48 KiB that need no opt-in, so that several blocks fit beside the L1.
+constexpr int64_t kSharedBytes = 40 * 1024;
+constexpr int64_t kGapBlocks = 64;  // of an example at most, since each first joins all its TwoRowFolds
 
 template <class T>
 struct Problem {
@@ -33,7 +34,7 @@ struct Problem {
   char* scratch_ptr;
 };
 
-// Between the steps, one per example.
+// What the steps of an example hand on to each other.
 template <class T>
 struct Workspace {
   TwoRowSums* totals;
@@ -83,7 +84,7 @@ struct Example {
     return {row(prediction()), row(other), {static_cast<const char*>(p.x_ptr) + offset, p.x_is_float}};
   }
 
-  // argmax of the logits is the "nearest" of their negatives; by a whole block.
+  // By a whole block. The argmax of the logits is the nearest of their negatives.
   __device__ void predict() const {
     const int64_t best = block_nearest(p.shape.n, [&](int64_t j) { return Candidate{-logit(j), 0, j}; }).index;
     if (threadIdx.x == 0) prediction() = best;
@@ -92,14 +93,14 @@ struct Example {
     const int64_t i = prediction();
     fold_task<q, T>(task, row(i), {row(0), p.stride_n, p.shape.n}, i, p.shape.D, w.folds);
   }
-  // Row j by `lanes` lanes; j < 0 is no row, see join_segments.
+  // By `lanes` lanes, row j; j < 0 is no row, see join_segments.
   __device__ void join_row(int64_t j, int lanes) const {
     const double distance = join_segments<q, T>(w.folds, j, segment_count, lanes);
     if (j < 0 || lane_id() % lanes != 0) return;
     w.ratios[j] = j == prediction() ? INFINITY : ratio(margin(j), distance);
     store(&p.distances_ptr[b * p.shape.n + j], w.ratios[j]);
   }
-  // By a whole block; every thread has the result.
+  // By a whole block: the runner-up. Every thread has the result.
   __device__ int64_t select() const {
     const int64_t i = prediction();
     const auto candidate = [&](int64_t j) { return Candidate{w.ratios[j], margin(j), j == i ? -1 : j}; };

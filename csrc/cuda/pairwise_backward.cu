@@ -1,6 +1,6 @@
-// pairwise_backward: grad g_i = sum_j w_ij phi(g_i - g_j) + sum_j v_ij x, and grad x = sum_{i<j} v_ij (g_i - g_j), in
-// float64, which the weights' range asks for; phi as in fastsal/reference.py. The differences are formed again, entry
-// by entry.
+// pairwise_backward: grad g_i = sum_j w_ij phi(g_i - g_j) + sum_j v_ij x, and grad x = sum_{i<j} v_ij (g_i - g_j), with
+// phi as in fastsal/reference.py. The sums are in float64, for the range of the weights. The differences are formed
+// again, entry by entry.
 #include "dispatch.cuh"
 #include "launch.cuh"
 #include "loads.cuh"
@@ -11,9 +11,9 @@ namespace fastsal {
 namespace {
 
 constexpr int kThreads = 128;
-constexpr int kGroupRows = 8;  // rows that share the loads of all the others
+constexpr int kGroupRows = 8;  // rows of a group, which share the loads of all the others
 
-// Where the largest magnitude of g_i - g_j is reached: its value and how often.
+// The largest magnitude of g_i - g_j, and how many entries reach it.
 struct Top {
   double value, count;
 };

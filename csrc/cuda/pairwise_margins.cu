@@ -1,8 +1,9 @@
 // pairwise_margins: ‖g_i - g_j‖_q and <x, g_i - g_j> of all pairs i < j by direct differences, tiled like a matrix
 // product.
 //
-// A pair's entries are added in the order of D by one thread, 16 at a time, in segments of kSegment entries; so its sum
-// does not depend on the tile, nor on whether one block does all the segments or one each.
+// A tile is the pairs that one block forms. One thread adds the entries of a pair in the order of D, kAdditions at a
+// time, in segments of kSegment entries. So the sum of a pair depends neither on the tile nor on whether one block
+// takes all segments or every segment has a block of its own.
 #include "dispatch.cuh"
 #include "launch.cuh"
 #include "loads.cuh"
@@ -14,7 +15,7 @@ namespace {
 
 constexpr int kThreads = 256;
 constexpr int kSegment = 2048;
-constexpr int kAdditions = 16;  // additions before a float32 accumulator is flushed
+constexpr int kAdditions = 16;  // to an accumulator before it is flushed to a Running sum
 constexpr int kDot = 3;         // a fourth kind of fold beside kMax, kL1 and kL2: <x, d>
 
 template <class T>
@@ -43,14 +44,13 @@ struct Problem {
   }
 };
 
-// Threads kSide x kSide of a block, each with kEdge x kEdge pairs; kDepth entries of every row in shared memory at a
-// time.
+// kSide x kSide threads, each with kEdge x kEdge pairs. Of every row kDepth entries at a time are in shared memory.
 template <int edge, int side, int depth>
 struct Tile {
   static constexpr int kEdge = edge, kSide = side, kDepth = depth, kRows = edge * side, kThreads = side * side;
 };
 using LargeTile = Tile<4, 16, 32>;
-using SmallTile = Tile<2, 8, 64>;  // 10 classes fill little of a large one
+using SmallTile = Tile<2, 8, 64>;  // for few classes: ten would fill little of a large one
 
 __host__ __device__ inline int64_t tile_rows(int64_t n) {
   return n <= SmallTile::kRows ? SmallTile::kRows : LargeTile::kRows;
@@ -88,7 +88,7 @@ __device__ void load_tile(const Problem<T>& p, int64_t b, int64_t first, int64_t
   }
 }
 
-// One block a multiprocessor is enough for ptxas to know: with the aim of two it spills.
+// The bounds promise ptxas one block a multiprocessor: told to make room for two, it spills.
 template <int kind, class T, class P>
 __global__ void __launch_bounds__(P::kThreads, 1) pairwise_margins_tile_kernel(const __grid_constant__ Problem<T> p) {
   using R = Real<T>;
@@ -187,7 +187,7 @@ __device__ double join_segments(const Problem<T>& p, const double* sums_ptr, int
   return sum.total();
 }
 
-// Whether the sum made in Real<T> lost nothing that counts to overflow or underflow, like in_range of a segment.
+// Whether a sum made in Real<T> lost nothing that counts to overflow or underflow; as in_range, but for a pair.
 template <int kind, class T>
 __device__ bool pair_in_range(double sum) {
   constexpr bool is_double = sizeof(T) == sizeof(double);
@@ -195,14 +195,15 @@ __device__ bool pair_in_range(double sum) {
   return magnitude(sum) >= (is_double ? 0x1p-900 : 0x1p-99) && magnitude(sum) <= 0x1p1000;
 }
 
-// A warp for row i of an example: the sums become results. A pair out of range is done again by the whole warp.
+// A warp for each row i of an example, which makes results of the sums. A pair that left the range of the fast path is
+// summed again by the whole warp.
 template <int q, class T>
 __global__ void __launch_bounds__(kThreads, 1) pairwise_margins_finish_kernel(const __grid_constant__ Problem<T> p) {
   const int64_t n = p.shape.n, warp = (blockIdx.x * static_cast<int64_t>(kThreads) + threadIdx.x) / kWarpSize;
   const int64_t b = warp / n, i = warp % n;
   if (b >= p.shape.B) return;
   const double psi = p.logits_ptr[b * n + i];
-  int x_is_zero = -1;  // not known; looked up where a product is 0, so that a blank input need not be summed again
+  int x_is_zero = -1;  // unknown; found out where a product is 0, so that a blank x need not be summed again
   Candidate best = {INFINITY, INFINITY, INT64_MAX};
   for (int64_t base = 0; base < n; base += kWarpSize) {
     const int64_t j = base + lane_id(), low = i < j ? i : j, high = i < j ? j : i;
@@ -223,9 +224,9 @@ __global__ void __launch_bounds__(kThreads, 1) pairwise_margins_finish_kernel(co
       const auto d = [=](int64_t k) {
         return static_cast<double>(real(row_i[k])) - static_cast<double>(real(row_j[k]));
       };
-      const Scaled fold_again = scaled_fold<q, T>(p.shape.D, d);
+      const Scaled norm_again = scaled_fold<q, T>(p.shape.D, d);
       const Scaled dot_again = p.x_ptr ? scaled_dot(p.shape.D, p.x(b), d) : Scaled{0, 0};
-      if (lane_id() == lane) distance = root<q>(fold_again), projection = dot_again;
+      if (lane_id() == lane) distance = root<q>(norm_again), projection = dot_again;
     }
     if (j >= n) continue;
     const double length = j == i ? 0 : to_double(distance), difference = psi - p.logits_ptr[b * n + j];
@@ -239,10 +240,7 @@ __global__ void __launch_bounds__(kThreads, 1) pairwise_margins_finish_kernel(co
     }
     if (j != i && is_nearer(candidate, best)) best = candidate;
   }
-  for (int distance = kWarpSize / 2; distance > 0; distance /= 2) {
-    const Candidate other = exchange(best, distance);
-    if (is_nearer(other, best)) best = other;
-  }
+  best = warp_nearest(best);
   if (lane_id() == 0) {
     store(&p.nearest_margin_ptr[b * n + i], best.ratio);
     p.nearest_ptr[b * n + i] = best.index;

@@ -1,6 +1,6 @@
-// Stage 1: the folds of anchor - row over segments of D, and their sums. A warp takes one segment of kGroupRows rows,
-// which share the loads of the anchor; the warps of a block take the same segment of other rows, so that the anchor
-// comes from L1.
+// Stage 1: the folds of anchor - row over the segments of D, and the norms that they make. A warp takes one segment of
+// a group of rows, which share the loads of the anchor. The warps of a block take the same segment of other rows, so
+// that they find the anchor in the first level cache.
 #pragma once
 
 #include "loads.cuh"
@@ -8,7 +8,7 @@
 
 namespace fastsal {
 
-constexpr int kGroupRows = 4;
+constexpr int kGroupRows = 4;  // a power of two: join_lanes shares them out between the lanes
 
 // Rows of one example: row j starts at `first + j * stride`.
 template <class T>
@@ -18,6 +18,7 @@ struct ExampleRows {
   int64_t count;
 };
 
+// The folds of one segment by a warp; lane l has that of row `row_of_lane<kGroupRows>(l)`.
 template <int q, class T, bool aligned>
 __device__ __forceinline__ double fold_segment(const T* anchor, const T* const (&rows)[kGroupRows], int length) {
   using L = Layout<T>;
@@ -44,7 +45,7 @@ __device__ __forceinline__ double fold_segment(const T* anchor, const T* const (
   return join_lanes<q>(folds);
 }
 
-// The slow path of anchor - row, in float64.
+// One segment of one row again, in float64, for a fold that left the range of the fast path.
 template <int q, class T>
 __device__ __noinline__ Fold<T> fold_segment_again(const T* anchor, const T* row, int length) {
   const Scaled fold = scaled_fold<q, T>(
@@ -52,21 +53,24 @@ __device__ __noinline__ Fold<T> fold_segment_again(const T* anchor, const T* row
   return FoldOf<T>::make(fold.value, fold.exponent);
 }
 
+// How many warps the folds of one example keep busy.
 __host__ __device__ inline int64_t distance_tasks(int64_t rows, int64_t segments) {
   return ceil_div(rows, kGroupRows) * segments;
 }
 
-// Task `task` of an example: folds[j * segments + segment] for its rows j and its segment. Row `skip` is left out.
+// Task `task` of an example: one segment of one group, so folds[j * segments + segment] for each of its rows j. Row
+// `skip` is left out.
 template <int q, class T>
 __device__ void fold_task(int64_t task, const T* anchor, ExampleRows<T> rows, int64_t skip, int64_t D, Fold<T>* folds) {
   const int64_t groups = ceil_div(rows.count, kGroupRows), segment = task / groups, first = task % groups * kGroupRows;
   const int64_t start = segment * Layout<T>::kSegment;
-  const int length = static_cast<int>(D - start < Layout<T>::kSegment ? D - start : Layout<T>::kSegment);
+  const int length = segment_length<T>(start, D);
   const auto wanted = [&](int r) { return first + r < rows.count && first + r != skip; };
   const T* segment_of[kGroupRows];
   uintptr_t address = reinterpret_cast<uintptr_t>(anchor);
 #pragma unroll
-  for (int r = 0; r < kGroupRows; ++r) {  // the anchor stands in for rows that nobody wants: it costs no memory traffic
+  for (int r = 0; r < kGroupRows;
+       ++r) {  // the anchor stands in for rows that nobody wants, which costs no memory traffic
     segment_of[r] = (wanted(r) ? rows.first + (first + r) * rows.stride : anchor) + start;
     address |= reinterpret_cast<uintptr_t>(segment_of[r]);
   }

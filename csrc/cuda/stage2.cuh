@@ -1,4 +1,4 @@
-// Stage 2: everything that follows from the two winning rows and x, over the same segments as stage 1, in float64.
+// Stage 2: the sums over the two winning rows and x, in float64 and over the same segments as stage 1.
 #pragma once
 
 #include "loads.cuh"
@@ -6,7 +6,8 @@
 
 namespace fastsal {
 
-// g, g_{j*} and x of one example. d = g - g_{j*} is formed entry by entry: never <x, g> - <x, g_{j*}>.
+// The saliency g, the runner-up's row and x of one example. d = g - other is formed entry by entry, and never
+// <x, g> - <x, other>, which loses everything where the rows are nearly the same.
 template <class T>
 struct WinningRows {
   const T* g;
@@ -16,7 +17,7 @@ struct WinningRows {
   __device__ double d_at(int64_t k) const { return g_at(k) - static_cast<double>(real(other[k])); }
 };
 
-// The folds of TwoRowSums's norms and dot products.
+// TwoRowSums on the way: of one segment or of several, the norms without their roots.
 struct TwoRowFolds {
   Scaled dot_g, dot_d, g, d, x;
 };
@@ -24,7 +25,8 @@ struct TwoRowFolds {
 template <int q>
 constexpr int kPrimal = dual_norm(q);  // ‖x‖ is a p-norm
 
-// Only float64 comes here: narrower entries cannot leave its range.
+// One segment again, for sums that left the range of the fast path. Only float64 comes here: narrower entries cannot
+// leave the range of float64.
 template <int q, class T>
 __device__ __noinline__ TwoRowFolds two_rows_again(WinningRows<T> rows, int64_t start, int length) {
   const auto x = [=](int64_t k) { return rows.x(start + k); };
@@ -34,11 +36,12 @@ __device__ __noinline__ TwoRowFolds two_rows_again(WinningRows<T> rows, int64_t 
           scaled_fold<q, T>(length, d), scaled_fold<kPrimal<q>, T>(length, x)};
 }
 
+// By one warp: the sums of one segment.
 template <int q, class T>
 __device__ void two_rows_task(int64_t segment, const WinningRows<T>& rows, int64_t D, TwoRowFolds* folds) {
   constexpr bool is_double = sizeof(T) == sizeof(double);
-  const int64_t start = segment * Layout<T>::kSegment, left = D - start;
-  const int length = static_cast<int>(left < Layout<T>::kSegment ? left : Layout<T>::kSegment);
+  const int64_t start = segment * Layout<T>::kSegment;
+  const int length = segment_length<T>(start, D);
   double dot_g = 0, dot_d = 0, g_fold = 0, d_fold = 0, x_fold = 0, size_g = 0, size_d = 0;
 #pragma unroll 4
   for (int k = lane_id(); k < length; k += kWarpSize) {
@@ -64,7 +67,7 @@ __device__ void two_rows_task(int64_t segment, const WinningRows<T>& rows, int64
   if (lane_id() == 0) folds[segment] = sums;
 }
 
-// The segments' folds joined by one warp; every lane has the result.
+// By one warp: the sums over D from those of the segments. Every lane has the result.
 template <int q>
 __device__ __noinline__ TwoRowSums join_two_rows(const TwoRowFolds* folds, int64_t segments) {
   TwoRowFolds all = {};
@@ -77,13 +80,13 @@ __device__ __noinline__ TwoRowSums join_two_rows(const TwoRowFolds* folds, int64
           root<q>(join_lanes<q>(all.d)), root<kPrimal<q>>(join_lanes<kPrimal<q>>(all.x))};
 }
 
-// The fold of d/‖d‖ - g/‖g‖ over a segment; its entries are at most 2.
+// By one warp: the fold of d/‖d‖ - g/‖g‖ over one segment. Its entries are at most 2, so it needs no slow path.
 template <int q, class T>
 __device__ void gap_task(int64_t segment, const WinningRows<T>& rows, const TwoRowSums& totals, int64_t D,
                          double* gaps) {
   const Unit g_unit = unit_of(totals.norm_g), d_unit = unit_of(totals.norm_d);
-  const int64_t start = segment * Layout<T>::kSegment, left = D - start;
-  const int length = static_cast<int>(left < Layout<T>::kSegment ? left : Layout<T>::kSegment);
+  const int64_t start = segment * Layout<T>::kSegment;
+  const int length = segment_length<T>(start, D);
   double sum = 0;
 #pragma unroll 4
   for (int k = lane_id(); k < length; k += kWarpSize) {
@@ -95,7 +98,7 @@ __device__ void gap_task(int64_t segment, const WinningRows<T>& rows, const TwoR
   if (lane_id() == 0) gaps[segment] = sum;
 }
 
-// Joined by one warp; every lane has the result.
+// By one warp: the direction gap from the folds of the segments. Every lane has the result.
 template <int q>
 __device__ double join_gaps(const double* gaps, int64_t segments) {
   double gap = 0;

@@ -1,3 +1,4 @@
+// The inner loops for AVX2 with FMA.
 #include <stddef.h>
 #if defined(__x86_64__)
 #include <immintrin.h>

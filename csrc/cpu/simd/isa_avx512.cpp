@@ -1,3 +1,4 @@
+// The inner loops for AVX-512 (F, BW, DQ, VL).
 #include <stddef.h>
 #if defined(__x86_64__)
 #include <immintrin.h>

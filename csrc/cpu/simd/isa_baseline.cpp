@@ -1,3 +1,4 @@
+// The inner loops for the instructions that every processor of the architecture has: SSE2 on x86-64, NEON on AArch64.
 #include <stddef.h>
 
 #include "kernels.h"

@@ -1,3 +1,4 @@
+// The level in use and the questions asked of the processor to choose it.
 #include "levels.h"
 
 #include <atomic>

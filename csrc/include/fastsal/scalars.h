@@ -1,4 +1,4 @@
-// The scalars of an example once its sums over D are done.
+// From the sums over D of an example's two winning rows to its scalars.
 #pragma once
 
 #include "fastsal/scaled.h"
@@ -10,7 +10,7 @@ struct TwoRowSums {
   Scaled dot_g, dot_d, norm_g, norm_d, norm_x, cross;
 };
 
-// v / ‖v‖ element by element is (v * power) * inverse, in range whatever the norm.
+// What makes v / ‖v‖ of v, entry by entry: (v * power) * inverse, which is in range whatever the norm.
 struct Unit {
   double power, inverse;
 };
@@ -22,13 +22,13 @@ FASTSAL_HD inline Unit unit_of(Scaled norm) {
   return {ldexp(1.0, static_cast<int>(-k)), 1.0 / ldexp(s.value, static_cast<int>(s.exponent - k))};
 }
 
-constexpr int kScalars = 10;
+constexpr int kScalars = 10;  // in the order of fastsal.reference.SCALARS
 
 struct RowScalars {
   double alignment, offset, residual, homogeneity;
 };
 
-// Of one gradient v with its score: alpha, beta, |beta| / ||v|| and the homogeneity.
+// Of one gradient v and its score: the alignment, the offset beta, abs(beta) / ‖v‖ and the homogeneity.
 FASTSAL_HD inline RowScalars row_scalars(double score, Scaled dot, Scaled norm) {
   Scaled s = {score, 0}, t = dot;
   align(s, t);
@@ -37,8 +37,8 @@ FASTSAL_HD inline RowScalars row_scalars(double score, Scaled dot, Scaled norm) 
           to_double({beta_abs / norm.value, s.exponent - norm.exponent}), dot_abs / (dot_abs + beta_abs)};
 }
 
-// All scalars in the order of reference.SCALARS. margin is m_{j*}, rho the stage 1 ratio; the norms in `sums` are
-// taken.
+// All scalars of an example. psi is the predicted logit, margin that of the runner-up, rho their ratio as stage 1 found
+// it, and gap the direction gap; the norms in `sums` have their roots.
 FASTSAL_HD inline void two_row_scalars(double psi, double margin, double rho, const TwoRowSums& sums, double gap,
                                        double* out) {
   const RowScalars g = row_scalars(psi, sums.dot_g, sums.norm_g);

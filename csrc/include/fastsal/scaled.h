@@ -1,4 +1,5 @@
-// A number with an exponent of its own: a sum over D may lie outside the range of double. The fast paths leave it at 0.
+// A number with an exponent of its own, since a sum over D may lie outside the range of double. The fast paths leave
+// the exponent at 0.
 #pragma once
 
 #include <math.h>
@@ -18,12 +19,13 @@ FASTSAL_HD inline double to_double(Scaled s) {
   return s.exponent == 0 ? s.value : ldexp(s.value, static_cast<int>(s.exponent));
 }
 
-// Far enough from both ends of double for any one product or quotient; no exponent to care about.
+// Whether s has no exponent and is far enough from both ends of double for any one product or quotient.
 FASTSAL_HD inline bool is_plain(Scaled s) {
   const double v = fabs(s.value);
   return s.exponent == 0 && (v == 0 || (v > 0x1p-500 && v < 0x1p500));
 }
 
+// The same number with a value between 0.5 and 1 in magnitude, where it is finite and not 0.
 FASTSAL_HD inline Scaled normalized(Scaled s) {
   if (s.value == 0 || !isfinite(s.value)) return {s.value, 0};
   int e;

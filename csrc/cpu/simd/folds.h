@@ -1,5 +1,6 @@
-// The q-sum of vectors: of squares (q = 2), of magnitudes (q = 1), or the largest magnitude (q = infinity). Nothing
-// here depends on which tile a vector belongs to.
+// Vectors of folds. The fold of entries is the q-norm before its root: the sum of their squares (q = 2), the sum of
+// their magnitudes (q = 1), or the largest magnitude (q = infinity). Every fold of a segment is made of these
+// operations alone.
 #pragma once
 
 #include "vectors.h"
@@ -11,6 +12,7 @@ static inline VecD magnitude(VecD v) { return (VecD)((VecL)v & 0x7ffffffffffffff
 static inline VecF larger(VecF a, VecF b) { return (VecF)((VecI)a > (VecI)b ? (VecI)a : (VecI)b); }
 static inline VecD larger(VecD a, VecD b) { return (VecD)((VecL)a > (VecL)b ? (VecL)a : (VecL)b); }
 
+// What an entry d contributes to a fold, and how two folds become one.
 template <int Q, class V>
 static inline V term(V d) {
   return Q == kL2 ? d * d : magnitude(d);
@@ -21,8 +23,8 @@ static inline V join(V sum, V t) {
   return sum + t;
 }
 
-// a * b + sum, rounded once where the level has the instruction: named, since -ffp-contract=off keeps the compiler from
-// choosing it for one tile and not for another.
+// a * b + sum, rounded once where the level has the instruction. It is named here, since -ffp-contract=off keeps the
+// compiler from choosing it for one group of rows and not for another.
 static inline VecF multiply_add(VecF a, VecF b, VecF sum) {
 #if defined(FASTSAL_FMA) && FASTSAL_BYTES == 64
   return (VecF)_mm512_fmadd_ps((__m512)a, (__m512)b, (__m512)sum);
@@ -42,29 +44,31 @@ static inline VecD multiply_add(VecD a, VecD b, VecD sum) {
 #endif
 }
 
-// The q-sum with one more entry d.
+// The fold with one more entry d.
 template <int Q, class V>
-static inline V accumulate(V sum, V d) {
+static inline V fold(V sum, V d) {
   if constexpr (Q == kL2) return multiply_add(d, d, sum);
   return join<Q>(sum, term<Q>(d));
 }
 
+// The entries of a vector joined, in a fixed order.
 template <int Q>
 static inline double reduce(VecD v) {
-  double lane[kHalfLanes];
-  __builtin_memcpy(lane, &v, sizeof v);
-  for (int width = kHalfLanes / 2; width > 0; width /= 2) {
+  double entry[kDoubles];
+  __builtin_memcpy(entry, &v, sizeof v);
+  for (int width = kDoubles / 2; width > 0; width /= 2) {
     for (int l = 0; l < width; ++l) {
       if constexpr (Q == kMax) {
-        if (!(lane[l + width] <= lane[l]) && lane[l] == lane[l]) lane[l] = lane[l + width];
+        if (!(entry[l + width] <= entry[l]) && entry[l] == entry[l]) entry[l] = entry[l + width];
       } else {
-        lane[l] = lane[l] + lane[l + width];
+        entry[l] = entry[l] + entry[l + width];
       }
     }
   }
-  return lane[0];
+  return entry[0];
 }
 
+// A fold in double, joined with the two accumulators a and b of a run of additions.
 template <int Q>
 static inline VecD flush(VecD sum, VecF a, VecF b) {
   const VecF both = join<Q>(a, b);

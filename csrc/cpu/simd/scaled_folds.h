@@ -1,21 +1,22 @@
-// The slow path: sums of any range, scalar and in double, for the rare segment that leaves the range of the vectors.
+// The slow path: folds and dot products of any range, scalar and in double, for the rare segment that leaves the range
+// of the vectors.
 #pragma once
 
-// Kept in blocks, like the vector sums, so that a long sum of equal terms does not drift.
-struct BlockSum {
-  double total = 0, block = 0;
+// A sum that is flushed every 64 additions, as vectors are, so that a long sum of equal terms does not drift.
+struct FlushedSum {
+  double total = 0, recent = 0;
   int count = 0;
   void add(double v) {
-    block += v;
+    recent += v;
     if (++count == 64) {
-      total += block;
-      block = count = 0;
+      total += recent;
+      recent = count = 0;
     }
   }
-  double value() const { return total + block; }
+  double value() const { return total + recent; }
 };
 
-// 2^e as two factors, each in range.
+// 2^e as two factors, each of which is in the range of double.
 struct Power {
   double first, second;
   explicit Power(int64_t e)
@@ -23,8 +24,9 @@ struct Power {
         second(__builtin_ldexp(1.0, static_cast<int>(e - e / 2))) {}
 };
 
+// The fold of the entries get(0) to get(len - 1), which are scaled by the largest of them.
 template <int Q, class Get>
-static Scaled scaled_norm(const Get& get, int64_t len) {
+static Scaled scaled_fold(const Get& get, int64_t len) {
   double top = 0;
   for (int64_t k = 0; k < len; ++k) {
     const double v = __builtin_fabs(get(k));
@@ -33,7 +35,7 @@ static Scaled scaled_norm(const Get& get, int64_t len) {
   if (top == 0 || !__builtin_isfinite(top) || Q == kMax) return {top, 0};
   const int64_t e = __builtin_ilogb(top);
   const Power down(-e);
-  BlockSum sum;
+  FlushedSum sum;
   for (int64_t k = 0; k < len; ++k) {
     const double v = __builtin_fabs(get(k)) * down.first * down.second;
     sum.add(Q == kL2 ? v * v : v);
@@ -41,6 +43,7 @@ static Scaled scaled_norm(const Get& get, int64_t len) {
   return {sum.value(), Q == kL2 ? 2 * e : e};
 }
 
+// <x, v>; every term has an exponent of its own.
 template <class GetX, class GetV>
 static Scaled scaled_dot(const GetX& x, const GetV& v, int64_t len) {
   constexpr int64_t kNone = -(1 << 20);
@@ -59,7 +62,7 @@ static Scaled scaled_dot(const GetX& x, const GetV& v, int64_t len) {
   }
   if (!finite) return {special, 0};
   if (top == kNone) return {0, 0};
-  BlockSum sum;
+  FlushedSum sum;
   for (int64_t k = 0; k < len; ++k) {
     int ea, eb;
     const double a = __builtin_frexp(x(k), &ea), b = __builtin_frexp(v(k), &eb);
@@ -68,7 +71,8 @@ static Scaled scaled_dot(const GetX& x, const GetV& v, int64_t len) {
   return {sum.value(), top};
 }
 
-// Below this a sum of `len` terms could have lost digits to underflow (flush to zero assumed).
+// Whether a sum of `len` terms did not overflow, and is so large that what underflow took from its terms does not show.
+// Underflow is taken to flush to zero.
 static inline bool in_range(double sum, int64_t len, double tiny) {
   const double v = sum < 0 ? -sum : sum;
   return v >= static_cast<double>(len) * tiny && v <= __DBL_MAX__;
