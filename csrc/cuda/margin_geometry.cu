@@ -14,9 +14,10 @@ namespace {
 
 constexpr int kThreads = 256;
 constexpr int kWarps = kThreads / kWarpSize;
-// What the fused kernel may take: less than the 48 KiB that need no opt-in, so that several blocks fit beside the L1.
+// The shared memory that an example may take in the fused kernel. It is less than the 48 KiB that every device grants,
+// so that several blocks fit beside the first level cache.
 constexpr int64_t kSharedBytes = 40 * 1024;
-constexpr int64_t kGapBlocks = 64;  // of an example at most, since each first joins all its TwoRowFolds
+constexpr int64_t kGapBlocks = 64;  // an example has no more of them, since each first joins all its TwoRowFolds
 
 template <class T>
 struct Problem {

@@ -68,9 +68,9 @@ __device__ void fold_task(int64_t task, const T* anchor, ExampleRows<T> rows, in
   const auto wanted = [&](int r) { return first + r < rows.count && first + r != skip; };
   const T* segment_of[kGroupRows];
   uintptr_t address = reinterpret_cast<uintptr_t>(anchor);
+  // The anchor stands in for rows that nobody wants, which costs no memory traffic.
 #pragma unroll
-  for (int r = 0; r < kGroupRows;
-       ++r) {  // the anchor stands in for rows that nobody wants, which costs no memory traffic
+  for (int r = 0; r < kGroupRows; ++r) {
     segment_of[r] = (wanted(r) ? rows.first + (first + r) * rows.stride : anchor) + start;
     address |= reinterpret_cast<uintptr_t>(segment_of[r]);
   }

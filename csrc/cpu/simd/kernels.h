@@ -13,7 +13,7 @@ namespace fastsal {
 constexpr int kMaxRows = 10;
 constexpr int kPairRows = 4;
 constexpr int kMaxAnchors = 2;
-// Stage 2 prefetches so many rows for each that it reads.
+// While stage 2 reads its two rows, it prefetches up to so many others.
 constexpr int kRowsAhead = 4;
 
 struct Strides {

@@ -7,11 +7,12 @@
 
 namespace fastsal {
 
-const Kernels& kernels();  // the level in use: the best, or what FASTSAL_SIMD or the next names
+// The level in use: the best that the processor runs, unless FASTSAL_SIMD or set_simd_level names another.
+const Kernels& kernels();
 void set_simd_level(const std::string& name);
 
-// Whether this processor is faster at few streams of memory: a short row after the other, of long ones four
-// without prefetching.
+// Whether this processor is faster at few streams of memory: short rows one after the other, long ones four at a time
+// and without prefetching.
 bool reads_few_streams();
 void set_reads_few_streams(bool few);
 
