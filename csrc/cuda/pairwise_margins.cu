@@ -240,7 +240,10 @@ __global__ void __launch_bounds__(kThreads, 1) pairwise_margins_finish_kernel(co
     }
     if (j != i && is_nearer(candidate, best)) best = candidate;
   }
-  best = warp_nearest(best);
+  for (int distance = kWarpSize / 2; distance > 0; distance /= 2) {
+    const Candidate other = exchange(best, distance);
+    if (is_nearer(other, best)) best = other;
+  }
   if (lane_id() == 0) {
     store(&p.nearest_margin_ptr[b * n + i], best.ratio);
     p.nearest_ptr[b * n + i] = best.index;

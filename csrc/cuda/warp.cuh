@@ -64,15 +64,6 @@ __device__ __forceinline__ Candidate exchange(const Candidate& c, int distance) 
   return {exchange(c.ratio, distance), exchange(c.margin, distance), exchange(c.index, distance)};
 }
 
-// The nearest of the lanes' candidates, for all of them.
-__device__ __forceinline__ Candidate warp_nearest(Candidate best) {
-  for (int distance = kWarpSize / 2; distance > 0; distance /= 2) {
-    const Candidate other = exchange(best, distance);
-    if (is_nearer(other, best)) best = other;
-  }
-  return best;
-}
-
 // The nearest of candidates 0 to n - 1, for all threads of the block; index -1 is no candidate.
 template <class CandidateOf>
 __device__ Candidate block_nearest(int64_t n, CandidateOf candidate_of) {
@@ -84,7 +75,10 @@ __device__ Candidate block_nearest(int64_t n, CandidateOf candidate_of) {
     if (other.index >= 0 && is_nearer(other, best)) best = other;
   }
   for (int round = 0; round < 2; ++round) {  // within the warps, then among them
-    best = warp_nearest(best);
+    for (int distance = kWarpSize / 2; distance > 0; distance /= 2) {
+      const Candidate other = exchange(best, distance);
+      if (is_nearer(other, best)) best = other;
+    }
     if (round == 1) break;
     if (lane_id() == 0) of_warp[threadIdx.x / kWarpSize] = best;
     __syncthreads();
