@@ -28,7 +28,7 @@ constexpr int kPrimal = dual_norm(q);  // ‖x‖ is a p-norm
 // One segment again, for sums that left the range of the fast path. Only float64 comes here: narrower entries cannot
 // leave the range of float64.
 template <int q, class T>
-__device__ __noinline__ TwoRowFolds two_rows_again(WinningRows<T> rows, int64_t start, int length) {
+__device__ __noinline__ TwoRowFolds two_row_sums_again(WinningRows<T> rows, int64_t start, int length) {
   const auto x = [=](int64_t k) { return rows.x(start + k); };
   const auto g = [=](int64_t k) { return rows.g_at(start + k); };
   const auto d = [=](int64_t k) { return rows.d_at(start + k); };
@@ -62,7 +62,7 @@ __device__ void two_rows_task(int64_t segment, const WinningRows<T>& rows, int64
     const bool safe = in_range<kL2, T>(join_lanes<kL1>(size_g)) && in_range<kL2, T>(join_lanes<kL1>(size_d)) &&
                       in_range<q, T>(sums.g.value) && in_range<q, T>(sums.d.value) &&
                       in_range<kPrimal<q>, T>(sums.x.value);
-    if (!safe) sums = two_rows_again<q, T>(rows, start, length);
+    if (!safe) sums = two_row_sums_again<q, T>(rows, start, length);
   }
   if (lane_id() == 0) folds[segment] = sums;
 }
