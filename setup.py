@@ -135,7 +135,7 @@ def extensions() -> list[Extension]:
     """The native modules that this environment asks for."""
     from pybind11.setup_helpers import Pybind11Extension
 
-    headers = sources("csrc/**/*.h") + sources("csrc/cuda/*.cuh")
+    headers = sources("csrc/**/*.h") + sources("csrc/**/*.cuh")
 
     def extension(name: str, cpp_sources: list[str]) -> Extension:
         flags = list(CXX_FLAGS)
@@ -143,7 +143,7 @@ def extensions() -> list[Extension]:
             name, cpp_sources, include_dirs=[INCLUDE], extra_compile_args=flags, depends=headers, cxx_std=17
         )
 
-    modules = [extension("fastsal._cpu", sources("csrc/cpu/*.cpp"))]
+    modules = [extension("fastsal._cpu", sources("csrc/cpu/**/*.cpp"))]
     cuda_sources = sources("csrc/cuda/*.cu")
     nvcc = wanted_nvcc(cuda_sources)
     if nvcc:

@@ -18,9 +18,11 @@ ROOT = Path(__file__).resolve().parent.parent
 SOURCES = sorted((ROOT / "csrc/cuda").glob("*.cu"))
 CUDA = importlib.util.find_spec("fastsal._cuda")
 KERNELS = {
-    *("fold_rows_kernel", "join_rows_kernel", "predict_kernel", "two_rows_kernel", "gap_kernel", "finalize_kernel"),
-    *("margin_geometry_kernel", "tile_kernel", "finish_kernel", "probe_kernel"),
-    *("sum_weights_kernel", "tops_kernel", "grad_rows_kernel", "grad_x_kernel"),
+    "probe_kernel",
+    *(f"row_distances_{step}_kernel" for step in ("fold", "join")),
+    *(f"margin_geometry_{step}_kernel" for step in ("fused", "predict", "fold", "join", "two_rows", "gap", "finalize")),
+    *(f"pairwise_margins_{step}_kernel" for step in ("tile", "finish")),
+    *(f"pairwise_backward_{step}_kernel" for step in ("sum_weights", "tops", "rows", "x")),
 }
 
 needs_module = pytest.mark.skipif(CUDA is None, reason="fastsal was installed without fastsal._cuda (no nvcc)")
@@ -82,7 +84,7 @@ def test_import_needs_no_driver(run_python):
     assert result.returncode == 0, result.stderr
     first, second = result.stdout.splitlines()
     assert first == "True False True"
-    assert second.startswith("fold_rows_kernel: ")
+    assert second.startswith("row_distances_fold_kernel: ")
 
 
 @needs_module

@@ -5,6 +5,7 @@
 #include <string>
 
 #include "ops.h"
+#include "simd/levels.h"
 
 namespace {
 

@@ -1,10 +1,19 @@
+// margin_geometry: stages 1 and 2 of every example, by example where there are enough of them, else each step of all
+// examples in parallel.
 #include <vector>
 
+#include "fastsal/nearest.h"
+#include "fastsal/scalars.h"
 #include "parallel.h"
 #include "stage1.h"
 
 namespace fastsal {
 namespace {
+
+// The squared direction gap for q = 2 by way of the cosine: no second pass over the rows, good to about 1e-12 where the
+// gap is not small.
+double squared_gap(const TwoRowSums& s) { return 2 - 2 * (s.cross.value / s.norm_d.value / s.norm_g.value); }
+constexpr double kSmallSquaredGap = 1e-3;
 
 struct Winners {
   int64_t prediction;
@@ -24,7 +33,7 @@ class Example {
         distances_(distances),
         stage1_(q, jacobian),
         n_segments_(stage1_.segment_count()),
-        two_row_(kernels().two_row[q][jacobian.dtype][x.dtype == kFloat32]),
+        two_rows_(kernels().two_rows[q][jacobian.dtype][x.dtype == kFloat32]),
         gap_(kernels().gap[q][jacobian.dtype]) {}
 
   const Stage1& stage1() const { return stage1_; }
@@ -37,7 +46,7 @@ class Example {
     return best;
   }
 
-  // Combines stage 1's partials [n, segments] into the distances and the runner-up.
+  // Joins stage 1's folds [n, segments] into the distances and the runner-up.
   Winners select(int64_t b, int64_t prediction, const Scaled* partial) const {
     const int64_t n = jacobian_.n;
     Candidate best = {0, 0, -1};
@@ -55,40 +64,40 @@ class Example {
     return {prediction, best};
   }
 
-  void sums(int64_t b, int64_t segment, const Winners& rows, const char* ahead, TwoRow* out) const {
+  void sums(int64_t b, int64_t segment, const Winners& rows, const char* ahead, TwoRowSums* out) const {
     const int64_t at = segment * kSegment;
-    two_row_(row(b, rows.prediction, at), row(b, rows.runner_up.index, at), x_.row(b) + at * kElementSize[x_.dtype],
-             length(at), ahead, out);
+    two_rows_(row(b, rows.prediction, at), row(b, rows.runner_up.index, at), x_.row(b) + at * kElementSize[x_.dtype],
+              segment_length(at, jacobian_.D), ahead, out);
   }
 
   // The norms and dot products over all of D from their segments.
-  TwoRow combine(const TwoRow* partial, Scaled* scratch) const {
-    auto gather = [&](Scaled TwoRow::* field) {
+  TwoRowSums combine(const TwoRowSums* partial, Scaled* scratch) const {
+    auto gather = [&](Scaled TwoRowSums::* field) {
       for (int64_t s = 0; s < n_segments_; ++s) scratch[s] = partial[s].*field;
       return scratch;
     };
-    const int p = q_ == kL2 ? kL2 : q_ == kL1 ? kMax : kL1;
-    return {sum_segments(gather(&TwoRow::dot_g), n_segments_),
-            sum_segments(gather(&TwoRow::dot_d), n_segments_),
-            norm_segments(q_, gather(&TwoRow::norm_g), n_segments_),
-            norm_segments(q_, gather(&TwoRow::norm_d), n_segments_),
-            norm_segments(p, gather(&TwoRow::norm_x), n_segments_),
-            sum_segments(gather(&TwoRow::cross), n_segments_)};
+    const int p = dual_norm(q_);
+    return {sum_segments(gather(&TwoRowSums::dot_g), n_segments_),
+            sum_segments(gather(&TwoRowSums::dot_d), n_segments_),
+            norm_segments(q_, gather(&TwoRowSums::norm_g), n_segments_),
+            norm_segments(q_, gather(&TwoRowSums::norm_d), n_segments_),
+            norm_segments(p, gather(&TwoRowSums::norm_x), n_segments_),
+            sum_segments(gather(&TwoRowSums::cross), n_segments_)};
   }
 
   // Whether the direction gap needs its pass over the rows: finish() can do without for q = 2 below float64.
-  bool needs_gap(const TwoRow& sums) const {
+  bool needs_gap(const TwoRowSums& sums) const {
     return q_ != kL2 || jacobian_.dtype == kFloat64 || !(squared_gap(sums) > kSmallSquaredGap);
   }
 
-  Scaled gap(int64_t b, int64_t segment, const Winners& rows, const TwoRow& sums) const {
+  Scaled gap(int64_t b, int64_t segment, const Winners& rows, const TwoRowSums& sums) const {
     const int64_t at = segment * kSegment;
-    return {gap_(row(b, rows.prediction, at), row(b, rows.runner_up.index, at), length(at), unit_of(sums.norm_d),
-                 unit_of(sums.norm_g)),
+    return {gap_(row(b, rows.prediction, at), row(b, rows.runner_up.index, at), segment_length(at, jacobian_.D),
+                 unit_of(sums.norm_d), unit_of(sums.norm_g)),
             0};
   }
 
-  void finish(int64_t b, const Winners& rows, const TwoRow& sums, const Scaled* gaps) const {
+  void finish(int64_t b, const Winners& rows, const TwoRowSums& sums, const Scaled* gaps) const {
     const double gap = needs_gap(sums) ? to_double(norm_segments(q_, gaps, n_segments_)) : sqrt(squared_gap(sums));
     double all[kScalars];
     two_row_scalars(logit(b, rows.prediction), rows.runner_up.margin, rows.runner_up.ratio, sums, gap, all);
@@ -96,13 +105,13 @@ class Example {
   }
 
   // Everything for one example, while its rows are in cache.
-  void run(int64_t b, Scaled* partial, TwoRow* two_row, Scaled* gaps) const {
+  void run(int64_t b, Scaled* partial, TwoRowSums* two_rows, Scaled* gaps) const {
     const int64_t top = prediction(b);
     stage1_.run_all(b, row(b, top, 0), top, partial);
     prefetch_x(b + 1);
     const Winners rows = select(b, top, partial);
-    for (int64_t s = 0; s < n_segments_; ++s) sums(b, s, rows, stage1_.left_ahead(b, s), two_row + s);
-    const TwoRow total = combine(two_row, gaps);
+    for (int64_t s = 0; s < n_segments_; ++s) sums(b, s, rows, stage1_.left_ahead(b, s), two_rows + s);
+    const TwoRowSums total = combine(two_rows, gaps);
     for (int64_t s = 0; s < n_segments_ && needs_gap(total); ++s) gaps[s] = gap(b, s, rows, total);
     finish(b, rows, total, gaps);
   }
@@ -113,10 +122,9 @@ class Example {
 
  private:
   double logit(int64_t b, int64_t j) const { return logits_.at(b * jacobian_.n + j); }
-  int64_t length(int64_t at) const { return jacobian_.D - at < kSegment ? jacobian_.D - at : kSegment; }
 
-  // A short x would be fetched too late by the time stage 2 starts.
-  // Always inline: GCC takes a function that only prefetches for pure, and drops calls of it.
+  // A short x would be asked for too late by stage 2 itself.
+  // The function is always inline, since GCC takes one that only prefetches for pure and drops calls of it.
   __attribute__((always_inline)) void prefetch_x(int64_t b) const {
     constexpr int64_t kShort = 16384;
     const int64_t bytes = jacobian_.D * kElementSize[x_.dtype];
@@ -133,7 +141,7 @@ class Example {
   Output distances_;
   Stage1 stage1_;
   int64_t n_segments_;
-  TwoRowFn two_row_;
+  TwoRowsFn two_rows_;
   GapFn gap_;
 };
 
@@ -143,17 +151,17 @@ void margin_geometry(int q, const Logits& logits, const Rows& jacobian, const In
                      int64_t* indices, Output distances, int threads) {
   const Example example(q, logits, jacobian, x, scalars, indices, distances);
   const Stage1& stage1 = example.stage1();
-  const int64_t B = jacobian.B, n = jacobian.n, n_segments = stage1.segment_count(), n_blocks = stage1.block_count();
-  threads = useful_threads(threads, B * n_blocks * n_segments, B * n * jacobian.D);
+  const int64_t B = jacobian.B, n = jacobian.n, n_segments = stage1.segment_count(), n_groups = stage1.group_count();
+  threads = useful_threads(threads, B * n_groups * n_segments, B * n * jacobian.D);
 
   if (threads == 1 || B >= 32 * threads) {
     const auto per_thread = static_cast<size_t>(threads);
     std::vector<Scaled> partial(per_thread * static_cast<size_t>(n * n_segments));
-    std::vector<TwoRow> two_row(per_thread * static_cast<size_t>(n_segments));
+    std::vector<TwoRowSums> two_rows(per_thread * static_cast<size_t>(n_segments));
     std::vector<Scaled> gaps(per_thread * static_cast<size_t>(n_segments));
-    const int64_t chunk = 1 + B / (32 * threads) / 8;
-    parallel_for(threads, B, chunk, [&](int64_t b, int t) {
-      example.run(b, partial.data() + t * n * n_segments, two_row.data() + t * n_segments,
+    const int64_t grain = 1 + B / (32 * threads) / 8;
+    parallel_for(threads, B, grain, [&](int64_t b, int t) {
+      example.run(b, partial.data() + t * n * n_segments, two_rows.data() + t * n_segments,
                   gaps.data() + t * n_segments);
     });
     return;
@@ -162,20 +170,20 @@ void margin_geometry(int q, const Logits& logits, const Rows& jacobian, const In
   std::vector<int64_t> predictions(static_cast<size_t>(B));
   for (int64_t b = 0; b < B; ++b) predictions[b] = example.prediction(b);
   std::vector<Scaled> partial(static_cast<size_t>(B * n * n_segments));
-  parallel_for(threads, B * n_blocks, 1, [&](int64_t unit, int) {
-    const int64_t b = unit / n_blocks, top = predictions[b];
+  parallel_for(threads, B * n_groups, 1, [&](int64_t unit, int) {
+    const int64_t b = unit / n_groups, top = predictions[b];
     for (int64_t s = 0; s < n_segments; ++s) {
-      stage1.run(b, unit % n_blocks, s, example.row(b, top, 0), top, partial.data() + b * n * n_segments);
+      stage1.run(b, unit % n_groups, s, example.row(b, top, 0), top, partial.data() + b * n * n_segments);
     }
   });
   std::vector<Winners> winners(static_cast<size_t>(B));
   for (int64_t b = 0; b < B; ++b) winners[b] = example.select(b, predictions[b], partial.data() + b * n * n_segments);
-  std::vector<TwoRow> two_row(static_cast<size_t>(B * n_segments)), total(static_cast<size_t>(B));
+  std::vector<TwoRowSums> two_rows(static_cast<size_t>(B * n_segments)), total(static_cast<size_t>(B));
   std::vector<Scaled> gaps(static_cast<size_t>(B * n_segments));
   parallel_for(threads, B * n_segments, 1, [&](int64_t unit, int) {
-    example.sums(unit / n_segments, unit % n_segments, winners[unit / n_segments], nullptr, &two_row[unit]);
+    example.sums(unit / n_segments, unit % n_segments, winners[unit / n_segments], nullptr, &two_rows[unit]);
   });
-  for (int64_t b = 0; b < B; ++b) total[b] = example.combine(&two_row[b * n_segments], &gaps[b * n_segments]);
+  for (int64_t b = 0; b < B; ++b) total[b] = example.combine(&two_rows[b * n_segments], &gaps[b * n_segments]);
   parallel_for(threads, B * n_segments, 1, [&](int64_t unit, int) {
     const int64_t b = unit / n_segments;
     if (example.needs_gap(total[b])) gaps[unit] = example.gap(b, unit % n_segments, winners[b], total[b]);

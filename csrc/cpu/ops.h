@@ -1,11 +1,11 @@
 // The operators behind fastsal._cpu. Strides count elements; pointers are borrowed for the call.
 #pragma once
 
-#include <string>
-
-#include "kernels.h"
+#include "fastsal/types.h"
 
 namespace fastsal {
+
+constexpr int64_t kElementSize[kDtypes] = {4, 8, 2, 2};
 
 // [B, n, D] with unit stride on D.
 struct Rows {
@@ -48,9 +48,6 @@ struct Output {
     }
   }
 };
-
-void set_simd_level(const std::string& name);
-void set_reads_few_streams(bool few);
 
 void row_distances(int q, const Rows& anchor, const Rows& rows, double* out, int threads);
 void margin_geometry(int q, const Logits& logits, const Rows& jacobian, const Inputs& x, Output scalars,

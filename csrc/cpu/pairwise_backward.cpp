@@ -1,9 +1,12 @@
+// pairwise_backward: the gradient of the Jacobian and of x from the weights w and v of the pairs, as
+// fastsal.reference.pairwise_backward defines it.
 #include <cmath>
 #include <cstring>
 #include <vector>
 
 #include "ops.h"
 #include "parallel.h"
+#include "simd/levels.h"
 
 namespace fastsal {
 namespace {
@@ -44,7 +47,7 @@ void store(char* out, Dtype dtype, int64_t at, double value) {
 }
 
 // q = infinity: only the entries where |g_i - g_j| is largest, so each pair is searched first. to: [D], added to.
-void push_largest(const double* own, const double* other, int64_t D, double weight, double* to) {
+void add_largest(const double* own, const double* other, int64_t D, double weight, double* to) {
   double top = 0;
   int64_t count = 0;
   for (int64_t k = 0; k < D; ++k) {
@@ -74,14 +77,14 @@ void pairwise_backward(int q, const double* w, const double* v, const Rows& jaco
                        char* grad_jacobian, double* grad_x, int threads) {
   const Kernels& level = kernels();
   const int64_t B = jacobian.B, n = jacobian.n, D = jacobian.D, size = kElementSize[jacobian.dtype];
-  // Columns are handled in chunks that are narrow enough for all n rows of a chunk to stay in cache, in double.
-  const int64_t width = q == kMax ? D : level.chunk, n_chunks = (D + width - 1) / width, units = B * n_chunks;
+  // Columns are handled in strips that are narrow enough for all n rows of a strip to stay in cache, in double.
+  const int64_t width = q == kMax ? D : level.columns, n_strips = (D + width - 1) / width, units = B * n_strips;
   threads = useful_threads(threads, units, B * n * n * D);
   std::vector<double> rows(static_cast<size_t>(threads * n * width)), sums(static_cast<size_t>(threads * width));
   std::vector<double> x_rows(static_cast<size_t>(threads * width));
 
   parallel_for(threads, units, 1, [&](int64_t unit, int thread) {
-    const int64_t b = unit / n_chunks, begin = unit % n_chunks * width, len = D - begin < width ? D - begin : width;
+    const int64_t b = unit / n_strips, begin = unit % n_strips * width, len = D - begin < width ? D - begin : width;
     double* own = rows.data() + thread * n * width;
     double* sum = sums.data() + thread * width;
     double* x_row = x_rows.data() + thread * width;
@@ -95,9 +98,9 @@ void pairwise_backward(int q, const double* w, const double* v, const Rows& jaco
     for (int64_t i = 0; i < n; ++i) {
       if (q == kMax) {
         for (int64_t k = 0; k < len; ++k) sum[k] = 0;
-        for (int64_t j = 0; j < n; ++j) push_largest(own + i * width, own + j * width, len, w_b[i * n + j], sum);
+        for (int64_t j = 0; j < n; ++j) add_largest(own + i * width, own + j * width, len, w_b[i * n + j], sum);
       } else {
-        level.push[q](own, n, i, w_b + i * n, sum);
+        level.grad_row[q](own, n, i, w_b + i * n, sum);
       }
       if (v_b) {
         double along_x = 0;

@@ -1,8 +1,13 @@
+// pairwise_margins: the fold of g_i - g_j and <x, g_i - g_j> of all pairs i < j, by direct differences. A tile is a set
+// of rows that stay in cache; a thread takes the pairs of two tiles.
 #include <algorithm>
 #include <vector>
 
+#include "fastsal/nearest.h"
 #include "ops.h"
 #include "parallel.h"
+#include "segments.h"
+#include "simd/levels.h"
 
 namespace fastsal {
 namespace {
@@ -16,7 +21,7 @@ struct Pairs {
   Output distance, margin, nearest_margin;
   int64_t* nearest;
   Output projection;
-  TileFn tile;
+  FoldRowsFn fold_rows;
   int64_t n_segments, tile_rows;
 
   int64_t tiles() const { return (jacobian.n + tile_rows - 1) / tile_rows; }
@@ -32,16 +37,16 @@ struct Pairs {
       kernels().upcast[x.dtype](x.row(b), D, reinterpret_cast<double*>(out.data()));
       return;
     }
-    double piece[256];
+    double buffer[256];
     auto* to = reinterpret_cast<float*>(out.data());
     for (int64_t k = 0; k < D; k += 256) {
       const int64_t len = std::min<int64_t>(256, D - k);
-      kernels().upcast[x.dtype](x.row(b) + k * kElementSize[x.dtype], len, piece);
-      for (int64_t l = 0; l < len; ++l) to[k + l] = static_cast<float>(piece[l]);
+      kernels().upcast[x.dtype](x.row(b) + k * kElementSize[x.dtype], len, buffer);
+      for (int64_t l = 0; l < len; ++l) to[k + l] = static_cast<float>(buffer[l]);
     }
   }
 
-  // The pairs i < j with i in row tile ti and j in row tile tj: rows are read once a segment. scratch: [pairs,
+  // The pairs i < j with i in tile ti and j in tile tj: rows are read once a segment. scratch: [pairs,
   // segments] for norms and, with x, as much for dot products. norms: [n, n], both triangles are written.
   void run_tile(int64_t b, int64_t ti, int64_t tj, const char* x_row, Scaled* scratch, double* norms) const {
     const int64_t n = jacobian.n, i0 = ti * tile_rows, j0 = tj * tile_rows;
@@ -50,19 +55,19 @@ struct Pairs {
     const Strides strides = {tile_rows * n_segments, n_segments};
     const int64_t size = kElementSize[jacobian.dtype], x_size = jacobian.dtype == kFloat64 ? 8 : 4;
     for (int64_t s = 0; s < n_segments; ++s) {
-      const int64_t begin = s * kSegment, length = std::min(kSegment, jacobian.D - begin);
+      const int64_t begin = s * kSegment, length = segment_length(begin, jacobian.D);
       const void* x_at = x_row ? x_row + begin * x_size : nullptr;
       for (int64_t i = i0; i < i1;) {
         // On the diagonal one row at a time: two anchors would also form pairs i >= j.
-        const int anchors = ti != tj && i + kTileAnchors <= i1 ? kTileAnchors : 1;
-        const void* anchor[kTileAnchors];
+        const int anchors = ti != tj && i + kMaxAnchors <= i1 ? kMaxAnchors : 1;
+        const void* anchor[kMaxAnchors];
         for (int a = 0; a < anchors; ++a) anchor[a] = jacobian.row(b, i + a) + begin * size;
-        for (int64_t j = ti == tj ? i + 1 : j0; j < j1; j += kTileRows) {
-          const int n_rows = static_cast<int>(std::min<int64_t>(kTileRows, j1 - j));
-          const void* row[kTileRows];
+        for (int64_t j = ti == tj ? i + 1 : j0; j < j1; j += kPairRows) {
+          const int n_rows = static_cast<int>(std::min<int64_t>(kPairRows, j1 - j));
+          const void* row[kPairRows];
           for (int r = 0; r < n_rows; ++r) row[r] = jacobian.row(b, j + r) + begin * size;
           const int64_t at = ((i - i0) * tile_rows + (j - j0)) * n_segments + s;
-          tile(anchor, anchors, row, n_rows, x_at, length, nullptr, scratch + at, dot_scratch + at, strides);
+          fold_rows(anchor, anchors, row, n_rows, x_at, length, nullptr, scratch + at, dot_scratch + at, strides);
         }
         i += anchors;
       }
@@ -108,10 +113,10 @@ struct Pairs {
 void pairwise_margins(int q, const Logits& logits, const Rows& jacobian, const Inputs& x, Output distance,
                       Output margin, Output nearest_margin, int64_t* nearest, Output projection, int threads) {
   const int64_t B = jacobian.B, n = jacobian.n, D = jacobian.D;
-  // Two row tiles of a segment stay in the second level cache.
+  // Two tiles of a segment stay in the second level cache.
   constexpr int64_t kCacheBytes = 768 * 1024;
   const int64_t row_bytes = std::min(D, kSegment) * kElementSize[jacobian.dtype];
-  const int64_t fitting = std::max<int64_t>(kTileRows, kCacheBytes / 2 / row_bytes / kTileRows * kTileRows);
+  const int64_t fitting = std::max<int64_t>(kPairRows, kCacheBytes / 2 / row_bytes / kPairRows * kPairRows);
   const Pairs pairs = {q,
                        logits,
                        jacobian,
@@ -121,7 +126,7 @@ void pairwise_margins(int q, const Logits& logits, const Rows& jacobian, const I
                        nearest_margin,
                        nearest,
                        projection,
-                       kernels().tile[q][jacobian.dtype],
+                       kernels().fold_rows[q][jacobian.dtype],
                        segments(D),
                        std::min<int64_t>(std::min<int64_t>(fitting, 64), n)};
   const int64_t n_tiles = pairs.tiles(), n_pairs = n_tiles * (n_tiles + 1) / 2;

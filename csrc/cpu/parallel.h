@@ -21,18 +21,18 @@ inline int useful_threads(int threads, int64_t units, int64_t elements) {
 #endif
 }
 
-// body(unit, thread) for every unit, handed out `chunk` at a time. The body must not throw: scratch is allocated
-// before.
+// body(unit, thread) for every unit, handed out `grain` at a time. The body must not throw, so its scratch is
+// allocated before.
 template <class Body>
-void parallel_for(int threads, int64_t units, int64_t chunk, const Body& body) {
+void parallel_for(int threads, int64_t units, int64_t grain, const Body& body) {
 #ifdef _OPENMP
   if (threads > 1) {
-#pragma omp parallel for num_threads(threads) schedule(dynamic, chunk)
+#pragma omp parallel for num_threads(threads) schedule(dynamic, grain)
     for (int64_t unit = 0; unit < units; ++unit) body(unit, omp_get_thread_num());
     return;
   }
 #endif
-  (void)threads, (void)chunk;
+  (void)threads, (void)grain;
   for (int64_t unit = 0; unit < units; ++unit) body(unit, 0);
 }
 

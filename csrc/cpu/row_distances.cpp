@@ -1,3 +1,4 @@
+// row_distances: ‖anchor - row‖_q of a few rows per example, for the streaming path.
 #include <vector>
 
 #include "parallel.h"
@@ -7,14 +8,14 @@ namespace fastsal {
 
 void row_distances(int q, const Rows& anchor, const Rows& rows, double* out, int threads) {
   const Stage1 stage1(q, rows);
-  const int64_t n_segments = stage1.segment_count(), n_blocks = stage1.block_count(), per_row = rows.n * n_segments;
+  const int64_t n_segments = stage1.segment_count(), n_groups = stage1.group_count(), per_row = rows.n * n_segments;
   std::vector<Scaled> partial(static_cast<size_t>(rows.B * per_row));
-  const int64_t units = rows.B * n_blocks * n_segments;
+  const int64_t units = rows.B * n_groups * n_segments;
   threads = useful_threads(threads, units, rows.B * rows.n * rows.D);
   // Segments innermost: a thread walks along its rows.
   parallel_for(threads, units, 1 + units / (64 * threads), [&](int64_t unit, int) {
-    const int64_t segment = unit % n_segments, block = unit / n_segments % n_blocks, b = unit / n_segments / n_blocks;
-    stage1.run(b, block, segment, anchor.row(b, 0), -1, partial.data() + b * per_row);
+    const int64_t segment = unit % n_segments, group = unit / n_segments % n_groups, b = unit / n_segments / n_groups;
+    stage1.run(b, group, segment, anchor.row(b, 0), -1, partial.data() + b * per_row);
   });
   for (int64_t r = 0; r < rows.B * rows.n; ++r) {
     out[r] = to_double(norm_segments(q, partial.data() + r * n_segments, n_segments));

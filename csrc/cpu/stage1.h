@@ -1,59 +1,63 @@
-// Stage 1: the partial q-sums of anchor - row for the rows of an example, in blocks that load the anchor once.
+// Stage 1: the folds of anchor - row over the segments of an example's rows, in groups of rows that share the loads of
+// the anchor; and what to prefetch meanwhile.
 #pragma once
 
 #include "ops.h"
+#include "segments.h"
+#include "simd/levels.h"
 
 namespace fastsal {
 
+// The shape of the work for one problem. Any thread may run any group and segment of it.
 class Stage1 {
  public:
   Stage1(int q, const Rows& rows)
       : rows_(rows),
-        tile_(kernels().tile[q][rows.dtype]),
-        block_rows_(kernels().block_rows),
+        fold_rows_(kernels().fold_rows[q][rows.dtype]),
+        group_rows_(kernels().group_rows),
         count_(segments(rows.D)),
         row_bytes_(rows.D * kElementSize[rows.dtype]) {
     if (!reads_few_streams() || is_small()) return;
     one_stream_ = row_bytes_ <= kLongRow;
-    if (one_stream_) tile_ = kernels().in_turn[q][rows.dtype];
+    if (one_stream_) fold_rows_ = kernels().fold_rows_in_turn[q][rows.dtype];
     const bool few_rows = row_bytes_ > 2 * kLongRow;
-    if (few_rows && block_rows_ > kFewRows) block_rows_ = kFewRows;
+    if (few_rows && group_rows_ > kFewRows) group_rows_ = kFewRows;
     // In a stream of two-byte elements the processor sees too little ahead of itself, between short rows too.
     const bool sees_ahead = row_bytes_ > kLongRow / 2 && kElementSize[rows.dtype] > 2;
     prefetch_ = !few_rows && !(one_stream_ && sees_ahead);
   }
 
   int64_t segment_count() const { return count_; }
-  int64_t block_count() const { return (rows_.n + block_rows_ - 1) / block_rows_; }
+  int64_t group_count() const { return (rows_.n + group_rows_ - 1) / group_rows_; }
 
-  // One block and segment of example b. skip: a row that is left out, or -1. partial: [n, segment_count()].
-  void run(int64_t b, int64_t block, int64_t segment, const char* anchor, int64_t skip, Scaled* partial) const {
-    const int64_t total = rows_.n - (skip >= 0), n_blocks = block_count();
-    const int64_t first = block * total / n_blocks;  // blocks of even height: a lone last row would read at half speed
-    const int n_rows = static_cast<int>((block + 1) * total / n_blocks - first);
+  // One group and segment of example b. skip: a row that is left out, or -1. partial: [n, segment_count()].
+  void run(int64_t b, int64_t group, int64_t segment, const char* anchor, int64_t skip, Scaled* partial) const {
+    const int64_t total = rows_.n - (skip >= 0), n_groups = group_count();
+    const int64_t first = group * total / n_groups;  // groups of even height: a lone last row would read at half speed
+    const int n_rows = static_cast<int>((group + 1) * total / n_groups - first);
     if (n_rows <= 0) return;
     const int64_t begin = segment * kSegment, offset = begin * kElementSize[rows_.dtype];
-    const int64_t length = rows_.D - begin < kSegment ? rows_.D - begin : kSegment;
+    const int64_t length = segment_length(begin, rows_.D);
     const void *row[kMaxRows] = {}, *ahead[kMaxRows] = {}, *a = anchor + offset;
     for (int r = 0; r < n_rows; ++r) {
       row[r] = rows_.row(b, index(first + r, skip)) + offset;
       ahead[r] = next(b, first + r, n_rows, total, skip, row[r]);
     }
     Scaled sums[kMaxRows];
-    tile_(&a, 1, row, n_rows, nullptr, length, prefetch_ ? ahead : nullptr, sums, nullptr, {0, 1});
+    fold_rows_(&a, 1, row, n_rows, nullptr, length, prefetch_ ? ahead : nullptr, sums, nullptr, {0, 1});
     for (int r = 0; r < n_rows; ++r) partial[index(first + r, skip) * count_ + segment] = sums[r];
   }
 
-  // All blocks and segments of example b.
+  // All groups and segments of example b.
   void run_all(int64_t b, const char* anchor, int64_t skip, Scaled* partial) const {
     // Row after row while the anchor fits in the second level cache; segment after segment beyond.
     constexpr int64_t kAnchorBytes = 512 * 1024;
     if (row_bytes_ <= kAnchorBytes) {
-      for (int64_t block = 0; block < block_count(); ++block)
-        for (int64_t s = 0; s < count_; ++s) run(b, block, s, anchor, skip, partial);
+      for (int64_t group = 0; group < group_count(); ++group)
+        for (int64_t s = 0; s < count_; ++s) run(b, group, s, anchor, skip, partial);
     } else {
       for (int64_t s = 0; s < count_; ++s)
-        for (int64_t block = 0; block < block_count(); ++block) run(b, block, s, anchor, skip, partial);
+        for (int64_t group = 0; group < group_count(); ++group) run(b, group, s, anchor, skip, partial);
     }
     if (skip < 0 || !is_small() || b + 1 == rows_.B || skip >= rows_.n - left()) return;  // the one next() leaves out
     for (int64_t k = 0; k < row_bytes_; k += 64) __builtin_prefetch(rows_.row(b + 1, skip) + k, 0, 2);
@@ -77,7 +81,7 @@ class Stage1 {
   static int64_t index(int64_t k, int64_t skip) { return k + (skip >= 0 && k >= skip); }
   bool is_small() const { return rows_.n * row_bytes_ <= 128 * 1024; }
 
-  // Where to prefetch, as measured: in a small example the same row of the next one; of short rows the row a block
+  // Where to prefetch, as measured: in a small example the same row of the next one; of short rows the row a group
   // later, or a page or two further on where they are read in one stream; along a long row a little further on.
   const void* next(int64_t b, int64_t k, int n_rows, int64_t total, int64_t skip, const void* row) const {
     constexpr int64_t kAlong = 512, kStream = 8192;
@@ -93,8 +97,8 @@ class Stage1 {
   }
 
   const Rows& rows_;
-  TileFn tile_;
-  int block_rows_;
+  FoldRowsFn fold_rows_;
+  int group_rows_;
   int64_t count_, row_bytes_;
   bool one_stream_ = false, prefetch_ = true;
 };

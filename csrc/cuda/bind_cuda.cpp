@@ -1,9 +1,9 @@
-// fastsal._cuda: the launchers of fastsal/cuda.h for Python. Imports without a driver; only calls need one.
+// fastsal._cuda: the operators of ops.h for Python. Imports without a driver; only calls need one.
 #include <pybind11/pybind11.h>
 
 #include <string>
 
-#include "fastsal/cuda.h"
+#include "ops.h"
 
 namespace py = pybind11;
 using fastsal::InputArgument;
@@ -11,7 +11,7 @@ using fastsal::RowsArgument;
 using fastsal::Shape;
 
 PYBIND11_MODULE(_cuda, m) {
-  m.doc() = "CUDA kernels of fastsal; every argument is an integer, described in csrc/include/fastsal/cuda.h";
+  m.doc() = "CUDA kernels of fastsal; every argument is an integer, described in csrc/cuda/ops.h";
   const auto release = py::call_guard<py::gil_scoped_release>();
 
   m.def("why_not", &fastsal::why_not, "Why the current device cannot run these kernels; empty if it can.");

@@ -1,6 +1,6 @@
-// What the module knows of the device: whether its kernels run there.
-#include "fastsal/cuda.h"
+// Whether the kernels of this module run on the current device, and which runtime they were linked with.
 #include "launch.cuh"
+#include "ops.h"
 
 namespace fastsal {
 namespace {

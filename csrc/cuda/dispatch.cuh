@@ -5,7 +5,7 @@
 #include <string>
 #include <type_traits>
 
-#include "fastsal/lanes.h"
+#include "elements.cuh"
 
 namespace fastsal {
 
@@ -17,13 +17,13 @@ struct Type {
 template <class F>
 auto with_type(int dtype, F f) {
   switch (dtype) {
-    case 0:
+    case kFloat32:
       return f(Type<float>{});
-    case 1:
+    case kFloat64:
       return f(Type<double>{});
-    case 2:
+    case kFloat16:
       return f(Type<Half>{});
-    case 3:
+    case kBFloat16:
       return f(Type<BFloat16>{});
   }
   throw std::runtime_error("dtype: got code " + std::to_string(dtype) + ", wants 0 to 3");
@@ -32,12 +32,12 @@ auto with_type(int dtype, F f) {
 template <class F>
 void with_norm(int norm, F f) {
   switch (norm) {
-    case 0:
-      return f(std::integral_constant<int, 0>{});
-    case 1:
-      return f(std::integral_constant<int, 1>{});
-    case 2:
-      return f(std::integral_constant<int, 2>{});
+    case kMax:
+      return f(std::integral_constant<int, kMax>{});
+    case kL1:
+      return f(std::integral_constant<int, kL1>{});
+    case kL2:
+      return f(std::integral_constant<int, kL2>{});
   }
   throw std::runtime_error("norm: got code " + std::to_string(norm) + ", wants 0 to 2");
 }

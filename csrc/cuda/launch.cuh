@@ -1,4 +1,4 @@
-// Launches with checked codes; every kernel of the module starts here.
+// Every kernel of the module is launched here, and the code that comes back is checked.
 #pragma once
 
 #include <cuda_runtime.h>

@@ -1,18 +1,19 @@
-// pairwise_backward: grad g_i = sum_j w_ij phi(g_i - g_j) + sum_j v_ij x, and grad x = sum_{i<j} v_ij (g_i - g_j), in
-// float64, which the weights' range asks for; phi as in fastsal/reference.py. The differences are formed again, entry
-// by entry.
+// pairwise_backward: grad g_i = sum_j w_ij phi(g_i - g_j) + sum_j v_ij x, and grad x = sum_{i<j} v_ij (g_i - g_j), with
+// phi as in fastsal/reference.py. The sums are in float64, for the range of the weights. The differences are formed
+// again, entry by entry.
 #include "dispatch.cuh"
-#include "fastsal/cuda.h"
 #include "launch.cuh"
+#include "loads.cuh"
+#include "ops.h"
 #include "warp.cuh"
 
 namespace fastsal {
 namespace {
 
 constexpr int kThreads = 128;
-constexpr int kGroup = 8;  // rows that share the loads of all the others
+constexpr int kGroupRows = 8;  // rows of a group, which share the loads of all the others
 
-// Where the largest magnitude of g_i - g_j is reached: its value and how often.
+// The largest magnitude of g_i - g_j, and how many entries reach it.
 struct Top {
   double value, count;
 };
@@ -30,7 +31,7 @@ struct Problem {
   T* grad_jacobian_ptr;  // [B, n, D]
   void* grad_x_ptr;      // [B, D]
   double* sums_ptr;      // [B, n], sum_j v_ij
-  Top* tops_ptr;         // [B, n, n], for q = 0
+  Top* tops_ptr;         // [B, n, n], for q = infinity
 
   __device__ const T* row(int64_t b, int64_t j) const { return jacobian_ptr + b * stride_b + j * stride_n; }
   __device__ double x(int64_t b, int64_t k) const { return Input<T>{x_ptr, x_is_float}(b * x_stride_b + k); }
@@ -38,19 +39,19 @@ struct Problem {
 
 // A warp for each i.
 template <class T>
-__global__ void __launch_bounds__(kThreads) sum_weights_kernel(const __grid_constant__ Problem<T> p) {
-  const int64_t row = (blockIdx.x * static_cast<int64_t>(kThreads) + threadIdx.x) / kLanes;
+__global__ void __launch_bounds__(kThreads) pairwise_backward_sum_weights_kernel(const __grid_constant__ Problem<T> p) {
+  const int64_t row = (blockIdx.x * static_cast<int64_t>(kThreads) + threadIdx.x) / kWarpSize;
   if (row >= p.shape.B * p.shape.n) return;
   double sum = 0;
-  for (int64_t j = lane_id(); j < p.shape.n; j += kLanes) sum += p.v_ptr[row * p.shape.n + j];
-  sum = join_lanes<1>(sum);
+  for (int64_t j = lane_id(); j < p.shape.n; j += kWarpSize) sum += p.v_ptr[row * p.shape.n + j];
+  sum = join_lanes<kL1>(sum);
   if (lane_id() == 0) p.sums_ptr[row] = sum;
 }
 
 // A warp for each pair i, j.
 template <class T>
-__global__ void __launch_bounds__(kThreads) tops_kernel(const __grid_constant__ Problem<T> p) {
-  const int64_t n = p.shape.n, pair = (blockIdx.x * static_cast<int64_t>(kThreads) + threadIdx.x) / kLanes;
+__global__ void __launch_bounds__(kThreads) pairwise_backward_tops_kernel(const __grid_constant__ Problem<T> p) {
+  const int64_t n = p.shape.n, pair = (blockIdx.x * static_cast<int64_t>(kThreads) + threadIdx.x) / kWarpSize;
   const int64_t b = pair / (n * n), i = pair / n % n, j = pair % n;
   if (b >= p.shape.B || i > j) return;
   const T *row_i = p.row(b, i), *row_j = p.row(b, j);
@@ -58,36 +59,36 @@ __global__ void __launch_bounds__(kThreads) tops_kernel(const __grid_constant__ 
     return magnitude(static_cast<double>(real(row_i[k])) - static_cast<double>(real(row_j[k])));
   };
   double top = 0, count = 0;
-  for (int64_t k = lane_id(); k < p.shape.D; k += kLanes) top = larger(top, size(k));
-  top = join_lanes<0>(top);
-  for (int64_t k = lane_id(); k < p.shape.D; k += kLanes) count += size(k) == top;
-  count = join_lanes<1>(count);
+  for (int64_t k = lane_id(); k < p.shape.D; k += kWarpSize) top = larger(top, size(k));
+  top = join_lanes<kMax>(top);
+  for (int64_t k = lane_id(); k < p.shape.D; k += kWarpSize) count += size(k) == top;
+  count = join_lanes<kL1>(count);
   if (lane_id() == 0) p.tops_ptr[(b * n + i) * n + j] = p.tops_ptr[(b * n + j) * n + i] = {top, count};
 }
 
-// A thread for entry k of kGroup rows.
+// A thread for entry k of kGroupRows rows.
 template <int q, class T>
-__global__ void __launch_bounds__(kThreads) grad_rows_kernel(const __grid_constant__ Problem<T> p) {
-  const int64_t n = p.shape.n, D = p.shape.D, groups = ceil_div(n, kGroup), tiles = ceil_div(D, kThreads);
-  const int64_t b = blockIdx.x / (tiles * groups), first = blockIdx.x % groups * kGroup;
+__global__ void __launch_bounds__(kThreads) pairwise_backward_rows_kernel(const __grid_constant__ Problem<T> p) {
+  const int64_t n = p.shape.n, D = p.shape.D, groups = ceil_div(n, kGroupRows), tiles = ceil_div(D, kThreads);
+  const int64_t b = blockIdx.x / (tiles * groups), first = blockIdx.x % groups * kGroupRows;
   const int64_t k = blockIdx.x / groups % tiles * kThreads + threadIdx.x;
   if (k >= D) return;
-  double g[kGroup], sums[kGroup] = {};
+  double g[kGroupRows], sums[kGroupRows] = {};
 #pragma unroll
-  for (int r = 0; r < kGroup; ++r) g[r] = real(p.row(b, first + r < n ? first + r : first)[k]);
+  for (int r = 0; r < kGroupRows; ++r) g[r] = real(p.row(b, first + r < n ? first + r : first)[k]);
   for (int64_t j = 0; j < n; ++j) {
     const double other = real(p.row(b, j)[k]);
 #pragma unroll
-    for (int r = 0; r < kGroup; ++r) {
+    for (int r = 0; r < kGroupRows; ++r) {
       const int64_t at = (b * n + (first + r < n ? first + r : first)) * n + j;
       const double d = g[r] - other, sign = static_cast<double>((d > 0) - (d < 0));
-      double phi = q == 2 ? d : sign;
-      if constexpr (q == 0) phi = (magnitude(d) == p.tops_ptr[at].value ? sign : 0) / p.tops_ptr[at].count;
+      double phi = q == kL2 ? d : sign;
+      if constexpr (q == kMax) phi = (magnitude(d) == p.tops_ptr[at].value ? sign : 0) / p.tops_ptr[at].count;
       sums[r] = fma(p.w_ptr[at], phi, sums[r]);
     }
   }
 #pragma unroll
-  for (int r = 0; r < kGroup; ++r) {
+  for (int r = 0; r < kGroupRows; ++r) {
     if (first + r >= n) break;
     const int64_t row = b * n + first + r;
     store(&p.grad_jacobian_ptr[row * D + k], p.v_ptr ? fma(p.sums_ptr[row], p.x(b, k), sums[r]) : sums[r]);
@@ -97,7 +98,7 @@ __global__ void __launch_bounds__(kThreads) grad_rows_kernel(const __grid_consta
 // sum_{i<j} v_ij (g_i - g_j) = sum_i s_i (g_i - g_0) with s_i = sum_j v_ij, since v is antisymmetric and so the s_i add
 // to 0.
 template <class T>
-__global__ void __launch_bounds__(kThreads) grad_x_kernel(const __grid_constant__ Problem<T> p) {
+__global__ void __launch_bounds__(kThreads) pairwise_backward_x_kernel(const __grid_constant__ Problem<T> p) {
   const int64_t D = p.shape.D, tiles = ceil_div(D, kThreads), b = blockIdx.x / tiles;
   const int64_t k = blockIdx.x % tiles * kThreads + threadIdx.x;
   if (k >= D) return;
@@ -114,7 +115,7 @@ __global__ void __launch_bounds__(kThreads) grad_x_kernel(const __grid_constant_
 }  // namespace
 
 int64_t pairwise_backward_scratch(int norm, Shape shape) {
-  const int64_t tops = norm == 0 ? shape.B * shape.n * shape.n * static_cast<int64_t>(sizeof(Top)) : 0;
+  const int64_t tops = norm == kMax ? shape.B * shape.n * shape.n * static_cast<int64_t>(sizeof(Top)) : 0;
   return tops + shape.B * shape.n * static_cast<int64_t>(sizeof(double));
 }
 
@@ -129,22 +130,24 @@ void pairwise_backward(int norm, int dtype, uintptr_t w, uintptr_t v, RowsArgume
                           jacobian.stride_b,
                           jacobian.stride_n,
                           pointer<const void>(x.data),
-                          x.dtype == 0,
+                          x.dtype == kFloat32,
                           x.stride_b,
                           shape,
                           pointer<T>(grad_jacobian),
                           pointer<void>(grad_x),
-                          reinterpret_cast<double*>(pointer<Top>(scratch) + (norm == 0 ? pairs : 0)),
+                          reinterpret_cast<double*>(pointer<Top>(scratch) + (norm == kMax ? pairs : 0)),
                           pointer<Top>(scratch)};
     if (v) {
-      launch("sum_weights_kernel", sum_weights_kernel<T>, ceil_div(shape.B * shape.n * kLanes, kThreads), kThreads, 0,
-             stream, p);
-      launch("grad_x_kernel", grad_x_kernel<T>, shape.B * tiles, kThreads, 0, stream, p);
+      launch("pairwise_backward_sum_weights_kernel", pairwise_backward_sum_weights_kernel<T>,
+             ceil_div(shape.B * shape.n * kWarpSize, kThreads), kThreads, 0, stream, p);
+      launch("pairwise_backward_x_kernel", pairwise_backward_x_kernel<T>, shape.B * tiles, kThreads, 0, stream, p);
     }
-    if (norm == 0) launch("tops_kernel", tops_kernel<T>, ceil_div(pairs * kLanes, kThreads), kThreads, 0, stream, p);
+    if (norm == kMax)
+      launch("pairwise_backward_tops_kernel", pairwise_backward_tops_kernel<T>, ceil_div(pairs * kWarpSize, kThreads),
+             kThreads, 0, stream, p);
     with_norm(norm, [&](auto q) {
-      launch("grad_rows_kernel", grad_rows_kernel<q.value, T>, shape.B * ceil_div(shape.n, kGroup) * tiles, kThreads, 0,
-             stream, p);
+      launch("pairwise_backward_rows_kernel", pairwise_backward_rows_kernel<q.value, T>,
+             shape.B * ceil_div(shape.n, kGroupRows) * tiles, kThreads, 0, stream, p);
     });
   });
 }

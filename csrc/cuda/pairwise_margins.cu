@@ -1,20 +1,22 @@
 // pairwise_margins: ‖g_i - g_j‖_q and <x, g_i - g_j> of all pairs i < j by direct differences, tiled like a matrix
 // product.
 //
-// A pair's entries are added in the order of D by one thread, 16 at a time, in segments of kSegment entries; so its sum
-// does not depend on the tile, nor on whether one block does all the segments or one each.
+// A tile is the pairs that one block forms. One thread adds the entries of a pair in the order of D, kAdditions at a
+// time, in segments of kSegment entries. So the sum of a pair depends neither on the tile nor on whether one block
+// takes all segments or every segment has a block of its own.
 #include "dispatch.cuh"
-#include "fastsal/cuda.h"
 #include "launch.cuh"
-#include "warp.cuh"
+#include "loads.cuh"
+#include "ops.h"
+#include "scaled_folds.cuh"
 
 namespace fastsal {
 namespace {
 
 constexpr int kThreads = 256;
 constexpr int kSegment = 2048;
-constexpr int kFlush = 16;  // additions before a float32 accumulator is flushed
-constexpr int kDot = 3;     // a fourth kind of fold beside q = 0, 1, 2: <x, d>
+constexpr int kAdditions = 16;  // to an accumulator before it is flushed to a Running sum
+constexpr int kDot = 3;         // a fourth kind of fold beside kMax, kL1 and kL2: <x, d>
 
 template <class T>
 struct Problem {
@@ -42,14 +44,13 @@ struct Problem {
   }
 };
 
-// Threads kSide x kSide of a block, each with kEdge x kEdge pairs; kDepth entries of every row in shared memory at a
-// time.
+// kSide x kSide threads, each with kEdge x kEdge pairs. Of every row kDepth entries at a time are in shared memory.
 template <int edge, int side, int depth>
 struct Tile {
   static constexpr int kEdge = edge, kSide = side, kDepth = depth, kRows = edge * side, kThreads = side * side;
 };
 using LargeTile = Tile<4, 16, 32>;
-using SmallTile = Tile<2, 8, 64>;  // 10 classes fill little of a large one
+using SmallTile = Tile<2, 8, 64>;  // for few classes: ten would fill little of a large one
 
 __host__ __device__ inline int64_t tile_rows(int64_t n) {
   return n <= SmallTile::kRows ? SmallTile::kRows : LargeTile::kRows;
@@ -87,9 +88,9 @@ __device__ void load_tile(const Problem<T>& p, int64_t b, int64_t first, int64_t
   }
 }
 
-// One block a multiprocessor is enough for ptxas to know: with the aim of two it spills.
+// The bounds promise ptxas one block a multiprocessor: told to make room for two, it spills.
 template <int kind, class T, class P>
-__global__ void __launch_bounds__(P::kThreads, 1) tile_kernel(const __grid_constant__ Problem<T> p) {
+__global__ void __launch_bounds__(P::kThreads, 1) pairwise_margins_tile_kernel(const __grid_constant__ Problem<T> p) {
   using R = Real<T>;
   constexpr int kWordEntries = Word<R>::kEntries, kWords = P::kDepth / kWordEntries;
   constexpr int kPitch = kWords + 1;  // the padding spreads rows over the banks
@@ -127,10 +128,10 @@ __global__ void __launch_bounds__(P::kThreads, 1) tile_kernel(const __grid_const
       const uint4* rows_i = tiles[0] + ty * kPitch;
       const uint4* rows_j = tiles[first_i == first_j ? 0 : 1] + tx * kPitch;
 #pragma unroll 1
-      for (int start = 0; start < kWords; start += kFlush / kWordEntries) {
-        R parts_of[P::kEdge][P::kEdge] = {};
+      for (int start = 0; start < kWords; start += kAdditions / kWordEntries) {
+        R partials[P::kEdge][P::kEdge] = {};
 #pragma unroll
-        for (int w = start; w < start + kFlush / kWordEntries; ++w) {
+        for (int w = start; w < start + kAdditions / kWordEntries; ++w) {
           Word<R> a[P::kEdge], c[P::kEdge], x{};
 #pragma unroll
           for (int e = 0; e < P::kEdge; ++e) {
@@ -140,7 +141,7 @@ __global__ void __launch_bounds__(P::kThreads, 1) tile_kernel(const __grid_const
           if constexpr (kind == kDot) x = word_of<R>(x_tile[w]);
 #pragma unroll
           for (int e = 0; e < P::kEdge * P::kEdge; ++e) {
-            R& sum = parts_of[e / P::kEdge][e % P::kEdge];
+            R& sum = partials[e / P::kEdge][e % P::kEdge];
 #pragma unroll
             for (int v = 0; v < kWordEntries; ++v) {
               const R d = a[e / P::kEdge].entries[v] - c[e % P::kEdge].entries[v];
@@ -154,7 +155,7 @@ __global__ void __launch_bounds__(P::kThreads, 1) tile_kernel(const __grid_const
         }
 #pragma unroll
         for (int e = 0; e < P::kEdge * P::kEdge; ++e) {
-          sums[e / P::kEdge][e % P::kEdge].add(parts_of[e / P::kEdge][e % P::kEdge]);
+          sums[e / P::kEdge][e % P::kEdge].add(partials[e / P::kEdge][e % P::kEdge]);
         }
       }
     }
@@ -186,32 +187,33 @@ __device__ double join_segments(const Problem<T>& p, const double* sums_ptr, int
   return sum.total();
 }
 
-// Whether the sum made in Real<T> lost nothing that counts to overflow or underflow, like in_range of a chunk.
+// Whether a sum made in Real<T> lost nothing that counts to overflow or underflow; as in_range, but for a pair.
 template <int kind, class T>
 __device__ bool pair_in_range(double sum) {
   constexpr bool is_double = sizeof(T) == sizeof(double);
-  if (kind < 2) return is_double || sum <= 0x1p1000;
+  if (kind == kMax || kind == kL1) return is_double || sum <= 0x1p1000;
   return magnitude(sum) >= (is_double ? 0x1p-900 : 0x1p-99) && magnitude(sum) <= 0x1p1000;
 }
 
-// A warp for row i of an example: the sums become results. A pair out of range is done again by the whole warp.
+// A warp for each row i of an example, which makes results of the sums. A pair that left the range of the fast path is
+// summed again by the whole warp.
 template <int q, class T>
-__global__ void __launch_bounds__(kThreads, 1) finish_kernel(const __grid_constant__ Problem<T> p) {
-  const int64_t n = p.shape.n, warp = (blockIdx.x * static_cast<int64_t>(kThreads) + threadIdx.x) / kLanes;
+__global__ void __launch_bounds__(kThreads, 1) pairwise_margins_finish_kernel(const __grid_constant__ Problem<T> p) {
+  const int64_t n = p.shape.n, warp = (blockIdx.x * static_cast<int64_t>(kThreads) + threadIdx.x) / kWarpSize;
   const int64_t b = warp / n, i = warp % n;
   if (b >= p.shape.B) return;
   const double psi = p.logits_ptr[b * n + i];
-  int x_is_zero = -1;  // not known; looked up where a product is 0, so that a blank input need not be summed again
+  int x_is_zero = -1;  // unknown; found out where a product is 0, so that a blank x need not be summed again
   Candidate best = {INFINITY, INFINITY, INT64_MAX};
-  for (int64_t base = 0; base < n; base += kLanes) {
+  for (int64_t base = 0; base < n; base += kWarpSize) {
     const int64_t j = base + lane_id(), low = i < j ? i : j, high = i < j ? j : i;
     const bool is_pair = j < n && j != i;
     double norm = is_pair ? join_segments<q>(p, p.norm_ptr, b, low, high) : 0;
     double dot = is_pair && p.x_ptr ? join_segments<kDot>(p, p.dot_ptr, b, low, high) : 0;
     if (x_is_zero < 0 && __ballot_sync(kAllLanes, is_pair && p.x_ptr && dot == 0) != 0) {
       double size = 0;
-      for (int64_t k = lane_id(); k < p.shape.D; k += kLanes) size = fold<0>(size, p.x(b)(k));
-      x_is_zero = join_lanes<0>(size) == 0;
+      for (int64_t k = lane_id(); k < p.shape.D; k += kWarpSize) size = fold<kMax>(size, p.x(b)(k));
+      x_is_zero = join_lanes<kMax>(size) == 0;
     }
     const bool safe = pair_in_range<q, T>(norm) && (!p.x_ptr || x_is_zero == 1 || pair_in_range<kDot, T>(dot));
     Scaled distance = root<q>(Scaled{norm, 0}), projection = {i < j ? dot : -dot, 0};
@@ -222,9 +224,9 @@ __global__ void __launch_bounds__(kThreads, 1) finish_kernel(const __grid_consta
       const auto d = [=](int64_t k) {
         return static_cast<double>(real(row_i[k])) - static_cast<double>(real(row_j[k]));
       };
-      const Scaled fold_again = fold_safely<q, T>(p.shape.D, d);
-      const Scaled dot_again = p.x_ptr ? dot_safely(p.shape.D, p.x(b), d) : Scaled{0, 0};
-      if (lane_id() == lane) distance = root<q>(fold_again), projection = dot_again;
+      const Scaled norm_again = scaled_fold<q, T>(p.shape.D, d);
+      const Scaled dot_again = p.x_ptr ? scaled_dot(p.shape.D, p.x(b), d) : Scaled{0, 0};
+      if (lane_id() == lane) distance = root<q>(norm_again), projection = dot_again;
     }
     if (j >= n) continue;
     const double length = j == i ? 0 : to_double(distance), difference = psi - p.logits_ptr[b * n + j];
@@ -238,7 +240,7 @@ __global__ void __launch_bounds__(kThreads, 1) finish_kernel(const __grid_consta
     }
     if (j != i && is_nearer(candidate, best)) best = candidate;
   }
-  for (int distance = kLanes / 2; distance > 0; distance /= 2) {
+  for (int distance = kWarpSize / 2; distance > 0; distance /= 2) {
     const Candidate other = exchange(best, distance);
     if (is_nearer(other, best)) best = other;
   }
@@ -252,9 +254,11 @@ template <int kind, class T>
 void launch_tiles(const Problem<T>& p, uintptr_t stream) {
   const int64_t blocks = pairwise_margins_blocks(p.shape, p.split);
   if (tile_rows(p.shape.n) == SmallTile::kRows) {
-    launch("tile_kernel", tile_kernel<kind, T, SmallTile>, blocks, SmallTile::kThreads, 0, stream, p);
+    launch("pairwise_margins_tile_kernel", pairwise_margins_tile_kernel<kind, T, SmallTile>, blocks,
+           SmallTile::kThreads, 0, stream, p);
   } else {
-    launch("tile_kernel", tile_kernel<kind, T, LargeTile>, blocks, LargeTile::kThreads, 0, stream, p);
+    launch("pairwise_margins_tile_kernel", pairwise_margins_tile_kernel<kind, T, LargeTile>, blocks,
+           LargeTile::kThreads, 0, stream, p);
   }
 }
 
@@ -282,7 +286,7 @@ void pairwise_margins(int norm, int dtype, uintptr_t logits, RowsArgument jacobi
                           jacobian.stride_b,
                           jacobian.stride_n,
                           pointer<const void>(x.data),
-                          x.dtype == 0,
+                          x.dtype == kFloat32,
                           x.stride_b,
                           shape,
                           pointer<Real<T>>(distance),
@@ -296,8 +300,8 @@ void pairwise_margins(int norm, int dtype, uintptr_t logits, RowsArgument jacobi
     if (x.data) launch_tiles<kDot>(p, stream);
     with_norm(norm, [&](auto q) {
       launch_tiles<q.value>(p, stream);
-      launch("finish_kernel", finish_kernel<q.value, T>, ceil_div(shape.B * shape.n * kLanes, kThreads), kThreads, 0,
-             stream, p);
+      launch("pairwise_margins_finish_kernel", pairwise_margins_finish_kernel<q.value, T>,
+             ceil_div(shape.B * shape.n * kWarpSize, kThreads), kThreads, 0, stream, p);
     });
   });
 }

@@ -1,8 +1,8 @@
 // row_distances: ‖anchor - row‖_q of a few rows per example, for the streaming path.
 #include "dispatch.cuh"
-#include "distances.cuh"
-#include "fastsal/cuda.h"
 #include "launch.cuh"
+#include "ops.h"
+#include "stage1.cuh"
 
 namespace fastsal {
 namespace {
@@ -11,20 +11,20 @@ constexpr int kThreads = 256;
 
 template <int q, class T>
 __global__ void __launch_bounds__(kThreads, 2)
-    fold_rows_kernel(const T* anchor_ptr, int64_t anchor_stride_b, const T* rows_ptr, int64_t stride_b,
-                     int64_t stride_n, Shape shape, Fold<T>* folds) {
-  const int64_t tasks = distance_tasks(shape.n, chunks<T>(shape.D));
-  const int64_t task = (blockIdx.x * static_cast<int64_t>(kThreads) + threadIdx.x) / kLanes, b = task / tasks;
+    row_distances_fold_kernel(const T* anchor_ptr, int64_t anchor_stride_b, const T* rows_ptr, int64_t stride_b,
+                              int64_t stride_n, Shape shape, Fold<T>* folds) {
+  const int64_t tasks = distance_tasks(shape.n, segments<T>(shape.D));
+  const int64_t task = (blockIdx.x * static_cast<int64_t>(kThreads) + threadIdx.x) / kWarpSize, b = task / tasks;
   if (b >= shape.B) return;
   fold_task<q, T>(task % tasks, anchor_ptr + b * anchor_stride_b, {rows_ptr + b * stride_b, stride_n, shape.n}, -1,
-                  shape.D, folds + b * shape.n * chunks<T>(shape.D));
+                  shape.D, folds + b * shape.n * segments<T>(shape.D));
 }
 
 template <int q, class T>
 __global__ void __launch_bounds__(kThreads, 2)
-    join_rows_kernel(const Fold<T>* folds, int64_t rows, int64_t chunks, int lanes, double* out) {
+    row_distances_join_kernel(const Fold<T>* folds, int64_t rows, int64_t segments, int lanes, double* out) {
   const int64_t row = (blockIdx.x * static_cast<int64_t>(kThreads) + threadIdx.x) / lanes;
-  const double distance = join_chunks<q, T>(folds, row < rows ? row : -1, chunks, lanes);
+  const double distance = join_segments<q, T>(folds, row < rows ? row : -1, segments, lanes);
   if (row < rows && lane_id() % lanes == 0) out[row] = distance;
 }
 
@@ -33,7 +33,7 @@ __global__ void __launch_bounds__(kThreads, 2)
 int64_t row_distances_scratch(int dtype, Shape shape) {
   return with_type(dtype, [&](auto type) -> int64_t {
     using T = typename decltype(type)::type;
-    return shape.B * shape.n * chunks<T>(shape.D) * static_cast<int64_t>(sizeof(Fold<T>));
+    return shape.B * shape.n * segments<T>(shape.D) * static_cast<int64_t>(sizeof(Fold<T>));
   });
 }
 
@@ -43,13 +43,14 @@ void row_distances(int norm, int dtype, uintptr_t anchor, int64_t anchor_stride_
     using T = typename decltype(type)::type;
     with_norm(norm, [&](auto q) {
       Fold<T>* folds = pointer<Fold<T>>(scratch);
-      const int64_t count = chunks<T>(shape.D), threads = shape.B * distance_tasks(shape.n, count) * kLanes;
-      launch("fold_rows_kernel", fold_rows_kernel<q.value, T>, ceil_div(threads, kThreads), kThreads, 0, stream,
-             pointer<const T>(anchor), anchor_stride_b, pointer<const T>(rows.data), rows.stride_b, rows.stride_n,
-             shape, folds);
+      const int64_t count = segments<T>(shape.D), threads = shape.B * distance_tasks(shape.n, count) * kWarpSize;
+      launch("row_distances_fold_kernel", row_distances_fold_kernel<q.value, T>, ceil_div(threads, kThreads), kThreads,
+             0, stream, pointer<const T>(anchor), anchor_stride_b, pointer<const T>(rows.data), rows.stride_b,
+             rows.stride_n, shape, folds);
       const int lanes = joining_lanes(count);
-      launch("join_rows_kernel", join_rows_kernel<q.value, T>, ceil_div(shape.B * shape.n * lanes, kThreads), kThreads,
-             0, stream, static_cast<const Fold<T>*>(folds), shape.B * shape.n, count, lanes, pointer<double>(out));
+      launch("row_distances_join_kernel", row_distances_join_kernel<q.value, T>,
+             ceil_div(shape.B * shape.n * lanes, kThreads), kThreads, 0, stream, static_cast<const Fold<T>*>(folds),
+             shape.B * shape.n, count, lanes, pointer<double>(out));
     });
   });
 }

@@ -1,3 +1,6 @@
+// The level in use and the questions asked of the processor to choose it.
+#include "levels.h"
+
 #include <atomic>
 #include <cstdlib>
 #include <cstring>
@@ -7,8 +10,6 @@
 #if defined(__x86_64__)
 #include <cpuid.h>
 #endif
-
-#include "ops.h"
 
 namespace fastsal {
 namespace {

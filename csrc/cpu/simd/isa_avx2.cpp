@@ -1,3 +1,4 @@
+// The inner loops for AVX2 with FMA.
 #include <stddef.h>
 #if defined(__x86_64__)
 #include <immintrin.h>
@@ -18,7 +19,7 @@
 
 namespace fastsal {
 namespace {
-#include "kernels_impl.h"
+#include "level.h"
 }  // namespace
 const Kernels kAvx2Kernels = kTable;
 }  // namespace fastsal

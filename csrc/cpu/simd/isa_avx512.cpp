@@ -1,3 +1,4 @@
+// The inner loops for AVX-512 (F, BW, DQ, VL).
 #include <stddef.h>
 #if defined(__x86_64__)
 #include <immintrin.h>
@@ -19,7 +20,7 @@
 
 namespace fastsal {
 namespace {
-#include "kernels_impl.h"
+#include "level.h"
 }  // namespace
 const Kernels kAvx512Kernels = kTable;
 }  // namespace fastsal

@@ -1,8 +1,7 @@
-// What fastsal._cuda launches: device pointers, strides in elements, and a stream, all as integers.
+// The operators behind fastsal._cuda. Device pointers, strides in elements and the stream come as integers.
 //
-// `norm` is the dual q (0 is infinity). Types are 0 float32, 1 float64, 2 float16, 3 bfloat16; logits and results are
-// float64 where the Jacobian is, else float32; x has the Jacobian's type or float32. Everything runs on the current
-// device.
+// `norm` and `dtype` are codes of fastsal/types.h. Logits and results are float64 where the Jacobian is, else float32;
+// x has the Jacobian's type or float32. Everything runs on the current device.
 #pragma once
 
 #include <cstdint>
@@ -31,8 +30,8 @@ int64_t row_distances_scratch(int dtype, Shape shape);
 void row_distances(int norm, int dtype, uintptr_t anchor, int64_t anchor_stride_b, RowsArgument rows, Shape shape,
                    uintptr_t out, uintptr_t scratch, uintptr_t stream);
 
-// `fused`: one block does a whole example in shared memory, which it must fit in, instead of six kernels that spread
-// it.
+// `fused`: one block does a whole example in its shared memory, which the example must fit into; otherwise six kernels
+// spread it over the device.
 int64_t margin_geometry_bytes(int dtype, Shape shape);  // of memory for one example
 bool margin_geometry_fits(int dtype, Shape shape);
 int64_t margin_geometry_tasks(int dtype, Shape shape);  // warps that one example keeps busy
@@ -41,7 +40,7 @@ void margin_geometry(int norm, int dtype, uintptr_t logits, RowsArgument jacobia
                      uintptr_t scalars, uintptr_t indices, uintptr_t distances, bool fused, uintptr_t scratch,
                      uintptr_t stream);
 
-// `split`: every segment of D has its own block, for problems whose blocks would not fill the device otherwise.
+// `split`: every segment of D has a block of its own, for problems that would not fill the device otherwise.
 int64_t pairwise_margins_blocks(Shape shape, bool split);
 int64_t pairwise_margins_scratch(Shape shape, bool with_x, bool split);
 void pairwise_margins(int norm, int dtype, uintptr_t logits, RowsArgument jacobian, InputArgument x, Shape shape,

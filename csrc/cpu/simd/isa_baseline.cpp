@@ -1,3 +1,4 @@
+// The inner loops for the instructions that every processor of the architecture has: SSE2 on x86-64, NEON on AArch64.
 #include <stddef.h>
 
 #include "kernels.h"
@@ -11,7 +12,7 @@
 
 namespace fastsal {
 namespace {
-#include "kernels_impl.h"
+#include "level.h"
 }  // namespace
 const Kernels kBaselineKernels = kTable;
 }  // namespace fastsal

@@ -1,0 +1,60 @@
+// The table of inner loops that each SIMD level fills in. Its functions know nothing of examples; those who call them
+// know nothing of the elements' types.
+#pragma once
+
+#include <stdint.h>
+
+#include "fastsal/scalars.h"
+#include "fastsal/types.h"
+
+namespace fastsal {
+
+// One call of fold_rows takes at most so many rows of one anchor; with two anchors, or with x, at most kPairRows.
+constexpr int kMaxRows = 10;
+constexpr int kPairRows = 4;
+constexpr int kMaxAnchors = 2;
+// While stage 2 reads its two rows, it prefetches up to so many others.
+constexpr int kRowsAhead = 4;
+
+struct Strides {
+  int64_t anchor, row;
+};
+
+// The rows of a group share the loads of an anchor. For one segment of every pair (anchor, row), the fold of
+// anchor - row goes to norm[a * out.anchor + r * out.row] and, where x is given (as float, or as double for double
+// rows), <x, anchor - row> to the same place in dot. `ahead` says for each row where data that is needed soon lies; it
+// may be null.
+using FoldRowsFn = void (*)(const void* const* anchors, int n_anchors, const void* const* rows, int n_rows,
+                            const void* x, int64_t len, const void* const* ahead, Scaled* norm, Scaled* dot,
+                            Strides out);
+// One segment of the sums of stage 2; the norms are still folds, that of x with the perturbation's p. `ahead` says
+// where data that is needed soon begins, and may be null: up to kRowsAhead times the bytes of a row are prefetched.
+using TwoRowsFn = void (*)(const void* g, const void* row, const void* x, int64_t len, const char* ahead,
+                           TwoRowSums* out);
+// One segment of the fold of d/‖d‖ - g/‖g‖.
+using GapFn = double (*)(const void* g, const void* row, int64_t len, Unit d, Unit g_unit);
+using UpcastFn = void (*)(const void* from, int64_t len, double* to);
+// Row i's gradient from the weights of its pairs: out[k] = sum_j w[j] * phi(rows[i][k] - rows[j][k]), where phi(d)
+// is d for q = 2 and its sign for q = 1, for one strip of `Kernels::columns` columns; rows is [n, columns].
+using GradRowFn = void (*)(const double* rows, int64_t n, int64_t i, const double* w, double* out);
+
+// The tables are indexed by norm (kMax, kL1, kL2) and dtype.
+struct Kernels {
+  const char* name;
+  int group_rows;  // rows that stage 1 reads together: as many as the registers hold, for streams of memory in flight
+  int64_t columns;
+  FoldRowsFn fold_rows[3][kDtypes];
+  FoldRowsFn fold_rows_in_turn[3][kDtypes];  // row after row, so one stream of memory; takes one anchor and no x
+  TwoRowsFn two_rows[3][kDtypes][2];         // [..][1]: x is float32
+  GapFn gap[3][kDtypes];
+  UpcastFn upcast[kDtypes];
+  GradRowFn grad_row[3];  // null at kMax, where a strip of columns is not enough to know phi
+};
+
+extern const Kernels kBaselineKernels;
+#if defined(__x86_64__)
+extern const Kernels kAvx2Kernels;
+extern const Kernels kAvx512Kernels;
+#endif
+
+}  // namespace fastsal

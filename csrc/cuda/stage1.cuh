@@ -1,0 +1,106 @@
+// Stage 1: the folds of anchor - row over the segments of D, and the norms that they make. A warp takes one segment of
+// a group of rows, which share the loads of the anchor. The warps of a block take the same segment of other rows, so
+// that they find the anchor in the first level cache.
+#pragma once
+
+#include "loads.cuh"
+#include "scaled_folds.cuh"
+
+namespace fastsal {
+
+constexpr int kGroupRows = 4;  // a power of two: join_lanes shares them out between the lanes
+
+// Rows of one example: row j starts at `first + j * stride`.
+template <class T>
+struct ExampleRows {
+  const T* first;
+  int64_t stride;
+  int64_t count;
+};
+
+// The folds of one segment by a warp; lane l has that of row `row_of_lane<kGroupRows>(l)`.
+template <int q, class T, bool aligned>
+__device__ __forceinline__ double fold_segment(const T* anchor, const T* const (&rows)[kGroupRows], int length) {
+  using L = Layout<T>;
+  constexpr int kUnroll = aligned ? 2 : 1;  // entry by entry, two steps' loads would spill
+  Real<T> sums[kGroupRows][L::kAccumulators] = {};
+#pragma unroll kUnroll
+  for (int k = lane_id() * L::kPack; k - lane_id() * L::kPack < length; k += L::kStep) {
+    const Pack<T> a = load_pack<aligned>(anchor + k, length - k);
+    Pack<T> b[kGroupRows];
+#pragma unroll
+    for (int r = 0; r < kGroupRows; ++r) b[r] = load_pack<aligned>(rows[r] + k, length - k);
+#pragma unroll
+    for (int r = 0; r < kGroupRows; ++r) {
+#pragma unroll
+      for (int c = 0; c < L::kPack; ++c) {
+        Real<T>& sum = sums[r][c % L::kAccumulators];
+        sum = fold<q>(sum, real(a.entries[c]) - real(b[r].entries[c]));
+      }
+    }
+  }
+  double folds[kGroupRows];
+#pragma unroll
+  for (int r = 0; r < kGroupRows; ++r) folds[r] = join_all<q>(sums[r]);
+  return join_lanes<q>(folds);
+}
+
+// One segment of one row again, in float64, for a fold that left the range of the fast path.
+template <int q, class T>
+__device__ __noinline__ Fold<T> fold_segment_again(const T* anchor, const T* row, int length) {
+  const Scaled fold = scaled_fold<q, T>(
+      length, [=](int64_t k) { return static_cast<double>(real(anchor[k])) - static_cast<double>(real(row[k])); });
+  return FoldOf<T>::make(fold.value, fold.exponent);
+}
+
+// How many warps the folds of one example keep busy.
+__host__ __device__ inline int64_t distance_tasks(int64_t rows, int64_t segments) {
+  return ceil_div(rows, kGroupRows) * segments;
+}
+
+// Task `task` of an example: one segment of one group, so folds[j * segments + segment] for each of its rows j. Row
+// `skip` is left out.
+template <int q, class T>
+__device__ void fold_task(int64_t task, const T* anchor, ExampleRows<T> rows, int64_t skip, int64_t D, Fold<T>* folds) {
+  const int64_t groups = ceil_div(rows.count, kGroupRows), segment = task / groups, first = task % groups * kGroupRows;
+  const int64_t start = segment * Layout<T>::kSegment;
+  const int length = segment_length<T>(start, D);
+  const auto wanted = [&](int r) { return first + r < rows.count && first + r != skip; };
+  const T* segment_of[kGroupRows];
+  uintptr_t address = reinterpret_cast<uintptr_t>(anchor);
+  // The anchor stands in for rows that nobody wants, which costs no memory traffic.
+#pragma unroll
+  for (int r = 0; r < kGroupRows; ++r) {
+    segment_of[r] = (wanted(r) ? rows.first + (first + r) * rows.stride : anchor) + start;
+    address |= reinterpret_cast<uintptr_t>(segment_of[r]);
+  }
+  anchor += start;
+  const bool aligned = address % kPackBytes == 0 && D % Layout<T>::kPack == 0;
+  const double fold = aligned ? fold_segment<q, T, true>(anchor, segment_of, length)
+                              : fold_segment<q, T, false>(anchor, segment_of, length);
+  const int r = row_of_lane<kGroupRows>(lane_id());
+  const bool writes = wanted(r) && lane_id() % (kWarpSize / kGroupRows) == 0, safe = in_range<q, T>(fold);
+  if (writes && safe) folds[(first + r) * segments<T>(D) + segment] = FoldOf<T>::make(fold, 0);
+  const unsigned unsafe = __ballot_sync(kAllLanes, writes && !safe);
+  for (int other = 0; unsafe != 0 && other < kGroupRows; ++other) {
+    if (!(unsafe >> (other * (kWarpSize / kGroupRows)) & 1u)) continue;
+    const T* row = rows.first + (first + other) * rows.stride + start;
+    const Fold<T> again = fold_segment_again<q>(anchor, row, length);
+    if (lane_id() == 0) folds[(first + other) * segments<T>(D) + segment] = again;
+  }
+}
+
+// The norm of a row from its segments' folds, by `joining_lanes(segments)` neighbouring lanes. A row < 0 is none: its
+// lanes have no fold to add, but take part in the exchanges, which want the whole warp.
+template <int q, class T>
+__device__ __forceinline__ double join_segments(const Fold<T>* folds, int64_t row, int64_t segments, int lanes) {
+  Fold<T> fold{};
+  if (row >= 0) {
+    for (int64_t segment = lane_id() % lanes; segment < segments; segment += lanes) {
+      fold = join<q>(fold, folds[row * segments + segment]);
+    }
+  }
+  return to_double(root<q>(FoldOf<T>::scaled(join_lanes<q>(fold, lanes))));
+}
+
+}  // namespace fastsal
