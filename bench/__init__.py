@@ -1,8 +1,8 @@
 """Side by side with the peers: `python -m bench` measures, `python -m bench report` writes the tables and plots.
 
 A case is one piece of work; contestants do it in turns. No speed is reported before the answer has been checked.
-`cases.py` is the registry; `core.py` knows how to check and to time; every level has a file of its own. fastsal never imports
-any of this, nor any peer.
+`cases/` says what is measured, `contestants/` who does it, `suite/` how it is checked and timed, `tools/` holds commands of
+their own. fastsal never imports any of this, nor any peer.
 """
 
 import sys

@@ -14,9 +14,12 @@ from pathlib import Path
 
 import torch
 
-from bench import ROOT, cases, core, edge, memory, profiling, report
-from bench.session import Session
-from bench.store import RESULTS
+from bench import ROOT, cases, report
+from bench.cases import edge
+from bench.suite import core, memory
+from bench.suite.session import Session
+from bench.suite.store import RESULTS
+from bench.tools import profiling
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -35,7 +38,7 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 def peak(arguments: argparse.Namespace) -> int:
-    """Prints the peak memory of one contestant of a model level case: what bench/memory.py asks a fresh process for."""
+    """Prints the peak memory of one contestant of a model level case: what bench/suite/memory.py asks a fresh process for."""
     torch.set_num_threads(arguments.threads)
     case = next(case for case in cases.every(arguments.quick) if case.title == arguments.only)
     for tiny in (True, False):  # first imports and first calls, then the work
@@ -68,7 +71,7 @@ def main() -> int:
     if arguments.command == "profile":
         print(profiling.table(arguments.only))
         return 0
-    if arguments.command == "interpreted":  # bench/edge.py asks a process with Triton's interpreter for it
+    if arguments.command == "interpreted":  # bench/cases/edge.py asks a process with Triton's interpreter for it
         print(json.dumps(edge.row(dict(edge.answers())["fastsal triton"])))
         return 0
     return peak(arguments) if arguments.command == "memory" else run(arguments)

@@ -9,8 +9,9 @@ from typing import Any
 
 import pytest
 
-from bench import cases, core
-from bench.session import Session
+from bench import cases
+from bench.suite import core
+from bench.suite.session import Session
 
 
 class Playback:

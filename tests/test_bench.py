@@ -14,7 +14,11 @@ if not (ROOT / "bench").is_dir():
     pytest.skip("the benchmark suite is not part of this distribution", allow_module_level=True)
 sys.path.append(str(ROOT))  # last: fastsal stays the installed one
 
-from bench import cases, core, edge, memory, model, models, pairs, profiling, report, session, store, tensor  # noqa: E402
+from bench import cases, report  # noqa: E402
+from bench.cases import edge, model, pairs, tensor  # noqa: E402
+from bench.contestants import models  # noqa: E402
+from bench.suite import core, memory, session, store  # noqa: E402
+from bench.tools import profiling  # noqa: E402
 
 SHAPE = (3, 30, 50)
 NOT_ON_A_CPU = {"fastsal cuda", "fastsal triton"}

@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 import fastsal
-from bench.core import Case, Contestant, Work
-from bench.tensor import LOOSE, draw
+from bench.cases.tensor import LOOSE, draw
+from bench.suite.core import Case, Contestant, Work
 from fastsal import ops, reference
 from fastsal.tolerance import tolerance, worst
 

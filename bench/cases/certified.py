@@ -1,10 +1,10 @@
 """Certified against exact ρ̃ on trained 1000-class networks: passes, seconds, answers; and how passes grow with n.
 
-    python -m bench.certified --images 200 --threads 1 --folder build/bench
+    python -m bench.cases.certified --images 200 --threads 1 --folder build/bench
 
 Trains the networks of certified_models.py first where the folder does not hold them (minutes). Every method runs on the same
 batches in turn, in one process, so that the ratios bear a busy machine. Writes results/certified.json and
-results/certified_growth.png beside this file.
+results/certified_growth.png.
 """
 
 import argparse
@@ -18,8 +18,8 @@ import torch
 from torch import Tensor
 
 import fastsal
-from bench.certified_models import STEPS, Images, accuracy, load
-from bench.store import RESULTS, commit, environment
+from bench.contestants.certified_models import STEPS, Images, accuracy, load
+from bench.suite.store import RESULTS, commit, environment
 from fastsal.methods.certified import certify
 
 HABITS = (1, 5, 10)

@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 
-from bench import memory
+from bench.suite import memory
 
 # What foreign code raises where it cannot do a piece of work: reported in the table, not fatal to the run.
 FOREIGN_ERRORS = (

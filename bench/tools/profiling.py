@@ -10,8 +10,9 @@ from unittest import mock
 import torch
 
 import fastsal
-from bench import models, report
-from bench.model import METHODS
+from bench import report
+from bench.cases.model import METHODS
+from bench.contestants import models
 from fastsal import linearization, ops, passes
 
 PARTS = ("forward", "backward rows", "probes", "kernel")

@@ -4,8 +4,9 @@ import gc
 from pathlib import Path
 from typing import Any
 
-from bench import core, edge
-from bench.store import RESULTS, Store, commit
+from bench.cases import edge
+from bench.suite import core
+from bench.suite.store import RESULTS, Store, commit
 
 QUICK_BUDGET = 3.0  # seconds of timing for a case and thread count
 

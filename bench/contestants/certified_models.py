@@ -1,9 +1,9 @@
-"""The 1000-class networks of bench/certified.py: synthetic images, three small CNNs and their training.
+"""The 1000-class networks of bench/cases/certified.py: synthetic images, three small CNNs and their training.
 
 An image is one of 1000 random smooth prototypes, shifted by up to 4 pixels, scaled in contrast, with noise. `narrow` has
 F = 192 features (F < n), `wide` F = 1536 (F > n), both trained to a loss near zero on mild noise; `plain` is `narrow` on so
 much noise that it errs now and then, as ordinary networks do. Run as a script to train one and save it:
-python -m bench.certified_models narrow --folder build/bench
+python -m bench.contestants.certified_models narrow --folder build/bench
 """
 
 import argparse

@@ -19,9 +19,10 @@ import torch
 from torch import Tensor, nn
 
 import fastsal
-from bench import ROOT, formulas
-from bench.core import FOREIGN_ERRORS
-from bench.peers import PEERS
+from bench import ROOT
+from bench.contestants import formulas
+from bench.contestants.peers import PEERS
+from bench.suite.core import FOREIGN_ERRORS
 from fastsal import ops, reference
 
 LIMIT = 1e-2  # relative: steps are read off float32 images

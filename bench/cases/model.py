@@ -13,9 +13,9 @@ import torch
 from torch import Tensor, nn
 
 import fastsal
-from bench import formulas, models
-from bench.core import Case, Contestant, Work
-from bench.peers import PEERS, TEN
+from bench.contestants import formulas, models
+from bench.contestants.peers import PEERS, TEN
+from bench.suite.core import Case, Contestant, Work
 from fastsal import reference
 
 VALUE_LIMIT = 1e-3  # relative, of ρ̃: float32 gradients may fall on the other side of a ReLU than float64 ones
@@ -89,7 +89,7 @@ METHODS: dict[str, tuple[Any, int | None]] = {
 
 
 def work(name: str, tiny: bool) -> Work:
-    """Everyone on a model and batch of bench/models.py."""
+    """Everyone on a model and batch of bench/contestants/models.py."""
     model, x = models.tiny() if tiny else models.load(name)
     truth, contestants, skipped = Truth(model, x), [], {}
 

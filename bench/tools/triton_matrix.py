@@ -1,8 +1,8 @@
 """Compiles every Triton kernel ahead of time, without a GPU, and lists registers, spills and shared memory.
 
-    python bench/triton_matrix.py                    the full matrix: every launch of a range of shapes, odd ones too
-    python bench/triton_matrix.py --default          what the tests compile: each kernel × dtype × norm once
-    python bench/triton_matrix.py --json matrix.json
+    python bench/tools/triton_matrix.py                    the full matrix: every launch of a range of shapes, odd ones too
+    python bench/tools/triton_matrix.py --default          what the tests compile: each kernel × dtype × norm once
+    python bench/tools/triton_matrix.py --json matrix.json
 
 The launches are those of fastsal/kernels/triton.py itself, caught on their way to the device.
 """

@@ -1,4 +1,4 @@
-"""Everything that wants a GPU, in one command: `python -m bench.gpu`, from the root of a checkout.
+"""Everything that wants a GPU, in one command: `python -m bench.tools.gpu`, from the root of a checkout.
 
 Four phases, each with a deadline, all within nine minutes: `build` (fastsal._cuda in place, for this device), `test` (the GPU
 tier), `sanitize` (compute-sanitizer's four tools on a small run) and `bench` (the kernels beside what PyTorch offers, with the
@@ -26,7 +26,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 DEADLINES = {"build": 130, "test": 150, "sanitize": 110, "bench": 140}  # seconds
 SANITIZERS = ("memcheck", "racecheck", "initcheck", "synccheck")
 GEOMETRY = [(8, 1000, 150_528), (4, 1000, 150_528), (1, 10, 150_528), (100_000, 10, 784), (4096, 100, 3072)]
@@ -153,7 +153,17 @@ def sanitize(report: Report, device: torch.device, deadline: float) -> None:
     end = time.monotonic() + deadline
     for index, tool in enumerate(SANITIZERS):
         share = (end - time.monotonic()) / (len(SANITIZERS) - index)
-        command = [sanitizer, "--tool", tool, "--error-exitcode", "9", sys.executable, "-m", "bench.gpu", "--small-run"]
+        command = [
+            sanitizer,
+            "--tool",
+            tool,
+            "--error-exitcode",
+            "9",
+            sys.executable,
+            "-m",
+            "bench.tools.gpu",
+            "--small-run",
+        ]
         result = run(command, share, PYTORCH_NO_CUDA_MEMORY_CACHING="1")
         refusal = re.search(
             r"Device not supported|not supported on this device|Unable to find injection", result["tail"]
@@ -398,7 +408,7 @@ def bench_pairwise(report: Report, clock: Clock, backends: list[str], shrink: in
 
 def bench(report: Report, device: torch.device, deadline: float) -> None:
     """In a process of its own, which is killed at the deadline: a compilation may take long, and what it wrote stays."""
-    command = [sys.executable, "-m", "bench.gpu", "--bench-worker", "--json", str(report.path)]
+    command = [sys.executable, "-m", "bench.tools.gpu", "--bench-worker", "--json", str(report.path)]
     result = run(command + (["--dry-run"] if device.type == "cpu" else []), deadline)
     report.data = json.loads(report.path.read_text(encoding="utf-8"))
     report.phase("bench", **result)

@@ -14,7 +14,7 @@ import torch
 import fastsal
 from bench import ROOT
 
-RESULTS = Path(__file__).resolve().parent / "results"
+RESULTS = ROOT / "bench" / "results"
 PEERS = ("foolbox", "torchattacks", "adversarial-robustness-toolbox", "adv-lib")
 
 

@@ -2,8 +2,8 @@
 
 from collections.abc import Iterator
 
-from bench import model, pairs, tensor
-from bench.core import Case
+from bench.cases import model, pairs, tensor
+from bench.suite.core import Case
 
 
 def every(quick: bool = False) -> Iterator[Case]:

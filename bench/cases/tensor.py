@@ -19,8 +19,8 @@ import torch
 from torch import Tensor
 
 import fastsal
-from bench import formulas
-from bench.core import Case, Contestant, Work
+from bench.contestants import formulas
+from bench.suite.core import Case, Contestant, Work
 from fastsal import ops, reference
 from fastsal.tolerance import scaled_errors, tolerance, worst
 
@@ -40,7 +40,7 @@ def readers() -> ctypes.CDLL:
     """read_bandwidth.cpp, compiled."""
     with tempfile.TemporaryDirectory() as folder:
         library = Path(folder, "read_bandwidth.so")
-        source = Path(__file__).with_name("read_bandwidth.cpp")
+        source = Path(__file__).parent.with_name("suite") / "read_bandwidth.cpp"
         # Without -fopenmp: a second OpenMP pool in the process would spin against torch's.
         subprocess.run(["c++", "-O3", "-march=native", "-shared", "-fPIC", str(source), "-o", str(library)], check=True)
         found = ctypes.CDLL(str(library))
