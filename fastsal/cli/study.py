@@ -19,11 +19,13 @@ import torch
 
 from fastsal.cli.options import positive
 from fastsal.files import Blame, CommandError, extra, replacing
-from fastsal.study import report
+from fastsal.study import page
 from fastsal.study.attacks import ATTACKS
+from fastsal.study.claims import checks, verdicts
 from fastsal.study.data import Data, Split, load
 from fastsal.study.measure import accuracy, measure
 from fastsal.study.models import factory
+from fastsal.study.results import Result, Study
 from fastsal.study.train import PGD_STEPS, Recipe, single_thread, train
 
 STRENGTHS = (0.01, 0.03, 0.1, 0.3, 1.0, 3.0)
@@ -128,7 +130,7 @@ class _Progress:
 
 def _result(
     recipe: Recipe, data: Data[Split], arguments: argparse.Namespace, shown: torch.Tensor, progress: _Progress
-) -> report.Result:
+) -> Result:
     """A model's numbers: from the folder where they are there, else trained and measured."""
     path = arguments.out / "models" / f"{recipe.name}.npz"
     if not path.exists():
@@ -170,7 +172,7 @@ def _result(
         advance(left)
     with Blame(f"--out {path}"), np.load(path, allow_pickle=False) as saved:
         columns = {name[7:]: saved[name] for name in saved.files if name.startswith("column ")}
-        return report.Result(recipe, float(saved["accuracy"]), columns, torch.from_numpy(saved["maps"]))
+        return Result(recipe, float(saved["accuracy"]), columns, torch.from_numpy(saved["maps"]))
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -198,10 +200,10 @@ def run(arguments: argparse.Namespace) -> int:
                 f"{recipe.label:12} accuracy {results[-1].accuracy:.3f}, median ρ {results[-1].median('rho'):.3f}, "
                 f"ρ̃ {results[-1].median('linearized_robustness'):.3f}, α {results[-1].median('alignment'):.3f}"
             )
-    study = report.Study(data.name, len(data.train), len(data.test), data.test.batch(shown)[0], results)
-    page = report.write(study, arguments.out)
-    for claim, held, evidence in report.claims(study):
+    study = Study(data.name, len(data.train), len(data.test), data.test.batch(shown)[0], results)
+    written = page.write(study, arguments.out)
+    for claim, held, evidence in verdicts(study):
         print(f"{'yes' if held else 'no ':3} {claim}: {evidence}")
-    print("\n".join(report.checks(study)))
-    print(f"wrote {page}")
+    print("\n".join(checks(study)))
+    print(f"wrote {written}")
     return 0
