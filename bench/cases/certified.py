@@ -1,6 +1,6 @@
 """Certified against exact ρ̃ on trained 1000-class networks: passes, seconds, answers; and how passes grow with n.
 
-    python -m bench.cases.certified --images 200 --threads 1 --folder build/bench
+    python -m bench certified --images 200 --threads 1 --folder build/bench
 
 Trains the networks of certified_models.py first where the folder does not hold them (minutes). Every method runs on the same
 batches in turn, in one process, so that the ratios bear a busy machine. Writes results/certified.json and
@@ -18,8 +18,9 @@ import torch
 from torch import Tensor
 
 import fastsal
+from bench import RESULTS
 from bench.contestants.certified_models import STEPS, Images, accuracy, load
-from bench.suite.store import RESULTS, commit, environment
+from bench.suite.store import commit, environment
 from fastsal.methods.certified import certify
 
 HABITS = (1, 5, 10)
@@ -124,23 +125,8 @@ def growth(n: int, examples: int = 8, dimension: int = 600) -> dict[str, object]
     return {"n": n, "examples": examples, "certified and right": right, **quantiles(totals)}
 
 
-def plot(table: list[dict[str, object]], path: Path) -> None:
-    import matplotlib
-
-    matplotlib.use("agg")
-    from matplotlib import pyplot
-
-    figure, axes = pyplot.subplots(figsize=(5, 3.5), layout="constrained")
-    classes = [row["n"] for row in table]
-    axes.loglog(classes, classes, "--", label="exact rows")
-    axes.loglog(classes, [row["median"] for row in table], "o-", label="certified, median")
-    axes.loglog(classes, [row["p95"] for row in table], "^:", label="certified, 95th percentile")
-    axes.set(xlabel="classes n", ylabel="passes an example")
-    axes.legend()
-    figure.savefig(path, dpi=120)
-
-
 def main() -> None:
+    """The command line of `python -m bench certified`."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--images", type=int, default=200)
     parser.add_argument("--batch", type=int, default=25)
@@ -157,14 +143,9 @@ def main() -> None:
         "threads": arguments.threads,
         "growth": (table := [growth(n) for n in (10, 30, 100, 300, 1000, 3000, 10000)]),
     }
-    plot(table, RESULTS / "certified_growth.png")
     for row in table:
         print(row, flush=True)
     for kind in arguments.networks:
         report[kind] = compare(kind, arguments.folder, arguments.images, arguments.batch)
         print(kind, json.dumps(report[kind], indent=1), flush=True)
         (RESULTS / "certified.json").write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
-
-
-if __name__ == "__main__":
-    main()

@@ -20,10 +20,10 @@ from torch import Tensor, nn
 
 import fastsal
 from bench import ROOT
-from bench.contestants import formulas
+from bench.contestants import backends, formulas
 from bench.contestants.peers import PEERS
 from bench.suite.core import FOREIGN_ERRORS
-from fastsal import ops, reference
+from fastsal import reference
 
 LIMIT = 1e-2  # relative: steps are read off float32 images
 SCALES = (1e-7, 1e-9, 1e-12, 1e-15, 1e-20, 1e-23, 1e-25, 1e20)
@@ -105,9 +105,10 @@ def _tensor_level(backend: str, given: Inputs) -> Tensor:
 def answers() -> Iterator[tuple[str, Answer | str]]:
     """Every row of the table: how it answers, or why it is not here."""
     yield "fastsal reference", functools.partial(_tensor_level, "reference")
-    for name, module in ops.BACKENDS.items():
-        reason = module.why_not(torch.empty(1, 2, 3))
-        yield f"fastsal {name}", reason or functools.partial(_tensor_level, name)
+    names, skipped = backends.compiled(torch.empty(1, 2, 3))
+    for name in names:
+        yield f"fastsal {name}", functools.partial(_tensor_level, name)
+    yield from skipped.items()
     plain: dict[str, formulas.Formula] = {
         "eager torch": formulas.eager,
         "torch.cdist, direct": formulas.cdist_direct,
@@ -157,7 +158,7 @@ def interpreted() -> dict[str, str] | None:
     """The row of Triton where there is no GPU: in its interpreter, which wants a process of its own."""
     if torch.cuda.is_available() or not importlib.util.find_spec("triton"):
         return None
-    command = [sys.executable, "-m", "bench", "interpreted"]
+    command = [sys.executable, "-m", "bench.cases.edge"]
     environment = {**os.environ, "TRITON_INTERPRET": "1"}
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
     return json.loads(done.stdout.splitlines()[-1]) if done.returncode == 0 else None
@@ -176,3 +177,7 @@ def record() -> dict[str, Any]:
             skipped[name] = answer
     truths = {c: [f"{value:.3g}" for value in truth(g).tolist()] for c, g in columns.items() if g[0].shape[1] > 1}
     return {"level": "edge", "columns": list(columns), "truth": truths, "rows": rows, "skipped": skipped}
+
+
+if __name__ == "__main__":  # what `interpreted` asks for, in a process with Triton's interpreter
+    print(json.dumps(row(dict(answers())["fastsal triton"])))

@@ -12,8 +12,9 @@ from torch import Tensor
 
 import fastsal
 from bench.cases.tensor import LOOSE, draw
+from bench.contestants import backends, formulas
 from bench.suite.core import Case, Contestant, Work
-from fastsal import ops, reference
+from fastsal import reference
 from fastsal.tolerance import tolerance, worst
 
 SHAPES = ((8192, 10, 784), (128, 100, 3072), (1, 1000, 12288))
@@ -34,7 +35,7 @@ class Pairs(NamedTuple):
     nearest: Tensor
 
 
-def cdist(jacobian: Tensor, mode: str) -> Tensor:
+def cdist(mode: str, jacobian: Tensor) -> Tensor:
     """‖g_i − g_j‖ [B, n, n]."""
     return torch.cdist(jacobian, jacobian, compute_mode=mode)
 
@@ -46,8 +47,7 @@ def differences(jacobian: Tensor) -> Tensor:
 
 
 DISTANCES: dict[str, Distances] = {
-    "torch.cdist, direct": lambda jacobian: cdist(jacobian, "donot_use_mm_for_euclid_dist"),
-    "torch.cdist, matmul": lambda jacobian: cdist(jacobian, "use_mm_for_euclid_dist"),
+    **{f"torch.cdist, {name}": functools.partial(cdist, mode) for name, mode in formulas.CDIST_MODES.items()},
     "eager differences": differences,
 }
 
@@ -112,7 +112,7 @@ def _near(n: int) -> tuple[Tensor, Tensor]:
 def forward(shape: tuple[int, int, int], tiny: bool) -> Work:
     """All outputs."""
     inputs = [case[:2] for case in draw(shape, torch.float32, tiny)]
-    checks, near, contestants, skipped = Checks(*inputs[0]), _near(inputs[0][0].shape[1]), [], {}
+    checks, near, contestants = Checks(*inputs[0]), _near(inputs[0][0].shape[1]), []
     near_checks = Checks(*near)
 
     def add(name: str, run: Callable[[Tensor, Tensor], Pairs], limit: float) -> None:
@@ -121,11 +121,9 @@ def forward(shape: tuple[int, int, int], tiny: bool) -> Work:
 
         contestants.append(Contestant(name, lambda given: run(*given), checks, limit, facts=facts))
 
-    for backend, module in ops.BACKENDS.items():
-        if reason := module.why_not(inputs[0][1]):
-            skipped[f"fastsal {backend}"] = reason
-        else:
-            add(f"fastsal {backend}", functools.partial(ours, backend), tolerance(torch.float32))
+    names, skipped = backends.compiled(inputs[0][1])
+    for name in names:
+        add(f"fastsal {name}", functools.partial(ours, name), tolerance(torch.float32))
     for name, distances in DISTANCES.items():
         add(name, functools.partial(margins, distances), LOOSE)
     return Work(inputs, contestants, skipped)
@@ -134,7 +132,7 @@ def forward(shape: tuple[int, int, int], tiny: bool) -> Work:
 def backward(shape: tuple[int, int, int], tiny: bool) -> Work:
     """Σ w_ij ‖g_i − g_j‖ and its gradient in the Jacobian, forward included."""
     inputs = [case[:2] for case in draw(shape, torch.float32, tiny)]
-    checks, contestants, skipped = Checks(*inputs[0]), [], {}
+    checks, contestants = Checks(*inputs[0]), []
     B, n, D = inputs[0][1].shape
     weight = torch.randn(B, n, n, generator=torch.Generator().manual_seed(2))
     weight.diagonal(dim1=1, dim2=2).zero_()
@@ -147,11 +145,9 @@ def backward(shape: tuple[int, int, int], tiny: bool) -> Work:
 
         contestants.append(Contestant(name, run, functools.partial(checks.gradient, weight), limit))
 
-    for backend, module in ops.BACKENDS.items():
-        if reason := module.why_not(inputs[0][1]):
-            skipped[f"fastsal {backend}"] = reason
-        else:
-            add(f"fastsal {backend}", lambda *given, b=backend: ours(b, *given).distance, tolerance(torch.float32))
+    names, skipped = backends.compiled(inputs[0][1])
+    for name in names:
+        add(f"fastsal {name}", lambda *given, name=name: ours(name, *given).distance, tolerance(torch.float32))
     for name, distances in DISTANCES.items():
         if name == "eager differences" and (size := 4 * B * n * n * D) > LARGEST:
             skipped[name] = f"keeps {size / 1e9:.0f} GB of differences for its backward"

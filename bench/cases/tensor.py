@@ -1,17 +1,11 @@
 """Tensor level: all outputs of `fastsal.Geometry`, or ρ̃ alone, from a Jacobian that is given.
 
-The yardstick is a pure read of J and x (read_bandwidth.cpp, built by the system's compiler): what no method can beat that looks
-at every gradient. Beside it stands a read of one example after the other, its rows side by side: the floor of a kernel that
-reads in that order, as fastsal's does wherever a processor is not faster at one row after the other.
+The yardstick is a pure read of J and x, and beside it stands a read in the order of fastsal's kernel
+(bench/suite/read_bandwidth.py).
 """
 
-import ctypes
 import functools
-import subprocess
-import tempfile
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -19,9 +13,10 @@ import torch
 from torch import Tensor
 
 import fastsal
-from bench.contestants import formulas
+from bench.contestants import backends, formulas
 from bench.suite.core import Case, Contestant, Work
-from fastsal import ops, reference
+from bench.suite.read_bandwidth import pure_read, read_in_tiles
+from fastsal import reference
 from fastsal.tolerance import scaled_errors, tolerance, worst
 
 Inputs = tuple[Tensor, Tensor, Tensor]
@@ -33,64 +28,6 @@ QUICK = ((8, 10, 784), (200, 100, 3072))
 TINY = (3, 30, 50)
 LARGEST_REFERENCE = 2**27  # numbers in J: above, the reference is left out
 CHECKED = 64  # examples compared with float64, fewer where they are large
-
-
-@functools.cache
-def readers() -> ctypes.CDLL:
-    """read_bandwidth.cpp, compiled."""
-    with tempfile.TemporaryDirectory() as folder:
-        library = Path(folder, "read_bandwidth.so")
-        source = Path(__file__).parent.with_name("suite") / "read_bandwidth.cpp"
-        # Without -fopenmp: a second OpenMP pool in the process would spin against torch's.
-        subprocess.run(["c++", "-O3", "-march=native", "-shared", "-fPIC", str(source), "-o", str(library)], check=True)
-        found = ctypes.CDLL(str(library))
-    found.read_sum.argtypes = [ctypes.c_void_p, ctypes.c_int64]
-    found.read_in_tiles.argtypes = [ctypes.c_void_p, *[ctypes.c_int64] * 4, ctypes.c_void_p]
-    found.read_sum.restype = found.read_in_tiles.restype = ctypes.c_double
-    return found
-
-
-@functools.cache
-def _pool(threads: int) -> ThreadPoolExecutor:
-    return ThreadPoolExecutor(threads)
-
-
-def _total(read: Callable[[Any], float], parts: list[Any], threads: int) -> float:
-    """The sum of what `read` returns of each part (ctypes drops the GIL)."""
-    return sum((_pool(threads).map if threads > 1 else map)(read, parts))
-
-
-def _threads(jacobian: Tensor) -> int:
-    return torch.get_num_threads() if jacobian.numel() >= 2**20 else 1
-
-
-def pure_read(inputs: Inputs) -> float:
-    """The fastest sum over all bytes of J and x, taken as float32; every thread has its part of J."""
-    _, jacobian, x = inputs
-    threads = _threads(jacobian)
-
-    def read(part: Tensor) -> float:
-        return readers().read_sum(part.data_ptr(), part.numel() * part.element_size() // 4)
-
-    return _total(read, [*jacobian.flatten().chunk(threads), x], threads)
-
-
-def read_in_tiles(inputs: Inputs) -> float:
-    """The same bytes, the rows of an example (ten at least) side by side; see read_bandwidth.cpp."""
-    _, jacobian, x = inputs
-    threads = _threads(jacobian)
-    if len(jacobian) >= threads:
-        parts = list(zip(jacobian.chunk(threads), x.chunk(threads), strict=True))
-    else:
-        parts = [(rows, x) for rows in jacobian.chunk(min(threads, jacobian.shape[1] // 10), 1)]
-
-    def read(part: tuple[Tensor, Tensor]) -> float:
-        rows, own = part
-        (example, row, _), size = rows.stride(), rows.element_size()
-        B, n, _ = rows.shape
-        return readers().read_in_tiles(rows.data_ptr(), B, n, row * size, example * size, own.data_ptr())
-
-    return _total(read, parts, threads)
 
 
 def draw(shape: tuple[int, int, int], dtype: torch.dtype, tiny: bool) -> list[Inputs]:
@@ -161,16 +98,13 @@ def work(shape: tuple[int, int, int], dtype: torch.dtype, tiny: bool) -> Work:
         Contestant("pure read", pure_read, lambda _: 0.0, 0.0, "reads J and x"),
         Contestant("read in tiles", read_in_tiles, lambda _: 0.0, 0.0, "reads J and x, row beside row"),
     ]
-    skipped = {}
 
     def add(name: str, run: Callable[[Inputs], Any], limit: float, what: str = "", compiles: bool = False) -> None:
         contestants.append(Contestant(name, run, functools.partial(checks, name), limit, what, compiles=compiles))
 
-    for backend, module in ops.BACKENDS.items():
-        if reason := module.why_not(inputs[0][1]):
-            skipped[f"fastsal {backend}"] = reason
-        else:
-            add(f"fastsal {backend}", functools.partial(_fastsal, backend), tolerance(dtype))
+    names, skipped = backends.compiled(inputs[0][1])
+    for name in names:
+        add(f"fastsal {name}", functools.partial(_fastsal, name), tolerance(dtype))
     torch._dynamo.reset()  # a shape beyond its limit of recompilations would run uncompiled
     # The number of threads is compiled in, and a change of it is guarded: every thread count gets code of its own.
     optimized = torch.compile(formulas.eager, dynamic=False)

@@ -2,11 +2,9 @@
 
 An image is one of 1000 random smooth prototypes, shifted by up to 4 pixels, scaled in contrast, with noise. `narrow` has
 F = 192 features (F < n), `wide` F = 1536 (F > n), both trained to a loss near zero on mild noise; `plain` is `narrow` on so
-much noise that it errs now and then, as ordinary networks do. Run as a script to train one and save it:
-python -m bench.contestants.certified_models narrow --folder build/bench
+much noise that it errs now and then, as ordinary networks do.
 """
 
-import argparse
 import time
 from pathlib import Path
 
@@ -96,11 +94,3 @@ def load(kind: str, folder: Path) -> nn.Module:
     model = network(kind)
     model.load_state_dict(torch.load(file, weights_only=True))
     return model.eval()
-
-
-if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("kind", choices=list(STEPS))
-    parser.add_argument("--folder", type=Path, default=Path("build/bench"))
-    arguments = parser.parse_args()
-    load(arguments.kind, arguments.folder)

@@ -11,6 +11,7 @@ from torch import Tensor
 
 Outputs = dict[str, Tensor]
 Formula = Callable[[Tensor, Tensor, Tensor], Outputs]
+CDIST_MODES = {"direct": "donot_use_mm_for_euclid_dist", "matmul": "use_mm_for_euclid_dist"}
 
 
 def eager(logits: Tensor, jacobian: Tensor, x: Tensor) -> Outputs:
@@ -60,13 +61,13 @@ def eager_alone(logits: Tensor, jacobian: Tensor, x: Tensor) -> Outputs:
 
 def cdist_direct(logits: Tensor, jacobian: Tensor, x: Tensor) -> Outputs:
     """ρ̃ alone by torch.cdist's differences."""
-    mode = "donot_use_mm_for_euclid_dist"
+    mode = CDIST_MODES["direct"]
     return _least_ratio(logits, jacobian.float(), lambda g, rows: torch.cdist(g, rows, compute_mode=mode).squeeze(1))
 
 
 def cdist_matmul(logits: Tensor, jacobian: Tensor, x: Tensor) -> Outputs:
     """ρ̃ alone by torch.cdist's matrix product (its default for more than 25 rows)."""
-    mode = "use_mm_for_euclid_dist"
+    mode = CDIST_MODES["matmul"]
     return _least_ratio(logits, jacobian.float(), lambda g, rows: torch.cdist(g, rows, compute_mode=mode).squeeze(1))
 
 

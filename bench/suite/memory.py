@@ -34,7 +34,7 @@ def growth(run: Callable[[], object]) -> int:
 
 def in_fresh_process(case: str, contestant: str, quick: bool, threads: int) -> int | None:
     """`growth` of a registered contestant's second run (the first imports and warms up); None where it did not survive."""
-    command = [sys.executable, "-m", "bench", "memory", "--only", case, "--contestant", contestant]
+    command = [sys.executable, "-m", "bench.tools.peak_memory", case, contestant]
     command += ["--threads", str(threads), *(["--quick"] if quick else [])]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
     return json.loads(done.stdout.splitlines()[-1]) if done.returncode == 0 else None

@@ -1,12 +1,13 @@
 """One run of the suite: measures what the file of figures lacks."""
 
 import gc
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from bench.cases import edge
+from bench import RESULTS
 from bench.suite import core
-from bench.suite.store import RESULTS, Store, commit
+from bench.suite.store import Store, commit
 
 QUICK_BUDGET = 3.0  # seconds of timing for a case and thread count
 
@@ -22,18 +23,18 @@ class Session:
 
     def record(self, case: core.Case, threads: int) -> dict[str, Any]:
         """The figures of a case; its inputs are kept until the next case."""
-        key = f"{case.title}, threads: {threads}"
-        if not self.store.has(key, self._at):
+
+        def measure() -> dict[str, Any]:
             if self._held is None or self._held[0] != case.title:
                 self._held = None
                 gc.collect()
                 self._held = case.title, case.make(False)
-            budget = QUICK_BUDGET if self.quick else case.budget
-            self.store.put(key, core.measure(case, self._held[1], threads, budget), self._at)
-        return self.store.records[key]
+            return core.measure(case, self._held[1], threads, QUICK_BUDGET if self.quick else case.budget)
 
-    def edge(self) -> dict[str, Any]:
-        """The table of awkward inputs."""
-        if not self.store.has("edge", self._at):
-            self.store.put("edge", edge.record(), self._at)
-        return self.store.records["edge"]
+        return self.keep(f"{case.title}, threads: {threads}", measure)
+
+    def keep(self, key: str, make: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+        """What the file holds under this key at this commit, else what `make` finds now."""
+        if not self.store.has(key, self._at):
+            self.store.put(key, make(), self._at)
+        return self.store.records[key]

@@ -14,7 +14,6 @@ import torch
 import fastsal
 from bench import ROOT
 
-RESULTS = ROOT / "bench" / "results"
 PEERS = ("foolbox", "torchattacks", "adversarial-robustness-toolbox", "adv-lib")
 
 

@@ -1,5 +1,6 @@
 """Where the time of a model-level analysis goes: forward, backward rows, probes, kernels, and the Python around them."""
 
+import argparse
 import contextlib
 import functools
 import time
@@ -10,9 +11,9 @@ from unittest import mock
 import torch
 
 import fastsal
-from bench import report
 from bench.cases.model import METHODS
 from bench.contestants import models
+from bench.report import words
 from fastsal import linearization, ops, passes
 
 PARTS = ("forward", "backward rows", "probes", "kernel")
@@ -79,5 +80,12 @@ def table(only: str = "") -> str:
                 elapsed, seconds = profile(name, method)
                 shares = [seconds[part] / elapsed for part in PARTS]
                 rest = 1 - sum(shares)
-                rows.append([f"{name}: {title}", report.seconds(elapsed), *(f"{s:.0%}" for s in (*shares, rest))])
-    return report.table(["", "time", *PARTS, "Python and the rest"], rows)
+                rows.append([f"{name}: {title}", words.seconds(elapsed), *(f"{s:.0%}" for s in (*shares, rest))])
+    return words.table(["", "time", *PARTS, "Python and the rest"], rows)
+
+
+def main() -> None:
+    """The command line of `python -m bench profile`."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--only", default="", metavar="WORD", help="models and methods whose name holds this")
+    print(table(parser.parse_args().only))
