@@ -1,17 +1,13 @@
-"""docs/benchmarks.md, which holds every figure, and the few that the README shows: both from bench/results/*.json.
-
-python -m bench report            writes both, and the plots
-python -m bench report --check    writes nothing, and fails where one of them is not what the figures say
-"""
+"""docs/benchmarks.md, which holds every figure, and the README's few: both are written from bench/results/*.json."""
 
 import argparse
 import json
-import re
+import sys
 from pathlib import Path
 
 from bench import RESULTS, ROOT
 from bench.report import plots, tables
-from bench.report.tables import LEVELS
+from bench.report.tables import LEVELS, of
 from bench.report.words import Record, count, when, where
 from bench.suite.store import Store
 
@@ -59,16 +55,12 @@ HEADLINES: dict[str, tuple[str, tuple[str, ...]]] = {
 }
 
 
-def _of(level: str, records: list[Record]) -> list[Record]:
-    return [record for record in records if record["level"] == level]
-
-
 def headline(store: Store) -> str:
     """The README's part: a few contestants on a few cases."""
     records = list(store.records.values())
     parts = []
     for level, (meaning, contestants) in HEADLINES.items():
-        if mine := _of(level, records):
+        if mine := of(level, records):
             threads = mine[0]["threads"]
             some = [record for record in mine if record["threads"] == threads and "bfloat16" not in record["case"]]
             figure = next(iter(LEVELS[level].figures.values()))
@@ -85,14 +77,14 @@ def page(store: Store, certified: Record | None) -> str:
     records = list(store.records.values())
     parts = [INTRODUCTION, f"Measured on {where(store.environment)}; {when(records)}."]
     for name, level in LEVELS.items():
-        if mine := _of(name, records):
+        if mine := of(name, records):
             parts += [
                 f"## {level.title}",
                 level.meaning,
                 *tables.figures(level, mine),
                 f"![{level.title}: bars](../bench/results/{name}.png)",
             ]
-    for record in _of("edge", records):
+    for record in of("edge", records):
         meaning = "What everyone answers for ρ̃: `right`, its multiple of the truth, or what came instead."
         parts += ["## Awkward inputs", meaning, tables.edge(record)]
     if certified:
@@ -100,7 +92,7 @@ def page(store: Store, certified: Record | None) -> str:
         parts += ["## Exact and certified with 1000 classes", *tables.certified(certified), plot]
     parts += ["## Every case", "All that was measured, with quartiles, errors, other load and who was skipped."]
     for name, level in LEVELS.items():
-        if mine := _of(name, records):
+        if mine := of(name, records):
             first, *others = map(tables.notes, mine)
             everywhere = {who: why for who, why in first.items() if all(other.get(who) == why for other in others)}
             details = (tables.everything(record, everywhere) for record in mine)
@@ -109,44 +101,36 @@ def page(store: Store, certified: Record | None) -> str:
     return "\n\n".join(parts) + "\n"
 
 
-def write(results: Path, root: Path, check: bool) -> int:
-    """Writes page, README and plots; 1 where there is nothing to write or, with `check`, where one is stale."""
+def documents(results: Path, readme: str) -> dict[Path, str]:
+    """What the page and the README (now `readme`) must hold, by their place in the checkout.
+
+    Raises:
+        ValueError: there are no figures, or the README does not say where they go.
+    """
     store, path = Store(results / "bench.json"), results / "certified.json"
-    certified = json.loads(path.read_text(encoding="utf-8")) if path.exists() else None
     if not store.records:
-        print(f"{store.path.name} holds no figures: run `python -m bench` first")
-        return 1
-    readme = (root / "README.md").read_text(encoding="utf-8")
-    marked = re.compile(f"{re.escape(BEGIN)}.*{re.escape(END)}", re.DOTALL)
-    if readme.count(BEGIN) != 1 or readme.count(END) != 1 or not marked.search(readme):
-        print(f"README.md: wants one line `{BEGIN}` and after it one line `{END}`")
-        return 1
-    part = f"{BEGIN}\n\n{headline(store)}\n\n{END}"
-    stale = []
-    for name, text in {PAGE: page(store, certified), Path("README.md"): marked.sub(lambda _: part, readme)}.items():
-        if not (root / name).exists() or (root / name).read_text(encoding="utf-8") != text:
-            stale.append(str(name))
-            if not check:
-                (root / name).parent.mkdir(exist_ok=True)
-                (root / name).write_text(text, encoding="utf-8")
-    if not check:
-        for level in LEVELS:
-            if mine := _of(level, list(store.records.values())):
-                most = max(record["threads"] for record in mine)
-                plots.bars(level, [record for record in mine if record["threads"] == most], results / f"{level}.png")
-        if certified:
-            plots.growth(certified["growth"], results / "certified_growth.png")
-    if not stale:
-        print("all is up to date with the figures")
-    elif check:
-        print(f"{', '.join(stale)}: stale, run `python -m bench report`")
-    else:
-        print(f"wrote {', '.join(stale)}")
-    return int(check and bool(stale))
+        raise ValueError(f"{store.path.name} holds no figures: run `python -m bench` first")
+    if readme.count(BEGIN) != 1 or readme.count(END) != 1 or readme.index(END) < readme.index(BEGIN):
+        raise ValueError(f"README.md: wants one line `{BEGIN}` and after it one line `{END}`")
+    certified = json.loads(path.read_text(encoding="utf-8")) if path.exists() else None
+    before, after = readme.split(BEGIN)[0], readme.split(END)[1]
+    return {
+        PAGE: page(store, certified),
+        Path("README.md"): f"{before}{BEGIN}\n\n{headline(store)}\n\n{END}{after}",
+    }
 
 
-def main() -> int:
-    """The command line of `python -m bench report`."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--check", action="store_true", help="write nothing, and fail where something is stale")
-    return write(RESULTS, ROOT, parser.parse_args().check)
+def main(results: Path = RESULTS, root: Path = ROOT) -> int:
+    """Writes page, README and plots."""
+    argparse.ArgumentParser(description=__doc__).parse_args()
+    try:
+        texts = documents(results, (root / "README.md").read_text(encoding="utf-8"))
+    except ValueError as error:
+        print(error, file=sys.stderr)
+        return 1
+    for name, text in texts.items():
+        (root / name).parent.mkdir(exist_ok=True)
+        (root / name).write_text(text, encoding="utf-8")
+    plots.every(results)
+    print(f"wrote {' and '.join(map(str, texts))}")
+    return 0

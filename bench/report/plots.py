@@ -1,10 +1,12 @@
 """Plots of figures, as PNG."""
 
+import json
 from pathlib import Path
 from typing import Any
 
-from bench.report.tables import LEVELS
+from bench.report.tables import LEVELS, of
 from bench.report.words import Record, count, times
+from bench.suite.store import Store
 
 
 def _pyplot() -> Any:
@@ -14,6 +16,17 @@ def _pyplot() -> Any:
     from matplotlib import pyplot
 
     return pyplot
+
+
+def every(results: Path) -> None:
+    """All plots of the figures in a folder, beside them; of cases that ran on several numbers of threads the highest."""
+    store, certified = Store(results / "bench.json"), results / "certified.json"
+    for level in LEVELS:
+        if mine := of(level, store.records.values()):
+            most = max(record["threads"] for record in mine)
+            bars(level, [record for record in mine if record["threads"] == most], results / f"{level}.png")
+    if certified.exists():
+        growth(json.loads(certified.read_text(encoding="utf-8"))["growth"], results / "certified_growth.png")
 
 
 def bars(level: str, records: list[Record], path: Path) -> None:

@@ -1,7 +1,7 @@
 """Tables of figures: everything about one case, one figure of many cases side by side, and two that stand alone."""
 
 import math
-from collections.abc import Callable, Container, Iterator
+from collections.abc import Callable, Container, Iterable, Iterator
 from dataclasses import dataclass
 from typing import TypeVar
 
@@ -13,7 +13,7 @@ ABREAST = 5  # contestants or cases side by side: more would not fit a page of 9
 T = TypeVar("T")
 Cell = Callable[
     [Record, Record], str
-]  # what a table says about a row of a record; KeyError where there is no such figure
+]  # what a table says about a row of a record; KeyError where it has no such figure
 
 
 def _or_nothing(cell: Cell, record: Record, row: Record) -> str:
@@ -38,6 +38,11 @@ def _bandwidth(record: Record, row: Record) -> str:
 
 def _memory(record: Record, row: Record) -> str:
     return f"{row['peak memory'] / 2**20:.0f} MiB" if row["peak memory"] is not None else "?"
+
+
+def of(level: str, records: Iterable[Record]) -> list[Record]:
+    """The records of a level."""
+    return [record for record in records if record["level"] == level]
 
 
 def reasons(notes: dict[str, str]) -> list[str]:

@@ -27,6 +27,7 @@ from torch import Tensor
 from bench import RESULTS, ROOT
 
 DEADLINES = {"build": 130, "test": 150, "sanitize": 110, "bench": 140}  # seconds
+PYTHON_M = (sys.executable, "-m")
 SANITIZERS = ("memcheck", "racecheck", "initcheck", "synccheck")
 
 
@@ -126,7 +127,7 @@ def build(report: Report, device: torch.device, deadline: float) -> None:
 
 
 def test(report: Report, device: torch.device, deadline: float) -> None:
-    command = [sys.executable, "-m", "pytest", "-q", "--maxfail=20", "-p", "no:cacheprovider", "--durations=5"]
+    command = [*PYTHON_M, "pytest", "-q", "--maxfail=20", "-p", "no:cacheprovider", "--durations=5"]
     files = ["tests/gpu", "tests/test_geometry.py", "tests/test_pairwise.py", "tests/test_determinism.py"]
     if device.type == "cuda":
         command += ["-p", "gpu.on_gpu"]
@@ -147,18 +148,7 @@ def sanitize(report: Report, device: torch.device, deadline: float) -> None:
     end = time.monotonic() + deadline
     for index, tool in enumerate(SANITIZERS):
         share = (end - time.monotonic()) / (len(SANITIZERS) - index)
-        command = [
-            sanitizer,
-            "--tool",
-            tool,
-            "--error-exitcode",
-            "9",
-            sys.executable,
-            "-m",
-            "bench",
-            "gpu",
-            "--small-run",
-        ]
+        command = [sanitizer, "--tool", tool, "--error-exitcode", "9", *PYTHON_M, "bench", "gpu", "--small-run"]
         result = run(command, share, PYTORCH_NO_CUDA_MEMORY_CACHING="1")
         refusal = re.search(
             r"Device not supported|not supported on this device|Unable to find injection", result["tail"]
@@ -196,7 +186,7 @@ def inputs(B: int, n: int, D: int, dtype: torch.dtype, device: torch.device) -> 
 
 def bench(report: Report, device: torch.device, deadline: float) -> None:
     """bench/tools/gpu_speed.py, in a process of its own."""
-    command = [sys.executable, "-m", "bench.tools.gpu_speed", "--json", str(report.path), "--device", str(device)]
+    command = [*PYTHON_M, "bench.tools.gpu_speed", "--json", str(report.path), "--device", str(device)]
     result = run([*command, "--seconds", str(0.9 * deadline)], deadline)
     report.data = json.loads(report.path.read_text(encoding="utf-8"))
     report.phase("bench", **result)

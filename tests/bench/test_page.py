@@ -30,39 +30,40 @@ def figures(home, measured, work_on_a_jacobian):
     return home
 
 
-def test_writes_page_readme_and_plots_once(figures, capsys):
-    readme = figures / "README.md"
-    assert page.write(figures, figures, check=True) == 1
-    assert "docs/benchmarks.md, README.md: stale" in capsys.readouterr().out
-    assert "old" in readme.read_text()
-    assert page.write(figures, figures, check=False) == 0
-    wrote = readme.read_text(), (figures / "docs" / "benchmarks.md").read_text()
-    assert wrote[0].startswith(f"# x\n\n{page.BEGIN}")
-    assert wrote[0].endswith(f"{page.END}\n\ntail\n")
-    assert "old" not in wrote[0]
-    assert "commit abc" in wrote[0]
+def test_writes_page_readme_and_plots(figures, monkeypatch):
+    monkeypatch.setattr("sys.argv", ["report"])
+    readme, written = figures / "README.md", figures / "docs" / "benchmarks.md"
+    assert page.main(figures, figures) == 0
+    before = readme.read_text(), written.read_text()
+    assert before[0].startswith(f"# x\n\n{page.BEGIN}")
+    assert before[0].endswith(f"{page.END}\n\ntail\n")
+    assert "old" not in before[0]
+    assert "commit abc" in before[0]
     assert {path.name for path in figures.glob("*.png")} == {"tensor.png", "pairs.png", "model.png"}
-    assert wrote[1].count("fastsal triton skipped: ") == 2
-    for check in (True, False):
-        assert page.write(figures, figures, check) == 0
-    assert (readme.read_text(), (figures / "docs" / "benchmarks.md").read_text()) == wrote
+    assert before[1].count("fastsal triton skipped: ") == 2
+    assert page.main(figures, figures) == 0
+    assert (readme.read_text(), written.read_text()) == before
 
 
-def test_without_figures_or_markers_nothing_is_written(home, capsys):
+def test_without_figures_or_markers_nothing_is_written(home, monkeypatch, capsys):
+    monkeypatch.setattr("sys.argv", ["report"])
     before = (home / "README.md").read_text()
-    assert page.write(home, home, check=False) == 1
-    assert "holds no figures" in capsys.readouterr().out
+    assert page.main(home, home) == 1
+    assert "holds no figures" in capsys.readouterr().err
     (home / "bench.json").write_bytes((RESULTS / "bench.json").read_bytes())
     for text in (before.replace(page.END, ""), before + page.BEGIN, f"{page.END} {page.BEGIN}"):
         (home / "README.md").write_text(text)
-        assert page.write(home, home, check=False) == 1
-        assert "wants one line" in capsys.readouterr().out
+        assert page.main(home, home) == 1
+        assert "wants one line" in capsys.readouterr().err
         assert (home / "README.md").read_text() == text
     assert not (home / "docs").exists()
 
 
 def test_the_page_and_the_readme_say_what_the_figures_say():
-    assert page.write(RESULTS, ROOT, check=True) == 0
+    texts = page.documents(RESULTS, (ROOT / "README.md").read_text(encoding="utf-8"))
+    assert sorted(map(str, texts)) == ["README.md", "docs/benchmarks.md"]
+    for name, text in texts.items():
+        assert (ROOT / name).read_text(encoding="utf-8") == text, f"{name} is stale: run `python -m bench report`"
 
 
 def test_every_figure_is_on_the_page():
