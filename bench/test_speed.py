@@ -15,7 +15,7 @@ from bench.suite.session import Session
 
 
 class Playback:
-    """A clock that stands still but for what it is told."""
+    """A clock that moves only when it is told to."""
 
     def __init__(self) -> None:
         self.now = 0.0

@@ -1,4 +1,4 @@
-"""The registry: every case of every level."""
+"""What is measured: the cases of every level, gathered in one registry; and two studies with tables of their own."""
 
 from collections.abc import Iterator
 

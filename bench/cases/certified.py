@@ -1,10 +1,10 @@
-"""Certified against exact ρ̃ on trained 1000-class networks: passes, seconds, answers; and how passes grow with n.
+"""Certified beside exact ρ̃ on trained networks of 1000 classes: passes, seconds, answers; and how passes grow with the classes.
 
     python -m bench certified --images 200 --threads 1 --folder build/bench
 
-Trains the networks of certified_models.py first where the folder does not hold them (minutes). Every method runs on the same
-batches in turn, in one process, so that the ratios bear a busy machine. Writes results/certified.json and
-results/certified_growth.png.
+Trains the networks of bench/contestants/certified_models.py first where the folder does not hold them, which takes minutes. The
+methods take turns on the same batches in one process, so that a busy machine slows all of them alike. Writes
+bench/results/certified.json.
 """
 
 import argparse
@@ -86,7 +86,7 @@ def compare(kind: str, folder: Path, images: int, batch: int) -> dict[str, objec
 
 @dataclass
 class Matrices:
-    """Passes of given Jacobians [E, n, D]."""
+    """Jacobians [E, n, D] that are known, in the place of a model: what fastsal/methods/certified.py asks of it."""
 
     logits: Tensor
     jacobian: Tensor
@@ -107,7 +107,7 @@ class Matrices:
 
 
 def growth(n: int, examples: int = 8, dimension: int = 600) -> dict[str, object]:
-    """Random Jacobians whose singular values fall as 1/k, with a common part; bunched margins, as trained networks have."""
+    """Random Jacobians: singular values fall as 1/k, rows have a common part, margins are bunched as in trained networks."""
     generator = torch.Generator().manual_seed(n)
     spectrum = 1 / torch.arange(1, dimension + 1)
     totals, right = [], 0

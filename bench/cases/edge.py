@@ -1,7 +1,7 @@
-"""Edge table: what everyone answers for ρ̃ where the inputs are awkward. Generated, not typed.
+"""Awkward inputs: what everyone answers for ρ̃ there.
 
-Peers see a linear model with this Jacobian and these logits. Logits scale with the gradients, so that ρ̃ stays near 0.1 and no
-step is clipped. An answer is shown as `right`, as its multiple of the truth, or as what came instead.
+Peers are given a linear model with this Jacobian and these logits. The logits scale with the gradients, so that ρ̃ stays near
+0.1 and no step is clipped. An answer is shown as `right`, as its multiple of the truth, or as what came instead.
 """
 
 import functools
@@ -25,7 +25,7 @@ from bench.contestants.peers import PEERS
 from bench.suite.core import FOREIGN_ERRORS
 from fastsal import reference
 
-LIMIT = 1e-2  # relative: steps are read off float32 images
+LIMIT = 1e-2  # relative: the lengths of steps are read off float32 images
 SCALES = (1e-7, 1e-9, 1e-12, 1e-15, 1e-20, 1e-23, 1e-25, 1e20)
 CLASSES, SIZE = 30, 64  # more rows than torch.cdist's default takes differences for, more classes than DeepFool's ten
 
@@ -84,7 +84,7 @@ def inputs() -> dict[str, Inputs]:
 
 
 class _Linear(nn.Module):
-    """Logits c_i + J_i (y − x_i) for the two examples i, in float32 without overflow where the answer has none."""
+    """Logits c_i + J_i (y − x_i) of the two examples i, in float32, with no overflow where the logits themselves have none."""
 
     def __init__(self, given: Inputs) -> None:
         super().__init__()
@@ -92,7 +92,7 @@ class _Linear(nn.Module):
         self.anchor = nn.Parameter(torch.zeros(1), requires_grad=False)  # peers ask a model for its device
 
     def forward(self, y: Tensor) -> Tensor:
-        # Some peers pass one example at a time, some both, some those they have not fooled yet: told apart by nearness.
+        # Peers pass one example at a time, or both, or those they have not fooled yet: the nearest x tells which.
         which = torch.cdist(y.detach().flatten(1), self.x).argmin(1)
         shift = (y.flatten(1) - self.x[which]).unsqueeze(2)
         return self.logits[which] + torch.bmm(self.jacobian[which], shift).squeeze(2)
@@ -136,7 +136,7 @@ def _one(found: float, wanted: float) -> str:
 
 
 def cell(answer: Answer, given: Inputs) -> str:
-    """What became of the two examples: `right` if both are, else the first that is not."""
+    """The answer for the two examples in a word: `right` if both are, else the first that is not."""
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")

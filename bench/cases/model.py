@@ -1,8 +1,8 @@
 """Model level: ρ̃ of a batch from the model, by fastsal, by a whole Jacobian and the eager formula, and by the peers.
 
-Beside the time: the share of examples whose ρ̃ is wrong, and the growth of the peak memory in a fresh process. Whoever looks at
-the highest logits only is right here if its answer lies between ρ̃ and the least ratio of the ten highest; the share of wrong
-answers says how often that is not ρ̃ itself.
+Beside the time stand the share of examples whose ρ̃ is wrong and the growth of the peak memory in a fresh process. Contestants
+that look at the highest logits only are right if they answer something between ρ̃ and the least ratio of the ten highest; the
+share of wrong answers says how often that is not ρ̃ itself.
 """
 
 import functools
@@ -52,7 +52,7 @@ class Truth:
         return distances.amin(1), distances.gather(1, highest).amin(1)
 
     def error(self, robustness: Tensor, limited: bool) -> float:
-        """The largest relative error; 0 between the two ratios where only the highest logits are looked at."""
+        """The largest relative error; `limited` answers, from the highest logits only, have none between the two ratios."""
         least, most = self.ratios
         if not limited:
             most = least
@@ -89,7 +89,7 @@ METHODS: dict[str, tuple[Any, int | None]] = {
 
 
 def work(name: str, tiny: bool) -> Work:
-    """Everyone on a model and batch of bench/contestants/models.py."""
+    """A model of bench/contestants/models.py with a batch of images, and everyone who works on it."""
     model, x = models.tiny() if tiny else models.load(name)
     truth, contestants, skipped = Truth(model, x), [], {}
 
@@ -116,7 +116,7 @@ def work(name: str, tiny: bool) -> Work:
 
 
 def cases() -> Iterator[Case]:
-    """The four models; all threads, as one would run them."""
+    """The four models, with all threads, as one would run them."""
     for name in models.MODELS:
         for quick in (False, True) if name in QUICK else (False,):
             yield Case(

@@ -1,6 +1,7 @@
 """Pairs: distances and margins of all logit pairs, and the gradient of the distances in the Jacobian.
 
-Beside the time stands the error on rows that differ by one part in ten thousand, where products lose what differences keep.
+Beside the time stands the error on rows that differ by one part in ten thousand. There, products of rows lose the digits
+that differences keep.
 """
 
 import functools
@@ -21,7 +22,7 @@ SHAPES = ((8192, 10, 784), (128, 100, 3072), (1, 1000, 12288))
 QUICK = ((8, 100, 3072),)
 ROWS = 8  # rows whose pairs are compared with float64
 NEAR = 1e-4  # relative distance of near-identical rows
-LARGEST = 2**33  # bytes: eager differences that keep more than this for their backward are left out
+LARGEST = 2**33  # bytes: eager differences are left out where their backward pass would keep more than this
 
 Distances = Callable[[Tensor], Tensor]
 
@@ -86,7 +87,7 @@ class Checks:
         examples, rows = self._at
         distance, margin, nearest = (v[examples][:, rows] for v in result[:3])
         diagonal = torch.arange(len(rows)), rows
-        # torch leaves rounding errors of its products on the diagonal: only fastsal says that it is 0.
+        # On the diagonal torch leaves the rounding errors of its products; only fastsal gives 0.
         distance[:, diagonal[0], diagonal[1]] = 0.0
         return max(
             worst(distance, self.distance, self.distance),
@@ -95,7 +96,10 @@ class Checks:
         )
 
     def gradient(self, weight: Tensor, found: Tensor) -> float:
-        """Of Σ w_ij ‖g_i − g_j‖ in g_i: Σ_j (w_ij + w_ji) (g_i − g_j) / ‖g_i − g_j‖, in units of Σ_j |w_ij + w_ji|."""
+        """The error of a gradient of Σ w_ij ‖g_i − g_j‖, in units of Σ_j |w_ij + w_ji|.
+
+        The gradient in g_i is Σ_j (w_ij + w_ji) (g_i − g_j) / ‖g_i − g_j‖.
+        """
         examples, rows = self._at
         both = (weight + weight.transpose(1, 2))[examples][:, rows].double()
         factor = torch.where(self.distance > 0, both / self.distance, 0.0)
@@ -110,7 +114,7 @@ def _near(n: int) -> tuple[Tensor, Tensor]:
 
 
 def forward(shape: tuple[int, int, int], tiny: bool) -> Work:
-    """All outputs."""
+    """All outputs but the alignment."""
     inputs = [case[:2] for case in draw(shape, torch.float32, tiny)]
     checks, near, contestants = Checks(*inputs[0]), _near(inputs[0][0].shape[1]), []
     near_checks = Checks(*near)
@@ -157,7 +161,7 @@ def backward(shape: tuple[int, int, int], tiny: bool) -> Work:
 
 
 def cases() -> Iterator[Case]:
-    """Forward and backward."""
+    """Forward, and forward and backward, on every shape."""
     for quick, shapes in ((False, SHAPES), (True, QUICK)):
         for shape in shapes:
             text = f"({', '.join(map(str, shape))}) float32"

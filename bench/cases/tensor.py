@@ -21,7 +21,7 @@ from fastsal.tolerance import scaled_errors, tolerance, worst
 
 Inputs = tuple[Tensor, Tensor, Tensor]
 CACHES = 1 << 28  # bytes: several times any last-level cache of one socket
-LOOSE = 1e-4  # the error, in units of a quantity's scale, that others may have: plain float32 sums; fastsal's is 1e-6
+LOOSE = 1e-4  # the error that others may have, in units of a quantity's scale: they sum in plain float32
 
 SHAPES = ((8, 10, 784), (65536, 10, 784), (1700, 100, 3072), (13, 1000, 37632), (1, 1000, 150528))
 QUICK = ((8, 10, 784), (200, 100, 3072))
@@ -31,7 +31,7 @@ CHECKED = 64  # examples compared with float64, fewer where they are large
 
 
 def draw(shape: tuple[int, int, int], dtype: torch.dtype, tiny: bool) -> list[Inputs]:
-    """Random logits, jacobian and x; as many as it takes to exceed every cache. Tiny: small ones."""
+    """Random logits, Jacobians and x: as many as it takes to exceed every cache, or a small one if `tiny`."""
     B, n, D = (min(size, small) for size, small in zip(shape, TINY, strict=True)) if tiny else shape
     generator = torch.Generator().manual_seed(0)
     copies = 1 if tiny else max(1, CACHES // (B * n * D * dtype.itemsize))
@@ -57,7 +57,7 @@ class Checks:
         self._seen: dict[str, tuple[dict[str, Tensor], float]] = {}
 
     def __call__(self, name: str, result: Any) -> float:
-        """The worst scaled error; where the bits are those of the call before, its answer."""
+        """The worst scaled error; not computed again where the bits are those of the call before."""
         fields = result if isinstance(result, dict) else vars(result)
         part = {key: value[self.examples] for key, value in fields.items() if isinstance(value, Tensor)}
         before, error = self._seen.get(name, ({}, 0.0))
@@ -91,7 +91,7 @@ FORMULAS: dict[str, tuple[formulas.Formula, str]] = {
 
 
 def work(shape: tuple[int, int, int], dtype: torch.dtype, tiny: bool) -> Work:
-    """Everyone on a Jacobian of this shape."""
+    """Jacobians of this shape, and everyone who works on them."""
     inputs = draw(shape, dtype, tiny)
     checks = Checks(inputs[0])
     contestants = [
@@ -106,7 +106,7 @@ def work(shape: tuple[int, int, int], dtype: torch.dtype, tiny: bool) -> Work:
     for name in names:
         add(f"fastsal {name}", functools.partial(_fastsal, name), tolerance(dtype))
     torch._dynamo.reset()  # a shape beyond its limit of recompilations would run uncompiled
-    # The number of threads is compiled in, and a change of it is guarded: every thread count gets code of its own.
+    # torch.compile fixes the number of threads and guards it, so that every number of threads gets code of its own.
     optimized = torch.compile(formulas.eager, dynamic=False)
     add("torch.compile", lambda given: optimized(*given), LOOSE, compiles=True)
     for name, (formula, what) in FORMULAS.items():
@@ -123,7 +123,7 @@ def work(shape: tuple[int, int, int], dtype: torch.dtype, tiny: bool) -> Work:
 
 
 def cases() -> Iterator[Case]:
-    """float32 and bfloat16, sizes that fill the memory and one that is all overhead."""
+    """float32 and bfloat16; large Jacobians, and one so small that all of its time is overhead."""
     for quick, shapes in ((False, SHAPES), (True, QUICK)):
         for shape in shapes:
             for dtype in (torch.float32, torch.bfloat16):

@@ -1,4 +1,4 @@
-"""What one would write instead of calling fastsal: float32, norm 2, no care for ties or range.
+"""What one would write instead of calling fastsal: float32, norm 2, without care for ties or for very large and small numbers.
 
 Every function takes logits [B, n], jacobian [B, n, D] and x [B, D] and returns the fields of `fastsal.Geometry` it computes.
 """

@@ -1,7 +1,7 @@
 """One linearised step of each peer, as its users call it: the distance it moves every example [B].
 
-All of them return perturbed images, none returns ρ̃: the distance is how far the step moved the image, before overshooting. Each
-is imported when it is first used, and skipped with a line where it is not installed.
+All of them return perturbed images and none returns ρ̃: the distance is how far the step moved the image, before overshooting.
+A peer is imported when it is first used, and skipped with a reason where it is not installed.
 """
 
 import importlib
@@ -24,7 +24,7 @@ FAB_OVERSHOOT = 1.05
 
 @dataclass(frozen=True)
 class Peer:
-    """`classes` of the highest logits besides the predicted one are looked at, None for all of them."""
+    """One step of a peer. `classes` is how many of the highest logits besides the predicted one it looks at; None: all."""
 
     module: str
     install: str
@@ -46,7 +46,7 @@ def _labels(model: nn.Module, x: Tensor) -> Tensor:
 
 
 class _LastInput(nn.Module):
-    """The model, remembering its last input: FAB returns a step only where it fooled the model, but tries it on the model."""
+    """The model, with a memory of its last input: FAB tries every step on the model, but returns it only where it fooled it."""
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
@@ -78,8 +78,8 @@ def torchattacks_fab(model: nn.Module, x: Tensor) -> Tensor:
 
 
 def art_deepfool(model: nn.Module, x: Tensor, gradients: int) -> Tensor:
-    # With fewer gradients than classes ART 1.20 takes the predicted class's place among the chosen ones for its number and
-    # subtracts another class's logit: the suite reports that as wrong.
+    # With fewer gradients than classes ART 1.20 mistakes the place of the predicted class among the chosen ones for its number,
+    # and subtracts another class's logit. The suite reports that as wrong.
     estimators = importlib.import_module("art.estimators.classification")
     attacks = importlib.import_module("art.attacks.evasion")
     logging.getLogger("art").setLevel(logging.ERROR)  # it warns at every call that it will not clip
@@ -114,7 +114,7 @@ def adv_lib_fab(model: nn.Module, x: Tensor) -> Tensor:
 
 
 TEN, EVERY = 10, 10**6
-ATTACKS = "--no-deps torchattacks"  # asks for a requests of 2020
+ATTACKS = "--no-deps torchattacks"  # it wants a version of requests from 2020
 ADV_LIB = "--no-deps adv-lib"  # one of its dependencies does not build with current setuptools
 PEERS: dict[str, Peer] = {
     "foolbox DeepFool, 10 candidates": Peer("foolbox", "foolbox", lambda m, x: foolbox_deepfool(m, x, TEN), TEN - 1),

@@ -1,8 +1,8 @@
 """What a case is, and how it is checked and timed.
 
-The answer of every contestant is checked first; a wrong one gets its error and no speed. Then the contestants take turns, round
-by round, so that whatever else the machine does hits them alike; a ratio is formed within its round, and the figure is the
-median of the ratios with the quartiles beside it.
+The answer of every contestant is checked first; a wrong one is reported with its error and without a speed. Then the
+contestants take turns, round by round, so that whatever else the machine does slows all of them alike. A ratio compares two
+times of the same round, and the figure is the median of the ratios, with the quartiles beside it.
 """
 
 import gc
@@ -19,7 +19,7 @@ import torch
 
 from bench.suite import memory
 
-# What foreign code raises where it cannot do a piece of work: reported in the table, not fatal to the run.
+# What other people's code raises where it cannot do a piece of work. The table reports it, and the run goes on.
 FOREIGN_ERRORS = (
     RuntimeError,
     ValueError,
@@ -30,16 +30,16 @@ FOREIGN_ERRORS = (
     KeyError,
     ImportError,
 )
-SHORTEST = 5e-3  # seconds: what is faster is repeated within one timing
-SLOW = 5.0  # seconds: what takes longer runs once, and that run is the one whose answer is checked
+SHORTEST = 5e-3  # seconds: shorter work is repeated within one timing
+SLOW = 5.0  # seconds: longer work runs once only, and the run that was checked is the one that counts
 
 
 @dataclass(frozen=True)
 class Contestant:
     """One way of doing the work of a case.
 
-    run(input) does it; check(result) is the error of its result on the first input, where at most `limit` is right.
-    `what` says what it computes where that is not all of the case's outputs.
+    `run(input)` does the work. `check(result)` returns the error of the result for the first input, and an error of at most
+    `limit` counts as right. `what` says what is computed, where that is not every output of the case.
     """
 
     name: str
@@ -48,12 +48,12 @@ class Contestant:
     limit: float
     what: str = ""
     facts: Callable[[Any], dict[str, float]] | None = None  # figures beside the time, from the checked result
-    compiles: bool = False  # in its first run, which says nothing about its speed then
+    compiles: bool = False  # its first run compiles, and tells nothing about its speed
 
 
 @dataclass
 class Work:
-    """Inputs, larger than every cache or several to be taken in turns, and who works on them; the first is the yardstick."""
+    """Inputs, together larger than every cache and taken in turns, and the contestants; the first of these is the yardstick."""
 
     inputs: list[Any]
     contestants: list[Contestant]
@@ -63,16 +63,16 @@ class Work:
 
 @dataclass(frozen=True)
 class Case:
-    """A piece of work: level and name say where its figures go; make(tiny) builds inputs and contestants.
+    """A piece of work: `level` and `name` say where its figures go, and `make(tiny)` builds its inputs and contestants.
 
-    Tiny is the same work on next to nothing, by the same contestants: for the tests, to warm up, to know the names.
+    With `tiny` the inputs are next to nothing and the contestants the same: for the tests, to warm up, to know the names.
     """
 
     level: str
     name: str
     make: Callable[[bool], Work]
     quick: bool = False  # belongs to --quick, which runs nothing else
-    every_thread_count: bool = True  # 1 thread and all; else all only
+    every_thread_count: bool = True  # with 1 thread and with all; else with all alone
     budget: float = 12.0  # seconds of timing, about, at each thread count
     memory: bool = False  # also the peak memory of every contestant, in a fresh process
 
@@ -83,7 +83,7 @@ class Case:
 
 
 def thread_counts(case: Case) -> Iterable[int]:
-    """1 and all."""
+    """The numbers of threads to measure with: 1 and all, or all alone."""
     every = torch.get_num_threads()
     return dict.fromkeys((1, every)) if case.every_thread_count else (every,)
 
@@ -94,7 +94,7 @@ def three(values: list[float]) -> list[float]:
 
 
 def _busy() -> float | None:
-    """Seconds of processor time that all processes of the machine have taken so far, where the system tells."""
+    """Seconds of processor time that all processes of the machine have taken so far; None where the system does not tell."""
     try:
         with open("/proc/stat", encoding="ascii") as stat:
             user, nice, system, _, _, irq, softirq = (int(word) for word in stat.readline().split()[1:8])
@@ -118,7 +118,7 @@ class OtherLoad:
 
 
 def _once(run: Callable[[Any], object], inputs: list[Any], repeats: int) -> float:
-    """Seconds of one run, as the mean of `repeats` on one input after the other."""
+    """Seconds of one run: the mean over `repeats` runs, on one input after the other."""
     start = time.perf_counter()
     for turn in range(repeats):
         run(inputs[turn % len(inputs)])
@@ -128,10 +128,10 @@ def _once(run: Callable[[Any], object], inputs: list[Any], repeats: int) -> floa
 def take_turns(
     runs: dict[str, Callable[[Any], object]], inputs: list[Any], budget: float, rounds: int = 15
 ) -> dict[str, list[float]]:
-    """Seconds of every run, warm already, round by round, each round in an order of its own.
+    """Seconds of every run in every round. All runs are warm already, and every round has an order of its own.
 
-    Whoever begins a round finds threads asleep, and everyone the caches as the one before left them: not always the same one.
-    Each has up to `rounds` rounds and an equal share of `budget` seconds, but three at least; one, if it takes a second.
+    The order matters: the first of a round finds its threads asleep, and each finds the caches as the one before left them.
+    Every run has an equal share of `budget` seconds: at most `rounds` rounds and at least three, or one if it takes a second.
     """
     times: dict[str, list[float]] = {}
     repeats, wanted, share = {}, {}, budget / max(1, len(runs))
@@ -139,7 +139,7 @@ def take_turns(
         estimate = _once(run, inputs, 1)
         repeats[name] = max(1, math.ceil(SHORTEST / estimate))
         wanted[name] = min(rounds, max(3 if estimate < 1 else 0, int(share / (estimate * repeats[name]))))
-        times[name] = [estimate] if estimate >= 1 else []  # such a one counts
+        times[name] = [estimate] if estimate >= 1 else []  # a run that long counts, and is not repeated for nothing
     names, order = list(runs), random.Random(0)
     for turn in range(max(wanted.values(), default=0)):
         gc.collect()

@@ -22,7 +22,7 @@ def _resident(field: str) -> int:
 def growth(run: Callable[[], object]) -> int:
     """Bytes by which the peak during `run` exceeds what the process holds before it."""
     gc.collect()
-    if not _CLEAR.exists():  # not Linux: the peak since the process began, in bytes on macOS
+    if not _CLEAR.exists():  # not Linux: only the peak since the process began is known, in bytes on macOS
         before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
         run()
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before
@@ -33,7 +33,7 @@ def growth(run: Callable[[], object]) -> int:
 
 
 def in_fresh_process(case: str, contestant: str, quick: bool, threads: int) -> int | None:
-    """`growth` of a registered contestant's second run (the first imports and warms up); None where it did not survive."""
+    """`growth` of the work of a contestant of a registered case, after a warm-up; None where the process did not survive."""
     command = [sys.executable, "-m", "bench.tools.peak_memory", case, contestant]
     command += ["--threads", str(threads), *(["--quick"] if quick else [])]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)

@@ -13,7 +13,7 @@ QUICK_BUDGET = 3.0  # seconds of timing for a case and thread count
 
 
 class Session:
-    """Records of cases, from the file where it has them at this commit, else measured now and kept."""
+    """Records of cases: taken from the file if it holds them for this commit, else measured now and written into it."""
 
     def __init__(self, quick: bool, fresh: bool = False, path: Path | None = None) -> None:
         self.quick, self._at = quick, commit()
@@ -34,7 +34,7 @@ class Session:
         return self.keep(f"{case.title}, threads: {threads}", measure)
 
     def keep(self, key: str, make: Callable[[], dict[str, Any]]) -> dict[str, Any]:
-        """What the file holds under this key at this commit, else what `make` finds now."""
+        """The record of this key: from the file if it holds one for this commit, else made now and written into it."""
         if not self.store.has(key, self._at):
             self.store.put(key, make(), self._at)
         return self.store.records[key]

@@ -45,7 +45,7 @@ def _version(package: str) -> str | None:
 
 
 def environment() -> dict[str, Any]:
-    """Machine and versions: figures of another one do not belong into the same file."""
+    """The machine and the versions. Figures of other machines or versions do not belong into the same file."""
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
     versions = {"python": platform.python_version(), "torch": torch.__version__, "fastsal": fastsal.__version__}
     return {
@@ -73,7 +73,7 @@ class Store:
             self.environment, self.records = content["environment"], content["records"]
 
     def begin(self, fresh: bool) -> None:
-        """Before measuring: forgets the records where they are of another machine or of other versions, or all."""
+        """Before measuring: forgets all records if they are of another machine or of other versions, or if `fresh`."""
         now = environment()
         if fresh or now != self.environment:
             self.environment, self.records = now, {}

@@ -116,11 +116,11 @@ class _Progress:
         )
 
     def cost(self, recipe: Recipe) -> float:
-        """Of an epoch. Measured: a double backward pass is a little dearer, PGD takes its steps."""
+        """Of an epoch. As measured, a double backward pass costs a little more, and PGD as much as its steps."""
         return 1.3 if recipe.penalty else 0.5 * (PGD_STEPS + 1) if recipe.radius else 1.0
 
     def attack(self) -> float:
-        """Of one attack, on average; `share` is how many images are attacked for one trained on."""
+        """Of one attack, on average; `share` is the number of attacked images over that of training images."""
         return 45 * self._share
 
     def all(self, recipe: Recipe) -> float:
@@ -131,7 +131,7 @@ class _Progress:
 def _result(
     recipe: Recipe, data: Data[Split], arguments: argparse.Namespace, shown: torch.Tensor, progress: _Progress
 ) -> Result:
-    """A model's numbers: from the folder where they are there, else trained and measured."""
+    """The numbers of a model: from the folder if it holds them, else the model is trained and measured now."""
     path = arguments.out / "models" / f"{recipe.name}.npz"
     if not path.exists():
         left = progress.all(recipe)

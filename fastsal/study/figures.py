@@ -11,7 +11,7 @@ from fastsal.files import extra, replacing
 from fastsal.geometry import Geometry
 from fastsal.study.results import WORKING, Result, Study
 
-WIDTH = 4.2  # inches, of every figure: at the width of a phone its labels are as large as the text
+WIDTH = 4.2  # inches, of every figure: on a phone's screen the labels are then as large as the text
 HOLLOW = f"hollow where the accuracy is below {WORKING:.0%} of the plain one's"
 COLORS = {"double backpropagation": plot.COLORS[1], "adversarial": plot.COLORS[2]}
 MARKERS = {"double backpropagation": "o", "adversarial": "s"}
@@ -84,7 +84,7 @@ def linearised_robustness(study: Study) -> tuple[Any, str]:
     everything = {
         name: np.concatenate([r.columns[name] for r in study.results]) for name in ("rho", "linearized_robustness")
     }
-    # Logarithmic axes would be given to the few images that lie almost on the boundary.
+    # Logarithmic axes would give most of the figure to the few images that lie almost on the decision boundary.
     left, bottom = (float(np.nanquantile(values, 0.01)) for values in everything.values())
     hidden = int(((everything["rho"] < left) | (everything["linearized_robustness"] < bottom)).sum())
     for ax, (training, results) in zip(axes[1:], families.items(), strict=True):
@@ -179,7 +179,7 @@ def accuracy(study: Study) -> tuple[Any, str]:
     figure, axes = _figure(3.3 * len(families), len(families))
     names = {"double backpropagation": "penalty λ", "adversarial": "radius ε (units of x)"}
     for ax, (training, results) in zip(axes, families.items(), strict=True):
-        # One place a model, not to scale: neither crowded nor empty whatever the strengths.
+        # Every model has a place of its own, not to scale, so that no strengths are crowded and no space is empty.
         labels = ["plain", *(f"{result.recipe.strength:g}" for result in list(results.values())[1:])]
         ax.plot(labels, [r.accuracy for r in results.values()], marker=MARKERS[training], color=COLORS[training])
         ax.tick_params(axis="x", rotation=0 if len(labels) <= 8 else 90)

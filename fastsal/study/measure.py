@@ -71,9 +71,9 @@ def measure(
     seed: int,
     after_attack: Callable[[], None] = lambda: None,
 ) -> tuple[dict[str, np.ndarray[Any, Any]], np.ndarray[Any, Any]]:
-    """Geometry, degrees of homogeneity, terms of the bound, ρ and the deviation from the bias sums, of every image.
+    """Columns with a row for every image, and the saliency maps of the images at `shown`.
 
-    And the saliency maps of the images at `shown`.
+    The columns are the scalars of `Geometry`, degrees of homogeneity, terms of the bound, ρ, deviations from the bias sums.
     """
     parts = [_geometry(model, part) for part in x.split(BATCH)]
     maps = analyze(model, x[shown], keep_saliency=True).saliency

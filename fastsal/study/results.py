@@ -16,7 +16,7 @@ from fastsal.geometry import Geometry
 from fastsal.study.attacks import ATTACKS
 from fastsal.study.train import Recipe
 
-WORKING = 0.9  # of the plain model's accuracy: what a model must keep to count in the claims
+WORKING = 0.9  # the share of the plain network's accuracy that a network must keep to count in the claims
 FAMILIES = ("double backpropagation", "adversarial")
 TABLE = {
     "rho": "ρ",
@@ -36,7 +36,7 @@ Columns = dict[str, np.ndarray[Any, Any]]
 
 @dataclass(frozen=True)
 class Result:
-    """One trained model: its accuracy on the whole test split, a row an analysed image in every column, some saliency maps."""
+    """One trained network: accuracy on the whole test split, columns with a row for every analysed image, saliency maps."""
 
     recipe: Recipe
     accuracy: float
@@ -47,7 +47,7 @@ class Result:
         return float(np.nanmedian(self.columns[name]))
 
     def geometry(self) -> Geometry:
-        """The columns again as what fastsal.plot takes."""
+        """The columns as a `Geometry`, which fastsal.plot takes."""
         there = {f.name: torch.from_numpy(self.columns[f.name]) for f in fields(Geometry) if f.name in self.columns}
         missing = dict.fromkeys(f.name for f in fields(Geometry))
         return Geometry(**{**missing, **there, "saliency": self.saliency})  # type: ignore[arg-type]
