@@ -13,6 +13,7 @@ import argparse
 import contextlib
 import json
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -48,33 +49,16 @@ def _number(text: str) -> float:
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options, in the order a newcomer needs them."""
     parser.add_argument("--out", type=Path, default=Path("fastsal-study"), help="the folder; default: %(default)s")
-    parser.add_argument(
-        "--data",
-        default="digits",
-        help="digits, mnist:PATH, cifar10:PATH or folder:PATH with train and val; default: digits",
-    )
-    parser.add_argument(
-        "--strengths",
-        type=_number,
-        nargs="*",
-        default=STRENGTHS,
-        metavar="λ",
-        help="penalties of double backpropagation",
-    )
-    parser.add_argument(
-        "--radii",
-        type=_number,
-        nargs="*",
-        default=RADII,
-        metavar="ε",
-        help="radii of adversarial training, in units of x",
-    )
+    formats = "digits, mnist:PATH, cifar10:PATH or folder:PATH with train and val; default: digits"
+    parser.add_argument("--data", default="digits", help=formats)
+    numbers: dict[str, Any] = {"type": _number, "nargs": "*"}
+    penalties, radii = "penalties of double backpropagation", "radii of adversarial training, in units of x"
+    parser.add_argument("--strengths", **numbers, default=STRENGTHS, metavar="λ", help=penalties)
+    parser.add_argument("--radii", **numbers, default=RADII, metavar="ε", help=radii)
     parser.add_argument("--model", default="cnn", help="cnn, torchvision:NAME or timm:NAME; default: cnn, the paper's")
     parser.add_argument("--epochs", type=positive, help="of training; default: by data")
     parser.add_argument("--batch-size", type=positive, default=64, help="of training; default: %(default)s")
-    parser.add_argument(
-        "--images", type=positive, default=300, help="test images to analyse and attack; default: %(default)s"
-    )
+    parser.add_argument("--images", type=positive, default=300, help="test images, attacked too; default: %(default)s")
     parser.add_argument("--seed", type=int, default=0, help="of the split, the networks and the attacks; default: 0")
     parser.add_argument("--device", default="cpu", help="cpu, or cuda; default: cpu")
 

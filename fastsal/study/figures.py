@@ -13,8 +13,10 @@ from fastsal.study.results import WORKING, Result, Study
 
 WIDTH = 4.2  # inches, of every figure: on a phone's screen the labels are then as large as the text
 HOLLOW = f"hollow where the accuracy is below {WORKING:.0%} of the plain one's"
-COLORS = {"double backpropagation": plot.COLORS[1], "adversarial": plot.COLORS[2]}
-MARKERS = {"double backpropagation": "o", "adversarial": "s"}
+STYLES: dict[str, dict[str, Any]] = {
+    "double backpropagation": {"color": plot.COLORS[1], "marker": "o"},
+    "adversarial": {"color": plot.COLORS[2], "marker": "s"},
+}
 
 
 def _quantity(results: dict[str, Result], name: str) -> dict[str, Any]:
@@ -33,24 +35,12 @@ def _figure(height: float, rows: int = 1) -> tuple[Any, Any]:
 
 def _median_lines(study: Study, ax: Any, quantity: str) -> None:
     for training, results in study.families().items():
-        plot.medians(
-            _geometries(results),
-            _quantity(results, "rho"),
-            quantity,
-            label=training,
-            color=COLORS[training],
-            marker=MARKERS[training],
-            ax=ax,
-        )
+        style, rho = STYLES[training], _quantity(results, "rho")
+        plot.medians(_geometries(results), rho, quantity, label=training, ax=ax, **style)
         for result in results.values():
             if result not in study.working():
-                style = {
-                    "marker": MARKERS[training],
-                    "markersize": 5,
-                    "markerfacecolor": "white",
-                    "color": COLORS[training],
-                }
-                ax.plot(result.median("rho"), result.median(quantity), zorder=4, **style)
+                hollow = {"markersize": 5, "markerfacecolor": "white", "zorder": 4}
+                ax.plot(result.median("rho"), result.median(quantity), **style, **hollow)
     plain = study.results[0]
     ax.plot(plain.median("rho"), plain.median(quantity), "*", color="black", markersize=11, label="plain", zorder=5)
     ax.set_xlabel("median robustness ρ (units of x)")
@@ -89,14 +79,8 @@ def linearised_robustness(study: Study) -> tuple[Any, str]:
     hidden = int(((everything["rho"] < left) | (everything["linearized_robustness"] < bottom)).sum())
     for ax, (training, results) in zip(axes[1:], families.items(), strict=True):
         colors = [colormap(slot) for slot in np.linspace(0, 0.92, len(results))]
-        plot.scatter(
-            _geometries(results),
-            _quantity(results, "rho"),
-            diagonal=True,
-            y="linearized_robustness",
-            colors=colors,
-            ax=ax,
-        )
+        rho, y = _quantity(results, "rho"), "linearized_robustness"
+        plot.scatter(_geometries(results), rho, y, diagonal=True, colors=colors, ax=ax)
         ax.set(xlabel="robustness ρ (units of x)", title=training)
         ax.set_xlim(left=0.9 * left)
         ax.set_ylim(bottom=0.9 * bottom)
@@ -181,7 +165,7 @@ def accuracy(study: Study) -> tuple[Any, str]:
     for ax, (training, results) in zip(axes, families.items(), strict=True):
         # Every model has a place of its own, not to scale, so that no strengths are crowded and no space is empty.
         labels = ["plain", *(f"{result.recipe.strength:g}" for result in list(results.values())[1:])]
-        ax.plot(labels, [r.accuracy for r in results.values()], marker=MARKERS[training], color=COLORS[training])
+        ax.plot(labels, [r.accuracy for r in results.values()], **STYLES[training])
         ax.tick_params(axis="x", rotation=0 if len(labels) <= 8 else 90)
         ax.set(xlabel=names[training], ylabel="test accuracy", ylim=(0, 1.05), title=training)
     return figure, (

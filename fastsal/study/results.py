@@ -43,6 +43,11 @@ class Result:
     columns: Columns
     saliency: Tensor
 
+    @property
+    def name(self) -> dict[str, Any]:
+        """Which model this is, for a row of a table."""
+        return {"model": self.recipe.label, "training": self.recipe.training, "strength": self.recipe.strength}
+
     def median(self, name: str) -> float:
         return float(np.nanmedian(self.columns[name]))
 
@@ -93,17 +98,10 @@ def rank_correlation(a: Any, b: Any) -> float:
 def summary(result: Result) -> dict[str, Any]:
     """One row of the table of models."""
     columns = result.columns
-    row: dict[str, Any] = {
-        "model": result.recipe.label,
-        "training": result.recipe.training,
-        "strength": result.recipe.strength,
-        "accuracy": result.accuracy,
-    }
+    row = result.name | {"accuracy": result.accuracy}
     row |= {f"median {name}": result.median(name) for name in TABLE}
-    row["rank correlation of linearized_robustness and rho"] = rank_correlation(
-        columns["linearized_robustness"], columns["rho"]
-    )
-    row["rank correlation of alignment and rho"] = rank_correlation(columns["alignment"], columns["rho"])
+    for name in ("linearized_robustness", "alignment"):
+        row[f"rank correlation of {name} and rho"] = rank_correlation(columns[name], columns["rho"])
     # Negative where the bound holds, as it must up to rounding.
     excess = (columns["linearized_robustness"] - columns["bound"]) / columns["bound"]
     row["largest relative excess over the bound"] = float(np.nanmax(excess))
@@ -128,8 +126,6 @@ def write(study: Study, out: Path) -> None:
     _write_csv(out / "models.csv", [summary(result) for result in study.results])
     rows: list[dict[str, Any]] = []
     for result in study.results:
-        names = ("model", "training", "strength")
-        same = dict(zip(names, (result.recipe.label, result.recipe.training, result.recipe.strength), strict=True))
-        columns = {name: column.tolist() for name, column in result.columns.items()}
-        rows += [same | dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True)]
+        columns = [column.tolist() for column in result.columns.values()]
+        rows += [result.name | dict(zip(result.columns, row, strict=True)) for row in zip(*columns, strict=True)]
     _write_csv(out / "images.csv", rows)
