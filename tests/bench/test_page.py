@@ -30,9 +30,13 @@ def figures(home, measured, work_on_a_jacobian):
     return home
 
 
-def test_writes_page_readme_and_plots(figures, monkeypatch):
-    monkeypatch.setattr("sys.argv", ["report"])
+def test_writes_page_readme_and_plots(figures, monkeypatch, capsys):
     readme, written = figures / "README.md", figures / "docs" / "benchmarks.md"
+    monkeypatch.setattr("sys.argv", ["report", "--check"])
+    assert page.main(figures, figures) == 1
+    assert capsys.readouterr().out.startswith("stale: docs/benchmarks.md, README.md; ")
+    assert "old" in readme.read_text()
+    monkeypatch.setattr("sys.argv", ["report"])
     assert page.main(figures, figures) == 0
     before = readme.read_text(), written.read_text()
     assert before[0].startswith(f"# x\n\n{page.BEGIN}")
@@ -41,6 +45,8 @@ def test_writes_page_readme_and_plots(figures, monkeypatch):
     assert "commit abc" in before[0]
     assert {path.name for path in figures.glob("*.png")} == {"tensor.png", "pairs.png", "model.png"}
     assert before[1].count("fastsal triton skipped: ") == 2
+    assert page.main(figures, figures) == 0
+    monkeypatch.setattr("sys.argv", ["report", "--check"])
     assert page.main(figures, figures) == 0
     assert (readme.read_text(), written.read_text()) == before
 
