@@ -127,9 +127,16 @@ def _pairwise_margins_fake(
     )
 
 
+def _check_together(v: Tensor | None, x: Tensor | None) -> None:
+    """The term Σ_j v_ij x wants both of its factors, and the gradient of x wants the weights v."""
+    if (v is None) != (x is None):
+        raise ValueError(f"{'v' if v is None else 'x'}: got None, wants v and x, or neither")
+
+
 def _pairwise_backward(
     w: Tensor, v: Tensor | None, jacobian: Tensor, x: Tensor | None, norm: float, backend: str
 ) -> tuple[Tensor, Tensor]:
+    _check_together(v, x)
     name = choose(backend, jacobian)
     if name == "reference":
         grad_jacobian, grad_x = reference.pairwise_backward(w, v, jacobian, x, norm)
@@ -142,6 +149,7 @@ def _pairwise_backward(
 def _pairwise_backward_fake(
     w: Tensor, v: Tensor | None, jacobian: Tensor, x: Tensor | None, norm: float, backend: str
 ) -> tuple[Tensor, Tensor]:
+    _check_together(v, x)
     grad_x = jacobian.new_empty(0) if x is None else jacobian.new_empty(x.shape, dtype=x.dtype)
     return jacobian.new_empty(jacobian.shape), grad_x
 

@@ -343,6 +343,15 @@ def pairwise_margins(target: Target, logits: Tensor, jacobian: Tensor, x: Tensor
         return fastsal.pairwise_margins(*moved, norm=norm, backend=target.backend)
 
 
+def assert_v_and_x_go_together(backend: str, device: str = "cpu") -> None:
+    """pairwise_backward refuses v without x and x without v, and says which is missing."""
+    w = torch.zeros(1, 3, 3, dtype=torch.float64, device=device)
+    jacobian, x = torch.ones(1, 3, 5, device=device), torch.ones(1, 5, device=device)
+    for name, v, given in (("v", None, x), ("x", w, None)):
+        with pytest.raises(ValueError, match=f"{name}: got None, wants v and x, or neither"):
+            ops.pairwise_backward(w, v, jacobian, given, 2.0, backend)
+
+
 # The awkward numbers of each dtype. float64's stay where ‖Δ_j‖ is a normal float64.
 SPECIAL = {
     torch.float64: (0.0, -0.0, 1.0, -1.0, 1e-300, -1e-200, 1e200, -1e300, math.inf, -math.inf, math.nan),

@@ -61,6 +61,16 @@ def test_fake_cuda(name, dtype):
         assert (got.shape, got.dtype, got.device.type) == (want.shape, want.dtype, "cuda")
 
 
+@each_target
+def test_backward_takes_v_and_x_together(target):
+    cases.assert_v_and_x_go_together(target.backend, target.device)
+
+
+def test_backward_takes_v_and_x_together_on_fake_tensors():
+    with FakeTensorMode():
+        cases.assert_v_and_x_go_together("auto")
+
+
 def test_public_functions_on_fake_cuda():
     with FakeTensorMode():
         logits, jacobian, x = (torch.empty(shape, device="cuda") for shape in ((2, 3), (2, 3, 4, 5), (2, 4, 5)))

@@ -140,6 +140,10 @@ def test_pairwise_backward(dtype, norm):
         assert grad_x.numel() == 0
 
 
+def test_backward_takes_v_and_x_together():
+    cases.assert_v_and_x_go_together("triton")
+
+
 def test_gradients_flow():
     logits, jacobian, x = (tensor.requires_grad_() for tensor in cases.inputs(1, 3, 5, torch.float64))
     for backend in ("triton", "reference"):
