@@ -104,7 +104,7 @@ def _tensor_level(backend: str, given: Inputs) -> Tensor:
 def answers() -> Iterator[tuple[str, Answer | str]]:
     """Every row of the table: how it answers, or why it is not here."""
     yield "fastsal reference", functools.partial(_tensor_level, "reference")
-    for name, module in ops.BACKENDS.items():
+    for name, module in ops.KERNELS.items():
         reason = module.why_not(torch.empty(1, 2, 3))
         yield f"fastsal {name}", reason or functools.partial(_tensor_level, name)
     plain: dict[str, formulas.Formula] = {

@@ -121,7 +121,7 @@ def forward(shape: tuple[int, int, int], tiny: bool) -> Work:
 
         contestants.append(Contestant(name, lambda given: run(*given), checks, limit, facts=facts))
 
-    for backend, module in ops.BACKENDS.items():
+    for backend, module in ops.KERNELS.items():
         if reason := module.why_not(inputs[0][1]):
             skipped[f"fastsal {backend}"] = reason
         else:
@@ -147,7 +147,7 @@ def backward(shape: tuple[int, int, int], tiny: bool) -> Work:
 
         contestants.append(Contestant(name, run, functools.partial(checks.gradient, weight), limit))
 
-    for backend, module in ops.BACKENDS.items():
+    for backend, module in ops.KERNELS.items():
         if reason := module.why_not(inputs[0][1]):
             skipped[f"fastsal {backend}"] = reason
         else:

@@ -166,7 +166,7 @@ def work(shape: tuple[int, int, int], dtype: torch.dtype, tiny: bool) -> Work:
     def add(name: str, run: Callable[[Inputs], Any], limit: float, what: str = "", compiles: bool = False) -> None:
         contestants.append(Contestant(name, run, functools.partial(checks, name), limit, what, compiles=compiles))
 
-    for backend, module in ops.BACKENDS.items():
+    for backend, module in ops.KERNELS.items():
         if reason := module.why_not(inputs[0][1]):
             skipped[f"fastsal {backend}"] = reason
         else:

@@ -229,9 +229,9 @@ def pairwise_backward(
 ) -> tuple[Tensor, Tensor | None]:
     """The chain rule's last step for `pairwise_margins`, from the weights of each pair.
 
-    w (symmetric) and v (antisymmetric) [B, n, n], jacobian [B, n, D], x [B, D]. Returns, in float64,
-    Σ_j w_ij φ(g_i − g_j) + Σ_j v_ij x [B, n, D] and Σ_{i<j} v_ij (g_i − g_j) [B, D] (None without v), where φ(d) is d
-    for q = 2, sign(d) for q = 1, and for q = inf sign(d) on the largest entries, shared evenly among equals.
+    w (symmetric) and v (antisymmetric) [B, n, n], jacobian [B, n, D], x [B, D]; v and x both or neither. Returns, in
+    float64, Σ_j w_ij φ(g_i − g_j) + Σ_j v_ij x [B, n, D] and Σ_{i<j} v_ij (g_i − g_j) [B, D] (None without v and x), where
+    φ(d) is d for q = 2, sign(d) for q = 1, and for q = inf sign(d) on the largest entries, shared evenly among equals.
     """
     q = dual(norm)
     grad_x = None if v is None or x is None else torch.zeros(x.shape, dtype=torch.float64, device=x.device)

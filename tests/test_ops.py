@@ -195,7 +195,7 @@ def test_the_cpu_backend_refuses_other_devices():
 
 def test_info_names_every_backend():
     info = fastsal.info()
-    assert set(info["backends"]) == {"reference", *ops.BACKENDS}
+    assert list(info["backends"]) == ["reference", "cpu", "cuda", "triton"]
     assert all(isinstance(state, str) and state for state in info["backends"].values())
     assert info["backends"]["reference"] == info["backends"]["cpu"] == "available"
     assert set(info["cpu"]) >= {"simd", "openmp", "threads"}

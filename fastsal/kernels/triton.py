@@ -10,7 +10,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-_DUAL_CODES = {2.0: 2, float("inf"): 1, 1.0: 0}  # p of the perturbation -> q of the gradient, 0 for infinity
+from fastsal.kernels.layout import DUAL_CODES as _DUAL_CODES
+
 _SEGMENT = 4096  # triton_kernels.SEGMENT
 _MAX_PIECES = 256  # of the two winning rows
 _PAIR_SEGMENT = 8192
