@@ -43,26 +43,8 @@ def info() -> dict[str, Any]:
     return {"backends": backends} | {name: module.info() for name, module in BACKENDS.items()}
 
 
-_LIBRARY = torch.library.Library("fastsal", "DEF")
-_LIBRARY.define("row_distances(Tensor anchor, Tensor rows, float norm, str backend) -> Tensor")
-_LIBRARY.define(
-    "margin_geometry(Tensor logits, Tensor jacobian, Tensor x, float norm, str backend) -> (Tensor, Tensor, Tensor)"
-)
-_LIBRARY.define(
-    "pairwise_margins(Tensor logits, Tensor jacobian, Tensor? x, float norm, str backend)"
-    " -> (Tensor, Tensor, Tensor, Tensor, Tensor)"
-)
-_LIBRARY.define(
-    "pairwise_backward(Tensor w, Tensor? v, Tensor jacobian, Tensor? x, float norm, str backend) -> (Tensor, Tensor)"
-)
-
-
 def _row_distances(anchor: Tensor, rows: Tensor, norm: float, backend: str) -> Tensor:
     return BACKENDS[choose(backend, rows)].row_distances(anchor, rows, norm)
-
-
-def _row_distances_fake(anchor: Tensor, rows: Tensor, norm: float, backend: str) -> Tensor:
-    return layout.empty_distances(rows)
 
 
 def _margin_geometry(
@@ -71,22 +53,10 @@ def _margin_geometry(
     return BACKENDS[choose(backend, jacobian)].margin_geometry(logits, jacobian, x, norm)
 
 
-def _margin_geometry_fake(
-    logits: Tensor, jacobian: Tensor, x: Tensor, norm: float, backend: str
-) -> tuple[Tensor, Tensor, Tensor]:
-    return layout.empty_geometry(jacobian)
-
-
 def _pairwise_margins(
     logits: Tensor, jacobian: Tensor, x: Tensor | None, norm: float, backend: str
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     return BACKENDS[choose(backend, jacobian)].pairwise_margins(logits, jacobian, x, norm)
-
-
-def _pairwise_margins_fake(
-    logits: Tensor, jacobian: Tensor, x: Tensor | None, norm: float, backend: str
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    return layout.empty_pairwise(jacobian, x)
 
 
 def _check_together(v: Tensor | None, x: Tensor | None) -> None:
@@ -109,13 +79,34 @@ def _pairwise_backward_fake(
     return layout.empty_gradients(jacobian, x)
 
 
-for _name, _impl, _fake in (
-    ("row_distances", _row_distances, _row_distances_fake),
-    ("margin_geometry", _margin_geometry, _margin_geometry_fake),
-    ("pairwise_margins", _pairwise_margins, _pairwise_margins_fake),
-    ("pairwise_backward", _pairwise_backward, _pairwise_backward_fake),
+_LIBRARY = torch.library.Library("fastsal", "DEF")
+# Each operator's schema, what it does, and what it returns in shapes alone.
+for _schema, _run, _fake in (
+    (
+        "row_distances(Tensor anchor, Tensor rows, float norm, str backend) -> Tensor",
+        _row_distances,
+        lambda anchor, rows, norm, backend: layout.empty_distances(rows),
+    ),
+    (
+        "margin_geometry(Tensor logits, Tensor jacobian, Tensor x, float norm, str backend) -> (Tensor, Tensor, Tensor)",
+        _margin_geometry,
+        lambda logits, jacobian, x, norm, backend: layout.empty_geometry(jacobian),
+    ),
+    (
+        "pairwise_margins(Tensor logits, Tensor jacobian, Tensor? x, float norm, str backend)"
+        " -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
+        _pairwise_margins,
+        lambda logits, jacobian, x, norm, backend: layout.empty_pairwise(jacobian, x),
+    ),
+    (
+        "pairwise_backward(Tensor w, Tensor? v, Tensor jacobian, Tensor? x, float norm, str backend)"
+        " -> (Tensor, Tensor)",
+        _pairwise_backward,
+        _pairwise_backward_fake,
+    ),
 ):
-    _LIBRARY.impl(_name, _impl, "CompositeExplicitAutograd")
+    _name = _LIBRARY.define(_schema)
+    _LIBRARY.impl(_name, _run, "CompositeExplicitAutograd")
     torch.library.register_fake(f"fastsal::{_name}", _fake, lib=_LIBRARY)
 
 row_distances = torch.ops.fastsal.row_distances.default

@@ -160,6 +160,10 @@ def test_pairwise_backward(kernels, norm, dtype, with_x):
         assert ((one.double() - other).abs() <= error + torch.finfo(dtype).smallest_normal).all()
 
 
+def test_every_scalar_is_written(kernels, monkeypatch):
+    cases.assert_writes_every_scalar("cuda", monkeypatch)
+
+
 def test_backward_takes_v_and_x_together(kernels):
     cases.assert_v_and_x_go_together("cuda")
 

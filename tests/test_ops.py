@@ -61,6 +61,11 @@ def test_fake_cuda(name, dtype):
         assert (got.shape, got.dtype, got.device.type) == (want.shape, want.dtype, "cuda")
 
 
+@each_kernel
+def test_every_scalar_is_written(target, monkeypatch):
+    cases.assert_writes_every_scalar(target.backend, monkeypatch, target.device)
+
+
 @each_target
 def test_backward_takes_v_and_x_together(target):
     cases.assert_v_and_x_go_together(target.backend, target.device)

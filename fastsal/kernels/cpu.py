@@ -30,7 +30,9 @@ def row_distances(anchor: Tensor, rows: Tensor, norm: float) -> Tensor:
         layout.DTYPE_CODES[rows.dtype],
         anchor.data_ptr(),
         anchor.stride(0),
-        *layout.rows_arguments(rows),
+        rows.data_ptr(),
+        rows.stride(0),
+        rows.stride(1),
         *rows.shape,
         out.data_ptr(),
         torch.get_num_threads(),
@@ -41,17 +43,8 @@ def row_distances(anchor: Tensor, rows: Tensor, norm: float) -> Tensor:
 def margin_geometry(logits: Tensor, jacobian: Tensor, x: Tensor, norm: float) -> tuple[Tensor, Tensor, Tensor]:
     scores = layout.scores(logits, jacobian)
     outputs = layout.empty_geometry(jacobian)
-    _cpu.margin_geometry(
-        layout.DUAL_CODES[norm],
-        layout.DTYPE_CODES[jacobian.dtype],
-        scores.data_ptr(),
-        layout.DTYPE_CODES[scores.dtype],
-        *layout.rows_arguments(jacobian),
-        *layout.x_arguments(x),
-        *jacobian.shape,
-        *map(Tensor.data_ptr, outputs),
-        torch.get_num_threads(),
-    )
+    arguments = layout.native_arguments(norm, (scores.data_ptr(), layout.DTYPE_CODES[scores.dtype]), jacobian, x)
+    _cpu.margin_geometry(*arguments, *map(Tensor.data_ptr, outputs), torch.get_num_threads())
     return outputs
 
 
@@ -60,17 +53,8 @@ def pairwise_margins(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     scores = layout.scores(logits, jacobian)
     outputs = layout.empty_pairwise(jacobian, x)
-    _cpu.pairwise_margins(
-        layout.DUAL_CODES[norm],
-        layout.DTYPE_CODES[jacobian.dtype],
-        scores.data_ptr(),
-        layout.DTYPE_CODES[scores.dtype],
-        *layout.rows_arguments(jacobian),
-        *layout.x_arguments(x),
-        *jacobian.shape,
-        *map(Tensor.data_ptr, outputs),
-        torch.get_num_threads(),
-    )
+    arguments = layout.native_arguments(norm, (scores.data_ptr(), layout.DTYPE_CODES[scores.dtype]), jacobian, x)
+    _cpu.pairwise_margins(*arguments, *map(Tensor.data_ptr, outputs), torch.get_num_threads())
     return outputs
 
 
@@ -80,16 +64,6 @@ def pairwise_backward(
     grad_jacobian, grad_x = layout.empty_gradients(jacobian, x)
     total = torch.empty_like(grad_x, dtype=torch.float64)
     w, v = w.contiguous(), None if v is None else v.contiguous()
-    _cpu.pairwise_backward(
-        layout.DUAL_CODES[norm],
-        layout.DTYPE_CODES[jacobian.dtype],
-        w.data_ptr(),
-        0 if v is None else v.data_ptr(),
-        *layout.rows_arguments(jacobian),
-        *layout.x_arguments(x),
-        *jacobian.shape,
-        grad_jacobian.data_ptr(),
-        total.data_ptr(),
-        torch.get_num_threads(),
-    )
+    arguments = layout.native_arguments(norm, (w.data_ptr(), 0 if v is None else v.data_ptr()), jacobian, x)
+    _cpu.pairwise_backward(*arguments, grad_jacobian.data_ptr(), total.data_ptr(), torch.get_num_threads())
     return grad_jacobian, total.to(grad_x.dtype)

@@ -74,7 +74,9 @@ def row_distances(anchor: Tensor, rows: Tensor, norm: float) -> Tensor:
             dtype,
             anchor.data_ptr(),
             anchor.stride(0),
-            *layout.rows_arguments(rows),
+            rows.data_ptr(),
+            rows.stride(0),
+            rows.stride(1),
             *rows.shape,
             out.data_ptr(),
             scratch.data_ptr(),
@@ -93,24 +95,14 @@ def _fused(jacobian: Tensor) -> bool:
 
 
 def margin_geometry(logits: Tensor, jacobian: Tensor, x: Tensor, norm: float) -> tuple[Tensor, Tensor, Tensor]:
-    dtype = layout.DTYPE_CODES[jacobian.dtype]
     with _launching(jacobian) as stream:
         scores = layout.scores(logits, jacobian)
         outputs = layout.empty_geometry(jacobian)
+        arguments = layout.native_arguments(norm, (scores.data_ptr(),), jacobian, x)
         fused = _fused(jacobian)
+        dtype = layout.DTYPE_CODES[jacobian.dtype]
         scratch = _scratch(jacobian, _cuda.margin_geometry_scratch(dtype, *jacobian.shape, fused))
-        _cuda.margin_geometry(
-            layout.DUAL_CODES[norm],
-            dtype,
-            scores.data_ptr(),
-            *layout.rows_arguments(jacobian),
-            *layout.x_arguments(x),
-            *jacobian.shape,
-            *map(Tensor.data_ptr, outputs),
-            fused,
-            scratch.data_ptr(),
-            stream,
-        )
+        _cuda.margin_geometry(*arguments, *map(Tensor.data_ptr, outputs), fused, scratch.data_ptr(), stream)
     return outputs
 
 
@@ -126,20 +118,10 @@ def pairwise_margins(
     with _launching(jacobian) as stream:
         scores = layout.scores(logits, jacobian)
         outputs = layout.empty_pairwise(jacobian, x)
+        arguments = layout.native_arguments(norm, (scores.data_ptr(),), jacobian, x)
         split = _split(jacobian)
         scratch = _scratch(jacobian, _cuda.pairwise_margins_scratch(*jacobian.shape, x is not None, split))
-        _cuda.pairwise_margins(
-            layout.DUAL_CODES[norm],
-            layout.DTYPE_CODES[jacobian.dtype],
-            scores.data_ptr(),
-            *layout.rows_arguments(jacobian),
-            *layout.x_arguments(x),
-            *jacobian.shape,
-            *map(Tensor.data_ptr, outputs),
-            split,
-            scratch.data_ptr(),
-            stream,
-        )
+        _cuda.pairwise_margins(*arguments, *map(Tensor.data_ptr, outputs), split, scratch.data_ptr(), stream)
     return outputs
 
 
@@ -149,17 +131,7 @@ def pairwise_backward(
     with _launching(jacobian) as stream:
         w, v = w.contiguous(), None if v is None else v.contiguous()
         outputs = layout.empty_gradients(jacobian, x)
+        arguments = layout.native_arguments(norm, (w.data_ptr(), 0 if v is None else v.data_ptr()), jacobian, x)
         scratch = _scratch(jacobian, _cuda.pairwise_backward_scratch(layout.DUAL_CODES[norm], *jacobian.shape))
-        _cuda.pairwise_backward(
-            layout.DUAL_CODES[norm],
-            layout.DTYPE_CODES[jacobian.dtype],
-            w.data_ptr(),
-            0 if v is None else v.data_ptr(),
-            *layout.rows_arguments(jacobian),
-            *layout.x_arguments(x),
-            *jacobian.shape,
-            *map(Tensor.data_ptr, outputs),
-            scratch.data_ptr(),
-            stream,
-        )
+        _cuda.pairwise_backward(*arguments, *map(Tensor.data_ptr, outputs), scratch.data_ptr(), stream)
     return outputs

@@ -66,14 +66,12 @@ def scores(logits: Tensor, jacobian: Tensor) -> Tensor:
     return logits.to(output_dtype(jacobian.dtype)).contiguous()
 
 
-def rows_arguments(rows: Tensor) -> tuple[int, int, int]:
-    """A Jacobian or part of one [B, n, D] for native code: its address and the strides of B and n."""
-    return rows.data_ptr(), rows.stride(0), rows.stride(1)
-
-
-def x_arguments(x: Tensor | None) -> tuple[int, int, int]:
-    """x [B, D] for native code: its address, dtype code and the stride of B; zeros for no x."""
-    return (0, 0, 0) if x is None else (x.data_ptr(), DTYPE_CODES[x.dtype], x.stride(0))
+def native_arguments(norm: float, weights: tuple[int, ...], jacobian: Tensor, x: Tensor | None) -> tuple[int, ...]:
+    """What native calls begin with: codes, the addresses of logits or weights, then the Jacobian, x (or zeros) and B, n, D."""
+    codes = DUAL_CODES[norm], DTYPE_CODES[jacobian.dtype]
+    rows = jacobian.data_ptr(), jacobian.stride(0), jacobian.stride(1)
+    point = (0, 0, 0) if x is None else (x.data_ptr(), DTYPE_CODES[x.dtype], x.stride(0))
+    return *codes, *weights, *rows, *point, *jacobian.shape
 
 
 def empty_distances(rows: Tensor) -> Tensor:
