@@ -78,7 +78,7 @@ def caught(capability: int, shapes: tuple[tuple[int, int, int], ...]) -> Iterato
         launches[Launch(*where, tuple(signature), tuple(fixed), tuple(aligned), warps)] = None
 
     launching.launch = catch
-    launching.device = lambda of: launching.Device(capability // 10, 132)
+    launching.device = lambda of: (capability // 10, 132)
     backend._on_device = lambda tensor: contextlib.nullcontext()
     for B, n, D in shapes:
         for dtype in DTYPES:

@@ -25,25 +25,16 @@ def info() -> dict[str, object]:
 
 def row_distances(anchor: Tensor, rows: Tensor, norm: float) -> Tensor:
     out = layout.empty_distances(rows)
-    _cpu.row_distances(
-        layout.DUAL_CODES[norm],
-        layout.DTYPE_CODES[rows.dtype],
-        anchor.data_ptr(),
-        anchor.stride(0),
-        rows.data_ptr(),
-        rows.stride(0),
-        rows.stride(1),
-        *rows.shape,
-        out.data_ptr(),
-        torch.get_num_threads(),
-    )
+    arguments = layout.native_arguments(norm, rows, (anchor.data_ptr(), anchor.stride(0)))
+    _cpu.row_distances(*arguments, out.data_ptr(), torch.get_num_threads())
     return out
 
 
 def margin_geometry(logits: Tensor, jacobian: Tensor, x: Tensor, norm: float) -> tuple[Tensor, Tensor, Tensor]:
     scores = layout.scores(logits, jacobian)
     outputs = layout.empty_geometry(jacobian)
-    arguments = layout.native_arguments(norm, (scores.data_ptr(), layout.DTYPE_CODES[scores.dtype]), jacobian, x)
+    before = scores.data_ptr(), layout.DTYPE_CODES[scores.dtype]
+    arguments = layout.native_arguments(norm, jacobian, before, layout.x_arguments(x))
     _cpu.margin_geometry(*arguments, *map(Tensor.data_ptr, outputs), torch.get_num_threads())
     return outputs
 
@@ -53,7 +44,8 @@ def pairwise_margins(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     scores = layout.scores(logits, jacobian)
     outputs = layout.empty_pairwise(jacobian, x)
-    arguments = layout.native_arguments(norm, (scores.data_ptr(), layout.DTYPE_CODES[scores.dtype]), jacobian, x)
+    before = scores.data_ptr(), layout.DTYPE_CODES[scores.dtype]
+    arguments = layout.native_arguments(norm, jacobian, before, layout.x_arguments(x))
     _cpu.pairwise_margins(*arguments, *map(Tensor.data_ptr, outputs), torch.get_num_threads())
     return outputs
 
@@ -64,6 +56,7 @@ def pairwise_backward(
     grad_jacobian, grad_x = layout.empty_gradients(jacobian, x)
     total = torch.empty_like(grad_x, dtype=torch.float64)
     w, v = w.contiguous(), None if v is None else v.contiguous()
-    arguments = layout.native_arguments(norm, (w.data_ptr(), 0 if v is None else v.data_ptr()), jacobian, x)
+    before = w.data_ptr(), 0 if v is None else v.data_ptr()
+    arguments = layout.native_arguments(norm, jacobian, before, layout.x_arguments(x))
     _cpu.pairwise_backward(*arguments, grad_jacobian.data_ptr(), total.data_ptr(), torch.get_num_threads())
     return grad_jacobian, total.to(grad_x.dtype)

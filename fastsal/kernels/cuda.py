@@ -65,23 +65,11 @@ def _scratch(on: Tensor, size: int) -> Tensor:
 
 
 def row_distances(anchor: Tensor, rows: Tensor, norm: float) -> Tensor:
-    dtype = layout.DTYPE_CODES[rows.dtype]
     with _launching(rows) as stream:
         out = layout.empty_distances(rows)
-        scratch = _scratch(rows, _cuda.row_distances_scratch(dtype, *rows.shape))
-        _cuda.row_distances(
-            layout.DUAL_CODES[norm],
-            dtype,
-            anchor.data_ptr(),
-            anchor.stride(0),
-            rows.data_ptr(),
-            rows.stride(0),
-            rows.stride(1),
-            *rows.shape,
-            out.data_ptr(),
-            scratch.data_ptr(),
-            stream,
-        )
+        scratch = _scratch(rows, _cuda.row_distances_scratch(layout.DTYPE_CODES[rows.dtype], *rows.shape))
+        arguments = layout.native_arguments(norm, rows, (anchor.data_ptr(), anchor.stride(0)))
+        _cuda.row_distances(*arguments, out.data_ptr(), scratch.data_ptr(), stream)
     return out
 
 
@@ -98,7 +86,7 @@ def margin_geometry(logits: Tensor, jacobian: Tensor, x: Tensor, norm: float) ->
     with _launching(jacobian) as stream:
         scores = layout.scores(logits, jacobian)
         outputs = layout.empty_geometry(jacobian)
-        arguments = layout.native_arguments(norm, (scores.data_ptr(),), jacobian, x)
+        arguments = layout.native_arguments(norm, jacobian, (scores.data_ptr(),), layout.x_arguments(x))
         fused = _fused(jacobian)
         dtype = layout.DTYPE_CODES[jacobian.dtype]
         scratch = _scratch(jacobian, _cuda.margin_geometry_scratch(dtype, *jacobian.shape, fused))
@@ -118,7 +106,7 @@ def pairwise_margins(
     with _launching(jacobian) as stream:
         scores = layout.scores(logits, jacobian)
         outputs = layout.empty_pairwise(jacobian, x)
-        arguments = layout.native_arguments(norm, (scores.data_ptr(),), jacobian, x)
+        arguments = layout.native_arguments(norm, jacobian, (scores.data_ptr(),), layout.x_arguments(x))
         split = _split(jacobian)
         scratch = _scratch(jacobian, _cuda.pairwise_margins_scratch(*jacobian.shape, x is not None, split))
         _cuda.pairwise_margins(*arguments, *map(Tensor.data_ptr, outputs), split, scratch.data_ptr(), stream)
@@ -131,7 +119,8 @@ def pairwise_backward(
     with _launching(jacobian) as stream:
         w, v = w.contiguous(), None if v is None else v.contiguous()
         outputs = layout.empty_gradients(jacobian, x)
-        arguments = layout.native_arguments(norm, (w.data_ptr(), 0 if v is None else v.data_ptr()), jacobian, x)
+        before = w.data_ptr(), 0 if v is None else v.data_ptr()
+        arguments = layout.native_arguments(norm, jacobian, before, layout.x_arguments(x))
         scratch = _scratch(jacobian, _cuda.pairwise_backward_scratch(layout.DUAL_CODES[norm], *jacobian.shape))
         _cuda.pairwise_backward(*arguments, *map(Tensor.data_ptr, outputs), scratch.data_ptr(), stream)
     return outputs

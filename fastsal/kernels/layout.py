@@ -66,12 +66,17 @@ def scores(logits: Tensor, jacobian: Tensor) -> Tensor:
     return logits.to(output_dtype(jacobian.dtype)).contiguous()
 
 
-def native_arguments(norm: float, weights: tuple[int, ...], jacobian: Tensor, x: Tensor | None) -> tuple[int, ...]:
-    """What native calls begin with: codes, the addresses of logits or weights, then the Jacobian, x (or zeros) and B, n, D."""
-    codes = DUAL_CODES[norm], DTYPE_CODES[jacobian.dtype]
-    rows = jacobian.data_ptr(), jacobian.stride(0), jacobian.stride(1)
-    point = (0, 0, 0) if x is None else (x.data_ptr(), DTYPE_CODES[x.dtype], x.stride(0))
-    return *codes, *weights, *rows, *point, *jacobian.shape
+def native_arguments(
+    norm: float, rows: Tensor, before: tuple[int, ...], after: tuple[int, ...] = ()
+) -> tuple[int, ...]:
+    """What a native call begins with: codes, and the rows [B, n, D] with what stands before and after them, then B, n, D."""
+    codes = DUAL_CODES[norm], DTYPE_CODES[rows.dtype]
+    return *codes, *before, rows.data_ptr(), rows.stride(0), rows.stride(1), *after, *rows.shape
+
+
+def x_arguments(x: Tensor | None) -> tuple[int, int, int]:
+    """x [B, D] for a native call: its address, dtype code and the stride of B; zeros for no x."""
+    return (0, 0, 0) if x is None else (x.data_ptr(), DTYPE_CODES[x.dtype], x.stride(0))
 
 
 def empty_distances(rows: Tensor) -> Tensor:

@@ -67,7 +67,7 @@ def margin_geometry(logits: Tensor, jacobian: Tensor, x: Tensor, norm: float) ->
     outputs = layout.empty_geometry(jacobian)
     if len(jacobian):
         with _on_device(jacobian):
-            operator.launch(layout.scores(logits, jacobian), jacobian, x, *outputs, layout.DUAL_CODES[norm])
+            operator.launch(layout.scores(logits, jacobian), jacobian, x, outputs, layout.DUAL_CODES[norm])
     return outputs
 
 
@@ -79,7 +79,7 @@ def pairwise_margins(
     outputs = layout.empty_pairwise(jacobian, x)
     if len(jacobian):
         with _on_device(jacobian):
-            operator.launch(layout.scores(logits, jacobian), jacobian, x, *outputs, layout.DUAL_CODES[norm])
+            operator.launch(layout.scores(logits, jacobian), jacobian, x, outputs, layout.DUAL_CODES[norm])
     return outputs
 
 
@@ -92,5 +92,5 @@ def pairwise_backward(
     if len(jacobian):
         v = None if v is None else v.contiguous()
         with _on_device(jacobian):
-            operator.launch(w.contiguous(), v, jacobian, x, *outputs, layout.DUAL_CODES[norm])
+            operator.launch(w.contiguous(), v, jacobian, x, outputs, layout.DUAL_CODES[norm])
     return outputs

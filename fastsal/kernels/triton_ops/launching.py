@@ -1,7 +1,7 @@
 """How kernels are launched: the one call of Triton's launcher, scratch memory, and what is known about the device."""
 
 import functools
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -12,20 +12,13 @@ def launch(kernel: Any, programs: int, *arguments: Any, warps: int = 4, **consta
     kernel[(programs,)](*arguments, num_warps=warps, enable_fp_fusion=False, **constants)
 
 
-class Device(NamedTuple):
-    """What the choice of a launch looks at."""
-
-    major: int  # of the compute capability
-    processors: int
-
-
 @functools.cache
-def device(of: torch.device) -> Device:
-    """An H100's numbers where there is no CUDA device, as in the interpreter."""
+def device(of: torch.device) -> tuple[int, int]:
+    """Its compute capability's major number and count of multiprocessors; an H100's where it is not CUDA's, as in the tests."""
     if of.type != "cuda":
-        return Device(9, 132)
+        return 9, 132
     properties = torch.cuda.get_device_properties(of)
-    return Device(properties.major, properties.multi_processor_count)
+    return properties.major, properties.multi_processor_count
 
 
 def block_size(count: int, least: int, most: int) -> int:

@@ -37,15 +37,14 @@ N_SUMS = tl.constexpr(8)  # of a segment of the two winning rows, in the order o
 def _whole_examples(jacobian: Tensor) -> bool:
     """Whether one program takes a whole example, which saves a second trip to memory for the winning rows."""
     n_examples, n_rows, n_cols = jacobian.shape
-    return n_cols <= row_distances.SEGMENT_SIZE.value and (
-        n_rows * n_cols <= 1 << 15 or n_examples >= 8 * launching.device(jacobian.device).processors
-    )
+    _, processors = launching.device(jacobian.device)
+    enough = n_rows * n_cols <= 1 << 15 or n_examples >= 8 * processors
+    return n_cols <= row_distances.SEGMENT_SIZE.value and enough
 
 
-def launch(
-    logits: Tensor, jacobian: Tensor, x: Tensor, scalars: Tensor, indices: Tensor, distances: Tensor, q: int
-) -> None:
-    """Fills scalars [10, B], indices (prediction, runner_up) [2, B] and distances [B, n]."""
+def launch(logits: Tensor, jacobian: Tensor, x: Tensor, outputs: tuple[Tensor, Tensor, Tensor], q: int) -> None:
+    """Fills the outputs: scalars [10, B], indices (prediction, runner_up) [2, B] and distances [B, n]."""
+    scalars, indices, distances = outputs
     n_examples, n_rows, n_cols = jacobian.shape
     norm_codes = {"Q": q, "P": {2: 2, 1: 0, 0: 1}[q]}
     sizes = n_rows, n_cols, n_examples
@@ -53,13 +52,8 @@ def launch(
     inputs = logits, *rows_arguments, x, x.stride(0)
     segment_size = max(row_distances.SEGMENT_SIZE.value, triton.cdiv(triton.cdiv(n_cols, MAX_SEGMENTS), 512) * 512)
     segments = triton.cdiv(n_cols, segment_size)
-    norms, partials, sums, gaps = launching.scratch(
-        jacobian,
-        n_examples * n_rows,
-        n_examples * n_rows * row_distances.n_segments(n_cols),
-        n_examples * segments * N_SUMS.value,
-        n_examples * segments,
-    )
+    sizes_of_scratch = n_examples * n_rows, n_examples * segments * N_SUMS.value, n_examples * segments
+    norms, sums, gaps = launching.scratch(jacobian, *sizes_of_scratch)
     block_n = launching.block_size(n_rows, 16, 1024)
     block_d = launching.block_size(n_cols, 128, 512)
     block_s = launching.block_size(segments, 1, MAX_SEGMENTS)
@@ -84,7 +78,7 @@ def launch(
             TWO_ROWS_BLOCK_D=block_d,
         )
     else:
-        row_distances.launch_norms(jacobian, indices, jacobian, partials, norms, q)
+        row_distances.launch(jacobian, jacobian, norms, q, indices)
         launching.launch(
             margin_geometry_sums_kernel,
             n_examples * segments,
@@ -266,10 +260,10 @@ def _store_gap(
 def margin_geometry_example_kernel(
     logits_ptr,
     jacobian_ptr,
-    stride_jacobian_example,
-    stride_jacobian_row,
+    stride_jacobian_b,
+    stride_jacobian_n,
     x_ptr,
-    stride_x_example,
+    stride_x_b,
     norms_ptr,
     sums_ptr,
     gaps_ptr,
@@ -288,20 +282,20 @@ def margin_geometry_example_kernel(
     """One example of a single segment from first to last, while its rows are in the caches."""
     b = tl.program_id(0).to(tl.int64)
     i = tl.load(indices_ptr + b)
-    jacobian = jacobian_ptr + b * stride_jacobian_example
+    jacobian = jacobian_ptr + b * stride_jacobian_b
     for start in range(0, n_rows, BLOCK_ROWS):
         row = start + tl.arange(0, BLOCK_ROWS).to(tl.int64)
-        rows = jacobian + tl.minimum(row, n_rows - 1) * stride_jacobian_row
-        winner = jacobian + i * stride_jacobian_row
+        rows = jacobian + tl.minimum(row, n_rows - 1) * stride_jacobian_n
+        winner = jacobian + i * stride_jacobian_n
         out = segment_norms(winner, rows, (row < n_rows) & (row != i), 0, n_cols, BLOCK_ROWS, Q, BLOCK_D)
         tl.store(norms_ptr + b * n_rows + row, out, mask=row < n_rows)
     tl.debug_barrier()  # the norms are read back by other threads of this program
     at = b * n_rows
     j = _select(logits_ptr + at, norms_ptr + at, i, n_rows, distances_ptr + at, n_rows, Q, True, BLOCK_N)
     tl.store(indices_ptr + n_examples + b, j)
-    winner = jacobian + i * stride_jacobian_row
-    other = jacobian + j * stride_jacobian_row
-    x = x_ptr + b * stride_x_example
+    winner = jacobian + i * stride_jacobian_n
+    other = jacobian + j * stride_jacobian_n
+    x = x_ptr + b * stride_x_b
     sums = sums_ptr + b * N_SUMS
     _store_sums(sums, winner, other, x, 0, n_cols, n_cols, Q, P, TWO_ROWS_BLOCK_D)
     tl.debug_barrier()
@@ -313,10 +307,10 @@ def margin_geometry_example_kernel(
 def margin_geometry_sums_kernel(
     logits_ptr,
     jacobian_ptr,
-    stride_jacobian_example,
-    stride_jacobian_row,
+    stride_jacobian_b,
+    stride_jacobian_n,
     x_ptr,
-    stride_x_example,
+    stride_x_b,
     norms_ptr,
     sums_ptr,
     indices_ptr,
@@ -340,19 +334,19 @@ def margin_geometry_sums_kernel(
     at = b * n_rows
     j = _select(logits_ptr + at, norms_ptr + at, i, n_rows, distances_ptr + at, n_stored, Q, False, BLOCK_N)
     tl.store(indices_ptr + n_examples + b, j, mask=s == 0)
-    winner = jacobian_ptr + b * stride_jacobian_example + i * stride_jacobian_row
-    other = jacobian_ptr + b * stride_jacobian_example + j * stride_jacobian_row
+    winner = jacobian_ptr + b * stride_jacobian_b + i * stride_jacobian_n
+    other = jacobian_ptr + b * stride_jacobian_b + j * stride_jacobian_n
     start = s * segment_size
     end = tl.minimum(start + segment_size, n_cols)
     sums = sums_ptr + (b * n_segments + s) * N_SUMS
-    _store_sums(sums, winner, other, x_ptr + b * stride_x_example, start, end, n_cols, Q, P, BLOCK_D)
+    _store_sums(sums, winner, other, x_ptr + b * stride_x_b, start, end, n_cols, Q, P, BLOCK_D)
 
 
 @triton.jit
 def margin_geometry_gap_kernel(
     jacobian_ptr,
-    stride_jacobian_example,
-    stride_jacobian_row,
+    stride_jacobian_b,
+    stride_jacobian_n,
     sums_ptr,
     gaps_ptr,
     indices_ptr,
@@ -368,9 +362,9 @@ def margin_geometry_gap_kernel(
     pid = tl.program_id(0)
     s = (pid % n_segments).to(tl.int64)
     b = (pid // n_segments).to(tl.int64)
-    jacobian = jacobian_ptr + b * stride_jacobian_example
-    winner = jacobian + tl.load(indices_ptr + b) * stride_jacobian_row
-    other = jacobian + tl.load(indices_ptr + n_examples + b) * stride_jacobian_row
+    jacobian = jacobian_ptr + b * stride_jacobian_b
+    winner = jacobian + tl.load(indices_ptr + b) * stride_jacobian_n
+    other = jacobian + tl.load(indices_ptr + n_examples + b) * stride_jacobian_n
     e_g, norm_g, e_d, norm_d = _two_norms(sums_ptr + b * n_segments * N_SUMS, n_segments, Q, BLOCK_S)
     start = s * segment_size
     end = tl.minimum(start + segment_size, n_cols)

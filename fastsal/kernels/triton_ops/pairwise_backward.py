@@ -11,9 +11,10 @@ BLOCK_ROWS = 4
 
 
 def launch(
-    w: Tensor, v: Tensor | None, jacobian: Tensor, x: Tensor | None, grad_jacobian: Tensor, grad_x: Tensor, q: int
+    w: Tensor, v: Tensor | None, jacobian: Tensor, x: Tensor | None, outputs: tuple[Tensor, Tensor], q: int
 ) -> None:
-    """Fills grad_jacobian [B, n, D] and, with v and x, grad_x [B, D]; w and v are contiguous."""
+    """Fills the outputs: the gradients of jacobian [B, n, D] and, with v and x, of x [B, D]; w and v are contiguous."""
+    grad_jacobian, grad_x = outputs
     n_examples, n_rows, n_cols = jacobian.shape
     rows_arguments = (jacobian, *jacobian.stride()[:2])
     block_d = launching.block_size(n_cols, 128, 256)
@@ -68,22 +69,14 @@ def launch(
 
 @triton.jit
 def pairwise_backward_top_kernel(
-    jacobian_ptr,
-    stride_jacobian_example,
-    stride_jacobian_row,
-    w_ptr,
-    top_ptr,
-    share_ptr,
-    n_rows,
-    n_cols,
-    BLOCK_D: tl.constexpr,
+    jacobian_ptr, stride_jacobian_b, stride_jacobian_n, w_ptr, top_ptr, share_ptr, n_rows, n_cols, BLOCK_D: tl.constexpr
 ):
     """max|g_i − g_j| of a pair, and w_ij over the number of entries that attain it: both float64 [B, n, n]."""
     pid = tl.program_id(0).to(tl.int64)
     i = pid // n_rows % n_rows
     j = pid % n_rows
-    row_i = jacobian_ptr + pid // n_rows // n_rows * stride_jacobian_example + i * stride_jacobian_row
-    row_j = jacobian_ptr + pid // n_rows // n_rows * stride_jacobian_example + j * stride_jacobian_row
+    row_i = jacobian_ptr + pid // n_rows // n_rows * stride_jacobian_b + i * stride_jacobian_n
+    row_j = jacobian_ptr + pid // n_rows // n_rows * stride_jacobian_b + j * stride_jacobian_n
     top = tl.zeros([1, BLOCK_D], tl.int64)
     for k in range(0, n_cols, BLOCK_D):
         top = accumulate(top, entries(row_i, k, n_cols, BLOCK_D) - entries(row_j, k, n_cols, BLOCK_D), 0)
@@ -110,10 +103,10 @@ def pairwise_backward_jacobian_kernel(
     v_ptr,  # float64 [B, n, n] or None
     top_ptr,  # float64 [B, n, n] for Q = 0, else None
     jacobian_ptr,
-    stride_jacobian_example,
-    stride_jacobian_row,
+    stride_jacobian_b,
+    stride_jacobian_n,
     x_ptr,
-    stride_x_example,
+    stride_x_b,
     grad_ptr,  # [B, n, D]
     n_rows,
     n_cols,
@@ -129,12 +122,12 @@ def pairwise_backward_jacobian_kernel(
     i = (pid // n_col_blocks % n_row_blocks).to(tl.int64) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
     b = (pid // n_col_blocks // n_row_blocks).to(tl.int64)
     row = tl.minimum(i, n_rows - 1)
-    jacobian = jacobian_ptr + b * stride_jacobian_example
-    g = row_entries(jacobian + row * stride_jacobian_row, k, n_cols, BLOCK_D, tl.float64)
+    jacobian = jacobian_ptr + b * stride_jacobian_b
+    g = row_entries(jacobian + row * stride_jacobian_n, k, n_cols, BLOCK_D, tl.float64)
     acc = tl.zeros([BLOCK_ROWS, BLOCK_D], tl.float64)
     total = tl.zeros([BLOCK_ROWS], tl.float64)
     for j in range(0, n_rows):
-        d = g - entries(jacobian + tl.cast(j, tl.int64) * stride_jacobian_row, k, n_cols, BLOCK_D)
+        d = g - entries(jacobian + tl.cast(j, tl.int64) * stride_jacobian_n, k, n_cols, BLOCK_D)
         pair = (b * n_rows + row) * n_rows + j
         w = tl.load(w_ptr + pair)[:, None]
         if Q == 2:
@@ -148,7 +141,7 @@ def pairwise_backward_jacobian_kernel(
         if v_ptr is not None:
             total += tl.load(v_ptr + pair)
     if v_ptr is not None:
-        acc += total[:, None] * entries(x_ptr + b * stride_x_example, k, n_cols, BLOCK_D)
+        acc += total[:, None] * entries(x_ptr + b * stride_x_b, k, n_cols, BLOCK_D)
     cols = k + tl.arange(0, BLOCK_D)
     out = grad_ptr + ((b * n_rows + i) * n_cols)[:, None] + cols[None, :]
     tl.store(out, _narrow(acc, grad_ptr.dtype.element_ty), mask=(i < n_rows)[:, None] & (cols < n_cols)[None, :])
@@ -158,8 +151,8 @@ def pairwise_backward_jacobian_kernel(
 def pairwise_backward_x_kernel(
     v_ptr,
     jacobian_ptr,
-    stride_jacobian_example,
-    stride_jacobian_row,
+    stride_jacobian_b,
+    stride_jacobian_n,
     grad_ptr,
     n_rows,
     n_cols,
@@ -171,14 +164,14 @@ def pairwise_backward_x_kernel(
     pid = tl.program_id(0)
     k = (pid % n_col_blocks).to(tl.int64) * BLOCK_D
     b = (pid // n_col_blocks).to(tl.int64)
-    jacobian = jacobian_ptr + b * stride_jacobian_example
+    jacobian = jacobian_ptr + b * stride_jacobian_b
     acc = tl.zeros([BLOCK_ROWS, BLOCK_D], tl.float64)
     for i in range(0, n_rows):
-        g = entries(jacobian + tl.cast(i, tl.int64) * stride_jacobian_row, k, n_cols, BLOCK_D)
+        g = entries(jacobian + tl.cast(i, tl.int64) * stride_jacobian_n, k, n_cols, BLOCK_D)
         for start in range(0, n_rows, BLOCK_ROWS):
             j = start + tl.arange(0, BLOCK_ROWS).to(tl.int64)
             v = tl.load(v_ptr + (b * n_rows + i) * n_rows + j, mask=(j < n_rows) & (j > i), other=0.0)[:, None]
-            row_j = jacobian + tl.minimum(j, n_rows - 1) * stride_jacobian_row
+            row_j = jacobian + tl.minimum(j, n_rows - 1) * stride_jacobian_n
             d = g - row_entries(row_j, k, n_cols, BLOCK_D, tl.float64)
             acc = tl.fma(v + tl.zeros_like(d), d, acc)
     cols = k + tl.arange(0, BLOCK_D)

@@ -28,18 +28,9 @@ from fastsal.kernels.triton_ops.shared import (
 SEGMENT_SIZE = 8192
 
 
-def launch(
-    logits: Tensor,
-    jacobian: Tensor,
-    x: Tensor | None,
-    distance: Tensor,
-    margin: Tensor,
-    nearest_margin: Tensor,
-    nearest: Tensor,
-    projection: Tensor,
-    q: int,
-) -> None:
-    """Fills distance, margin [B, n, n], nearest_margin, nearest [B, n] and, with x, the projection [B, n, n]."""
+def launch(logits: Tensor, jacobian: Tensor, x: Tensor | None, outputs: tuple[Tensor, ...], q: int) -> None:
+    """Fills the outputs: distance, margin [B, n, n], nearest_margin, nearest [B, n] and, with x, projection [B, n, n]."""
+    *tables, projection = outputs
     n_examples, n_rows, n_cols = jacobian.shape
     segments = triton.cdiv(n_cols, SEGMENT_SIZE)
     n_partials = n_examples * n_rows * (n_rows - 1) // 2 * segments
@@ -74,10 +65,7 @@ def launch(
         logits,
         norms,
         None if x is None else projections,
-        distance,
-        margin,
-        nearest_margin,
-        nearest,
+        *tables,
         None if x is None else projection,
         n_rows,
         segments,
@@ -134,10 +122,10 @@ def _scaled_pairs(
 @triton.jit
 def pairwise_margins_partials_kernel(
     jacobian_ptr,
-    stride_jacobian_example,
-    stride_jacobian_row,
+    stride_jacobian_b,
+    stride_jacobian_n,
     x_ptr,  # None: no projections
-    stride_x_example,
+    stride_x_b,
     norms_ptr,  # encoded, float64 [B, n(n-1)/2, S]; the pair (i, j), i < j, is at j(j-1)/2 + i
     projections_ptr,  # likewise: ⟨x, g_i − g_j⟩ / ‖g_i − g_j‖, both of the segment only
     n_rows,
@@ -162,8 +150,8 @@ def pairwise_margins_partials_kernel(
     T: tl.constexpr = tl.float64 if DTYPE == tl.float64 else tl.float32
     i = block_i.to(tl.int64) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
     j = block_j.to(tl.int64) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
-    rows_i = jacobian_ptr + b * stride_jacobian_example + tl.minimum(i, n_rows - 1) * stride_jacobian_row
-    rows_j = jacobian_ptr + b * stride_jacobian_example + tl.minimum(j, n_rows - 1) * stride_jacobian_row
+    rows_i = jacobian_ptr + b * stride_jacobian_b + tl.minimum(i, n_rows - 1) * stride_jacobian_n
+    rows_j = jacobian_ptr + b * stride_jacobian_b + tl.minimum(j, n_rows - 1) * stride_jacobian_n
     needed = (i[:, None] < j[None, :]) & (j < n_rows)[None, :]
     start = s * segment_size
     end = tl.minimum(start + segment_size, n_cols)
@@ -177,7 +165,7 @@ def pairwise_margins_partials_kernel(
             norms = accumulate(norms, d, Q)
             if x_ptr is not None:
                 cols = k + tl.arange(0, BLOCK_D)
-                x = tl.load(x_ptr + b * stride_x_example + cols, mask=cols < n_cols, other=0.0).to(T)
+                x = tl.load(x_ptr + b * stride_x_b + cols, mask=cols < n_cols, other=0.0).to(T)
                 dots = tl.fma(d, tl.broadcast_to(x[None, None, :], [BLOCK_ROWS, BLOCK_ROWS, BLOCK_D]), dots)
         flushed = _reduce_pairs(norms, Q)
         if Q == 0:
@@ -195,7 +183,7 @@ def pairwise_margins_partials_kernel(
     norm = root(norm, Q)
     dot = tl.where(norm == 0, dot, dot / norm)
     if tl.max(tl.max((bad & needed).to(tl.int32), 1), 0) != 0:
-        x = x_ptr + b * stride_x_example if x_ptr is not None else None
+        x = x_ptr + b * stride_x_b if x_ptr is not None else None
         scaled, projection = _scaled_pairs(rows_i, rows_j, x, start, end, n_cols, Q, BLOCK_ROWS, SCALED_BLOCK_D)
         norm = tl.where(bad, scaled, norm)
         dot = tl.where(bad, projection, dot)

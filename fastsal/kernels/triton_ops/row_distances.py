@@ -31,11 +31,11 @@ WHOLE_EXAMPLE = RowBlock(2, 2)  # this and what follows: from register counts an
 FEW_ROWS = RowBlock(1, 4)  # for launches too small to fill the chip
 
 
-def _row_block(rows: Tensor) -> RowBlock:
-    device = launching.device(rows.device)
-    if rows.shape[0] * rows.shape[1] * n_segments(rows.shape[2]) < 16 * device.processors:
+def _row_block(rows: Tensor, segments: int) -> RowBlock:
+    major, processors = launching.device(rows.device)
+    if rows.shape[0] * rows.shape[1] * segments < 16 * processors:
         return FEW_ROWS
-    if rows.element_size() == 2 and device.major >= 9:
+    if rows.element_size() == 2 and major >= 9:
         return RowBlock(8, 4)  # the memory of Hopper and later wants more bytes in flight
     return RowBlock(2 if rows.element_size() == 8 else 4, 4)
 
@@ -45,22 +45,12 @@ def lanes(rows: Tensor) -> int:
     return launching.block_size(rows.shape[2], 128, 512 if rows.element_size() == 8 else 1024)
 
 
-def n_segments(n_cols: int) -> int:
-    count: int = triton.cdiv(n_cols, SEGMENT_SIZE.value)
-    return count
-
-
-def launch(anchor: Tensor, rows: Tensor, out: Tensor, q: int) -> None:
-    """Fills out [B, n], from anchor [B, D] and rows [B, n, D]."""
-    (partials,) = launching.scratch(rows, out.numel() * n_segments(rows.shape[2]))
-    launch_norms(anchor, None, rows, partials, out, q)
-
-
-def launch_norms(anchor: Tensor, index: Tensor | None, rows: Tensor, partials: Tensor, norms: Tensor, q: int) -> None:
-    """‖anchor − row‖ into norms [B, n] by way of partials [B, n, S]; anchor [B, D], or rows and the `index` [B] of one each."""
+def launch(anchor: Tensor, rows: Tensor, norms: Tensor, q: int, index: Tensor | None = None) -> None:
+    """Fills norms [B, n] from rows [B, n, D] and anchor [B, D], or [B, n, D] of which `index` [B] chooses a row an example."""
     n_examples, n_rows, n_cols = rows.shape
-    segments = n_segments(n_cols)
-    block = _row_block(rows)
+    segments = triton.cdiv(n_cols, SEGMENT_SIZE.value)
+    (partials,) = launching.scratch(rows, norms.numel() * segments)
+    block = _row_block(rows, segments)
     row_blocks = triton.cdiv(n_rows, block.rows)
     launching.launch(
         row_distances_partials_kernel,
@@ -84,10 +74,10 @@ def launch_norms(anchor: Tensor, index: Tensor | None, rows: Tensor, partials: T
     block_n = 256 // block_s
     launching.launch(
         row_distances_combine_kernel,
-        triton.cdiv(n_examples * n_rows, block_n),
+        triton.cdiv(norms.numel(), block_n),
         partials,
         norms,
-        n_examples * n_rows,
+        norms.numel(),
         segments,
         Q=q,
         BLOCK_N=block_n,
@@ -152,12 +142,12 @@ def _scaled_segment_norms(
 @triton.jit
 def row_distances_partials_kernel(
     anchor_ptr,
-    stride_anchor_example,
-    stride_anchor_row,
+    stride_anchor_b,
+    stride_anchor_n,
     index_ptr,  # the anchor of example b is row index[b]; None: the anchors are [B, D]
     rows_ptr,
-    stride_rows_example,
-    stride_rows_row,
+    stride_rows_b,
+    stride_rows_n,
     partials_ptr,  # float64 [B, n, S]
     n_rows,
     n_cols,
@@ -172,13 +162,13 @@ def row_distances_partials_kernel(
     s = (pid % n_segments).to(tl.int64)
     b = (pid // n_segments // n_row_blocks).to(tl.int64)
     row = (pid // n_segments % n_row_blocks).to(tl.int64) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
-    anchor = anchor_ptr + b * stride_anchor_example
+    anchor = anchor_ptr + b * stride_anchor_b
     needed = row < n_rows
     if index_ptr is not None:
         i = tl.load(index_ptr + b)
-        anchor += i * stride_anchor_row
+        anchor += i * stride_anchor_n
         needed &= row != i  # the anchor's distance to itself is not used, and its zeros would cost a scaled segment
-    rows = rows_ptr + b * stride_rows_example + tl.minimum(row, n_rows - 1) * stride_rows_row
+    rows = rows_ptr + b * stride_rows_b + tl.minimum(row, n_rows - 1) * stride_rows_n
     out = segment_norms(anchor, rows, needed, s * SEGMENT_SIZE, n_cols, BLOCK_ROWS, Q, BLOCK_D)
     tl.store(partials_ptr + (b * n_rows + row) * n_segments + s, out, mask=row < n_rows)
 
