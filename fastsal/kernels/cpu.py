@@ -53,10 +53,10 @@ def pairwise_margins(
 def pairwise_backward(
     w: Tensor, v: Tensor | None, jacobian: Tensor, x: Tensor | None, norm: float
 ) -> tuple[Tensor, Tensor]:
-    grad_jacobian, grad_x = layout.empty_gradients(jacobian, x)
-    total = torch.empty_like(grad_x, dtype=torch.float64)
+    grad_jacobian = jacobian.new_empty(jacobian.shape)
+    grad_x = torch.empty(0 if x is None else x.shape, dtype=torch.float64)
     w, v = w.contiguous(), None if v is None else v.contiguous()
     before = w.data_ptr(), 0 if v is None else v.data_ptr()
     arguments = layout.native_arguments(norm, jacobian, before, layout.x_arguments(x))
-    _cpu.pairwise_backward(*arguments, grad_jacobian.data_ptr(), total.data_ptr(), torch.get_num_threads())
-    return grad_jacobian, total.to(grad_x.dtype)
+    _cpu.pairwise_backward(*arguments, grad_jacobian.data_ptr(), grad_x.data_ptr(), torch.get_num_threads())
+    return grad_jacobian, grad_x.to(jacobian.dtype if x is None else x.dtype)

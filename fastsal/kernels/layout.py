@@ -37,7 +37,7 @@ class Backend(Protocol):
     def margin_geometry(
         self, logits: Tensor, jacobian: Tensor, x: Tensor, norm: float
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """The scalars in the order of SCALARS [10, B], prediction and runner_up [2, B], and the distances [B, n]."""
+        """The scalars [len(SCALARS), B] in that order, prediction and runner_up [2, B], and the distances [B, n]."""
 
     def pairwise_margins(
         self, logits: Tensor, jacobian: Tensor, x: Tensor | None, norm: float
@@ -81,7 +81,8 @@ def x_arguments(x: Tensor | None) -> tuple[int, int, int]:
 
 def empty_distances(rows: Tensor) -> Tensor:
     """What row_distances returns, not yet filled."""
-    return rows.new_empty(rows.shape[:2], dtype=torch.float64)
+    B, c, _ = rows.shape
+    return rows.new_empty(B, c, dtype=torch.float64)
 
 
 def empty_geometry(jacobian: Tensor) -> tuple[Tensor, Tensor, Tensor]:

@@ -43,7 +43,7 @@ def _whole_examples(jacobian: Tensor) -> bool:
 
 
 def launch(logits: Tensor, jacobian: Tensor, x: Tensor, outputs: tuple[Tensor, Tensor, Tensor], q: int) -> None:
-    """Fills the outputs: scalars [10, B], indices (prediction, runner_up) [2, B] and distances [B, n]."""
+    """Fills the outputs: scalars [len(SCALARS), B], indices (prediction, runner_up) [2, B] and distances [B, n]."""
     scalars, indices, distances = outputs
     n_examples, n_rows, n_cols = jacobian.shape
     norm_codes = {"Q": q, "P": {2: 2, 1: 0, 0: 1}[q]}
