@@ -180,5 +180,5 @@ def row_distances_combine_kernel(
     """Norms [n_norms] from partials [n_norms, S]."""
     row = tl.program_id(0).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
     mask = row < n_norms
-    partials = partials_ptr + row * n_segments
-    tl.store(norms_ptr + row, combine_norms(partials, n_segments, mask, BLOCK_N, Q, BLOCK_S), mask=mask)
+    out = norms_ptr + row
+    tl.store(out, combine_norms(partials_ptr + row * n_segments, n_segments, mask, BLOCK_N, Q, BLOCK_S), mask=mask)
