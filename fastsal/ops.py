@@ -12,6 +12,7 @@ from torch import Tensor
 
 from fastsal.kernels import cpu, cuda, layout, reference, triton
 
+# Every backend by name; KERNELS are those that are not the reference.
 KERNELS: dict[str, layout.Backend] = {"cpu": cpu, "cuda": cuda, "triton": triton}
 BACKENDS: dict[str, layout.Backend] = {"reference": reference} | KERNELS
 # Device type -> order of preference, set by measurement; the reference comes last everywhere.
