@@ -319,15 +319,15 @@ def pairwise_backward(
 
     Args:
         w: How much the result moves with each distance, divided by the distance where q = 2: symmetric, [B, n, n].
-        v: How much it moves with each inner product ⟨x, g_i − g_j⟩: antisymmetric, [B, n, n], or None.
+        v: How much it moves with each inner product ⟨x, g_i − g_j⟩: antisymmetric, [B, n, n]. v and x both, or neither.
         jacobian: The gradients g_j of every logit, [B, n, D].
         x: The input, [B, D], or None.
         norm: The p of the perturbation.
 
     Returns:
         The gradient by g_i, Σ_j w_ij φ(g_i − g_j) + Σ_j v_ij x (float64 [B, n, D]), and by x, Σ_{i<j} v_ij (g_i − g_j)
-        (float64 [B, D], None without v), where φ(d) is d for q = 2, sign(d) for q = 1, and for q = inf sign(d) on the largest
-        entries, shared evenly among equals.
+        (float64 [B, D], None without v and x), where φ(d) is d for q = 2, sign(d) for q = 1, and for q = inf sign(d) on the
+        largest entries, shared evenly among equals.
     """
     q = dual(norm)
     grad_x = None if v is None or x is None else torch.zeros(x.shape, dtype=torch.float64, device=x.device)

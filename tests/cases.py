@@ -20,6 +20,7 @@ from torch import Tensor
 
 import fastsal
 from fastsal import ops, reference
+from fastsal.kernels import layout
 
 NORMS = (2.0, math.inf, 1.0)
 DTYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
@@ -39,12 +40,12 @@ class Target(NamedTuple):
 
 
 def _target(backend: str, device: str) -> Any:
-    why = "" if backend == "reference" else ops.BACKENDS[backend].unavailable()
+    why = ops.BACKENDS[backend].unavailable()
     marks = [pytest.mark.skip(reason=why)] if why else []
     return pytest.param(Target(backend, device), marks=marks, id=f"{backend}-{device}")
 
 
-TARGETS = [_target("reference", "cpu"), *(_target(name, "cpu") for name in ops.BACKENDS if name == "cpu")]
+TARGETS = [_target("reference", "cpu"), _target("cpu", "cpu")]
 KERNELS = [target for target in TARGETS if target.values[0].backend != "reference"]
 
 each_target = pytest.mark.parametrize("target", TARGETS)
@@ -341,6 +342,28 @@ def pairwise_margins(target: Target, logits: Tensor, jacobian: Tensor, x: Tensor
     moved = (None if tensor is None else tensor.to(target.device) for tensor in (logits, jacobian, x))
     with poisoned():
         return fastsal.pairwise_margins(*moved, norm=norm, backend=target.backend)
+
+
+def assert_v_and_x_go_together(backend: str, device: str = "cpu") -> None:
+    """pairwise_backward refuses v without x and x without v, and says which is missing."""
+    w = torch.zeros(1, 3, 3, dtype=torch.float64, device=device)
+    jacobian, x = torch.ones(1, 3, 5, device=device), torch.ones(1, 5, device=device)
+    for name, v, given in (("v", None, x), ("x", w, None)):
+        with pytest.raises(ValueError, match=f"{name}: got None, wants v and x, or neither"):
+            ops.pairwise_backward(w, v, jacobian, given, 2.0, backend)
+
+
+def assert_writes_every_scalar(backend: str, monkeypatch: pytest.MonkeyPatch, device: str = "cpu") -> None:
+    """The kernel writes as many rows of scalars as there are names for them, in a buffer that has room for more."""
+    empty, missing = layout.empty_geometry, -7.0
+
+    def roomy(jacobian: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        scalars, indices, distances = empty(jacobian)
+        return scalars.new_full((len(scalars) + 3, len(jacobian)), missing), indices, distances
+
+    monkeypatch.setattr(layout, "empty_geometry", roomy)
+    scalars, _, _ = ops.margin_geometry(*inputs(2, 3, 5, torch.float32, device=device), 2.0, backend)
+    assert (scalars != missing).all(1).tolist() == [True] * len(reference.SCALARS) + [False] * 3
 
 
 # The awkward numbers of each dtype. float64's stay where ‖Δ_j‖ is a normal float64.

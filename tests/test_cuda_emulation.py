@@ -160,6 +160,14 @@ def test_pairwise_backward(kernels, norm, dtype, with_x):
         assert ((one.double() - other).abs() <= error + torch.finfo(dtype).smallest_normal).all()
 
 
+def test_every_scalar_is_written(kernels, monkeypatch):
+    cases.assert_writes_every_scalar("cuda", monkeypatch)
+
+
+def test_backward_takes_v_and_x_together(kernels):
+    cases.assert_v_and_x_go_together("cuda")
+
+
 @pytest.mark.parametrize("D", [1, 31, 1025])
 def test_row_distances(kernels, D):
     _, jacobian, _ = cases.inputs(3, 6, D, torch.float32)

@@ -13,8 +13,10 @@ import torch
 import fastsal
 from fastsal import reference
 from fastsal.kernels import triton
+from fastsal.kernels.triton_ops import margin_geometry, pairwise_margins, row_distances
 
 TRITON = cases.Target("triton", "cpu")
+SEGMENT_SIZE = row_distances.SEGMENT_SIZE.value
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -41,7 +43,7 @@ def edges(dtype):
 
 @cases.each_dtype
 @cases.each_norm
-def test_geometry_of_one_piece(dtype, norm):
+def test_geometry_of_one_segment(dtype, norm):
     logits, jacobian, x = edges(dtype)
     result = cases.margin_geometry(TRITON, logits, jacobian, x, norm)
     cases.assert_geometry(result, logits, jacobian, x, norm)
@@ -49,8 +51,8 @@ def test_geometry_of_one_piece(dtype, norm):
 
 @cases.each_dtype
 @cases.each_norm
-def test_geometry_of_two_pieces(dtype, norm):
-    logits, jacobian, x = cases.inputs(1, 3, triton._SEGMENT + 37, dtype)
+def test_geometry_of_two_segments(dtype, norm):
+    logits, jacobian, x = cases.inputs(1, 3, SEGMENT_SIZE + 37, dtype)
     jacobian[:, 1, :4000] = jacobian[:, 0, :4000]
     jacobian[:, :, 4096:] /= {torch.float64: 1e200, torch.float16: 1e4}.get(dtype, 1e30)
     result = cases.margin_geometry(TRITON, logits, jacobian, x, norm)
@@ -61,11 +63,11 @@ def test_bits_do_not_depend_on_who_computes_them(monkeypatch):
     norm = 2.0
     logits, jacobian, x = cases.inputs(2, 5, 150, torch.float32)
     whole = cases.margin_geometry(TRITON, logits, jacobian, x, norm)
-    monkeypatch.setattr(triton, "_whole", lambda jacobian: False)
+    monkeypatch.setattr(margin_geometry, "_whole_examples", lambda jacobian: False)
     storage = torch.empty(5, 2, 151)[:, :, 1:]  # unaligned, classes first
-    pieces = cases.margin_geometry(TRITON, logits, storage.copy_(jacobian.transpose(0, 1)).transpose(0, 1), x, norm)
-    cases.assert_same_results(whole, pieces)
-    monkeypatch.setattr(triton, "_FEW", triton.Tile(4, 4))
+    segments = cases.margin_geometry(TRITON, logits, storage.copy_(jacobian.transpose(0, 1)).transpose(0, 1), x, norm)
+    cases.assert_same_results(whole, segments)
+    monkeypatch.setattr(row_distances, "FEW_ROWS", row_distances.RowBlock(4, 4))
     cases.assert_same_results(whole, cases.margin_geometry(TRITON, logits, jacobian, x, norm))
     first = cases.margin_geometry(TRITON, logits[1:2], jacobian[1:2], x[1:2], norm)
     cases.assert_same_results(whole, first, slice(1, 2))
@@ -74,7 +76,7 @@ def test_bits_do_not_depend_on_who_computes_them(monkeypatch):
 @cases.each_dtype
 @cases.each_norm
 def test_row_distances(dtype, norm):
-    _, rows, anchor = cases.inputs(2, 3, triton._SEGMENT + 5, dtype)
+    _, rows, anchor = cases.inputs(2, 3, SEGMENT_SIZE + 5, dtype)
     with cases.poisoned():
         got = triton.row_distances(anchor, rows, norm)
     torch.testing.assert_close(
@@ -85,7 +87,7 @@ def test_row_distances(dtype, norm):
 @cases.each_norm
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_constant_rows_do_not_drift(dtype, norm):
-    rows = torch.full((1, 2, 3 * triton._SEGMENT), 0.1, dtype=dtype)
+    rows = torch.full((1, 2, 3 * SEGMENT_SIZE), 0.1, dtype=dtype)
     got = triton.row_distances(torch.zeros(1, rows.shape[2], dtype=dtype), rows, norm)
     value = torch.tensor(0.1, dtype=dtype).item()
     want = {2.0: value * math.sqrt(rows.shape[2]), math.inf: value * rows.shape[2], 1.0: value}[norm]
@@ -103,9 +105,9 @@ def test_pairwise_edges(dtype, norm):
 @cases.each_norm
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("with_x", [True, False])
-def test_pairwise_of_many_pieces_and_tiles(dtype, norm, with_x, monkeypatch):
-    monkeypatch.setattr(triton, "_PAIR_SEGMENT", 64)
-    logits, jacobian, x = cases.inputs(1, 18, 150, dtype)  # 18 rows: three tiles of 16
+def test_pairwise_of_many_segments_and_row_blocks(dtype, norm, with_x, monkeypatch):
+    monkeypatch.setattr(pairwise_margins, "SEGMENT_SIZE", 64)
+    logits, jacobian, x = cases.inputs(1, 18, 150, dtype)  # 18 rows: two blocks of 16, or three of 8
     result = cases.pairwise_margins(TRITON, logits, jacobian, x if with_x else None, norm)
     cases.assert_pairwise(result, logits, jacobian, x if with_x else None, norm)
 
@@ -138,6 +140,14 @@ def test_pairwise_backward(dtype, norm):
             grad, reference.pairwise_backward(w, None, jacobian, None, norm)[0].to(dtype), **tolerances
         )
         assert grad_x.numel() == 0
+
+
+def test_every_scalar_is_written(monkeypatch):
+    cases.assert_writes_every_scalar("triton", monkeypatch)
+
+
+def test_backward_takes_v_and_x_together():
+    cases.assert_v_and_x_go_together("triton")
 
 
 def test_gradients_flow():

@@ -110,7 +110,7 @@ class Bench:
     def __init__(self, report: Report, clock: Clock) -> None:
         self.report, self.clock = report, clock
         names = ("cuda", "triton") if clock.on_gpu else ("cpu", "reference")
-        self.backends = [name for name in names if name == "reference" or not ops.BACKENDS[name].unavailable()]
+        self.backends = [name for name in names if not ops.BACKENDS[name].unavailable()]
         self.shrink = 1 if clock.on_gpu else 64
 
     def floors(self) -> None:

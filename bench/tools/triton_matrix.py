@@ -4,11 +4,12 @@
     python bench/tools/triton_matrix.py --default          what the tests compile: each kernel × dtype × norm once
     python bench/tools/triton_matrix.py --json matrix.json
 
-The launches are those of fastsal/kernels/triton.py itself, caught on their way to the device.
+The launches are those of fastsal/kernels/triton_ops itself, caught on their way to the device.
 """
 
 import argparse
 import contextlib
+import importlib
 import json
 import math
 import os
@@ -27,6 +28,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from fastsal.kernels import triton as backend
+from fastsal.kernels.triton_ops import launching
 
 TYPES = {
     torch.float64: "fp64",
@@ -37,14 +39,15 @@ TYPES = {
 }
 NORMS = (2.0, math.inf, 1.0)
 DTYPES = tuple(TYPES)[:4]
-# [B, n, D]: an example a program; a piece a program, few programs and many; odd D, so that no address is aligned.
+# [B, n, D]: an example a program; a segment a program, few programs and many; odd D, so that no address is aligned.
 DEFAULT_SHAPES = ((8, 100, 150528), (64, 10, 784))
 SHAPES = (*DEFAULT_SHAPES, (2, 3, 8191), (4096, 100, 3072), (64, 10, 77))
 
 
 class Launch(NamedTuple):
-    """One compilation: a kernel, the types of its arguments, its constants and its warps."""
+    """One compilation: a kernel and its module, the types of its arguments, its constants and its warps."""
 
+    module: str
     kernel: str
     signature: tuple[tuple[str, str], ...]
     constants: tuple[tuple[str, Any], ...]
@@ -56,8 +59,8 @@ def caught(capability: int, shapes: tuple[tuple[int, int, int], ...]) -> Iterato
     """Every launch of every operator on Jacobians of the given shapes, for a device of the given capability."""
     launches: dict[Launch, None] = {}
 
-    def catch(name: str, programs: int, *args: Any, warps: int = 4, **constants: Any) -> None:
-        names = getattr(backend._load()[0], name).arg_names
+    def catch(kernel: Any, programs: int, *args: Any, warps: int = 4, **constants: Any) -> None:
+        names = kernel.arg_names
         values = dict(zip(names, args, strict=False)) | constants
         signature, fixed, aligned = [], [], []
         for place, key in enumerate(names):
@@ -71,10 +74,11 @@ def caught(capability: int, shapes: tuple[tuple[int, int, int], ...]) -> Iterato
             else:
                 signature.append((key, "i32" if -(2**31) <= value < 2**31 else "i64"))
                 aligned += [place] if value % 16 == 0 else []
-        launches[Launch(name, tuple(signature), tuple(fixed), tuple(aligned), warps)] = None
+        where = (kernel.__module__, kernel.__name__)
+        launches[Launch(*where, tuple(signature), tuple(fixed), tuple(aligned), warps)] = None
 
-    backend._launch = catch
-    backend._device = lambda device: backend.Device(capability // 10, 132)
+    launching.launch = catch
+    launching.device = lambda of: (capability // 10, 132)
     backend._on_device = lambda tensor: contextlib.nullcontext()
     for B, n, D in shapes:
         for dtype in DTYPES:
@@ -110,7 +114,7 @@ def compiled(work: tuple[Launch, int]) -> dict[str, Any]:
     """Registers, spilled bytes and shared memory of one compilation, from its cubin."""
     launch, capability = work
     source = ASTSource(
-        getattr(backend._load()[0], launch.kernel),
+        getattr(importlib.import_module(launch.module), launch.kernel),
         signature=dict(launch.signature),
         constexprs=dict(launch.constants),
         attrs={(place,): [["tt.divisibility", 16]] for place in launch.aligned},
@@ -154,7 +158,7 @@ def main() -> None:
     for row in rows:
         constants = " ".join(f"{key}={value}" for key, value in row["constants"].items())
         print(
-            f"{row['kernel']:24} sm_{row['capability']:<4}{row['data']:5} {row['registers']:4} registers"
+            f"{row['kernel']:33} sm_{row['capability']:<4}{row['data']:5} {row['registers']:4} registers"
             f" {row['spilled_bytes']:5} B spilled {row['shared_bytes']:6} B shared  {row['warps']} warps  {constants}"
         )
     print(f"{len(rows)} kernels, {sum(row['spilled_bytes'] > 0 for row in rows)} of them spill")

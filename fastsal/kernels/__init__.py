@@ -1,1 +1,1 @@
-"""Backends: each module turns tensors into native calls and says, in `unavailable()`, why it cannot run if it cannot."""
+"""The backends, a module each: tensors become calls of native code, Triton launches or the reference. See `layout.Backend`."""

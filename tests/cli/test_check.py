@@ -71,7 +71,7 @@ def test_catches_a_broken_backend(capsys, monkeypatch, what):
     monkeypatch.setattr(check, "DTYPES", (torch.float32,))
     monkeypatch.setattr(check, "NORMS", (2.0,))
     monkeypatch.setattr(check, "SHAPES", ((3, 5, 33),))
-    monkeypatch.setattr(ops, "BACKENDS", {"broken": Broken})
+    monkeypatch.setattr(ops, "BACKENDS", {"reference": ops.BACKENDS["reference"], "broken": Broken})
     assert main(["check", "--seed", "3", "--quick"]) == 1
     out = capsys.readouterr().out
     assert "OUT OF TOLERANCE" in out

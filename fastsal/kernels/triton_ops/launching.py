@@ -1,0 +1,31 @@
+"""How kernels are launched: the one call of Triton's launcher, scratch memory, and what is known about the device."""
+
+import functools
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+def launch(kernel: Any, programs: int, *arguments: Any, warps: int = 4, **constants: int) -> None:
+    """Starts `programs` programs of a kernel on the current stream. Triton fuses no multiplication with an addition."""
+    kernel[(programs,)](*arguments, num_warps=warps, enable_fp_fusion=False, **constants)
+
+
+@functools.cache
+def device(of: torch.device) -> tuple[int, int]:
+    """Its compute capability's major number and count of multiprocessors; an H100's where it is not CUDA's, as in the tests."""
+    if of.type != "cuda":
+        return 9, 132
+    properties = torch.cuda.get_device_properties(of)
+    return properties.major, properties.multi_processor_count
+
+
+def block_size(count: int, least: int, most: int) -> int:
+    """The smallest power of two that is not below `count`, but at least `least` and at most `most`."""
+    return max(least, min(most, 1 << (count - 1).bit_length()))
+
+
+def scratch(like: Tensor, *sizes: int) -> tuple[Tensor, ...]:
+    """Float64 buffers of the given sizes, in one allocation."""
+    return torch.split(torch.empty(sum(sizes), dtype=torch.float64, device=like.device), list(sizes))
