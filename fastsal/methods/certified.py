@@ -306,9 +306,9 @@ class _Search:
         return (energy + PRIOR * self._average(e, energy / PILOTS).unsqueeze(1)) / (PRIOR + PILOTS)
 
     def weights(self, e: Tensor) -> Tensor:
-        """1 / m_j² of the classes not seen, in units of the largest: how much a class's gradient matters."""
+        """1 / m_j⁴ of the classes not seen, in units of the largest: how much a class's gradient matters."""
         margin = torch.where(self.seen[e] | ~(self.margin[e] > 0), math.inf, self.margin[e])
-        return (margin.amin(1, keepdim=True) / margin).square().nan_to_num(0.0)
+        return (margin.amin(1, keepdim=True) / margin).pow(4).nan_to_num(0.0)
 
     def _average(self, e: Tensor, values: Tensor) -> Tensor:
         """The average over classes of values [e, n], weighted by how much they matter: [e]."""
