@@ -1,4 +1,8 @@
-"""fastsal: linearised robustness, saliency alignment and the bound that ties them, at the hardware's limit."""
+"""Linearised robustness, saliency alignment and the bound that ties them, accelerated.
+
+Three layers: `margin_geometry` and `pairwise_margins` work on logits and their Jacobian, `analyze` and `deepfool` on a model,
+and `fastsal` on the command line.
+"""
 
 from fastsal import plot
 from fastsal.adversarial import Adversarial, deepfool

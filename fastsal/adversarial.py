@@ -1,4 +1,4 @@
-"""deepfool: small adversarial perturbations, by taking the step that ρ̃ measures until the prediction changes."""
+"""Adversarial perturbations: DeepFool, which takes the step that ρ̃ measures until the prediction changes."""
 
 import math
 from dataclasses import dataclass
@@ -16,14 +16,17 @@ HALVINGS = 16
 
 @dataclass(frozen=True)
 class Adversarial:
-    """What `deepfool` found for each of B examples. Shapes [B] unless given.
+    """What `deepfool` found for each of B examples. Tensors have the shape [B] unless another is given.
 
-    adversarial: [B, *S], in x's dtype; x itself where nothing was found.
-    distance: ‖adversarial − x‖_p, an upper bound of the adversarial robustness ρ(x); +inf where nothing was found, and 0
-        where `labels` were given and the model errs already. float64 for float64 x, else float32.
-    success: bool, whether `adversarial` is classified differently from the reference class.
-    prediction: int64, the class of x; adversarial_class: int64, the class of `adversarial`.
-    steps: int64, how many linearisations were taken.
+    Attributes:
+        adversarial: The perturbed inputs, [B, *S] in x's dtype; x itself where nothing was found.
+        distance: ‖adversarial − x‖_p, an upper bound of the adversarial robustness ρ(x), the distance of the nearest input that
+            is classified differently. It is +inf where nothing was found, and 0 where `labels` were given and the model errs on
+            x already. float64 for float64 x, else float32.
+        success: Whether `adversarial` is classified differently from the class that was to be left, bool.
+        prediction: The class of x, int64.
+        adversarial_class: The class of `adversarial`, int64.
+        steps: How many linearisations were taken, int64.
     """
 
     adversarial: Tensor
@@ -35,7 +38,7 @@ class Adversarial:
 
 
 def distances(a: Tensor, b: Tensor, norm: float) -> Tensor:
-    """‖a − b‖_p of every example: float64 [B] from [B, *S]."""
+    """‖a − b‖_p of every example, float64 [B], for a and b [B, *S]."""
     norms: Tensor = torch.linalg.vector_norm((a.double() - b.double()).flatten(1), norm, dim=1)
     return norms
 
@@ -47,10 +50,10 @@ def classes(model: Model, x: Tensor) -> Tensor:
 
 
 def to_boundary(model: Model, x: Tensor, adversarial: Tensor, reference: Tensor) -> Tensor:
-    """The point of each segment from x to adversarial [B, *S] nearest to x, by bisection, that still errs.
+    """Finds the point of each segment from x to adversarial [B, *S] nearest to x that is still misclassified, by bisection.
 
-    It differs from `reference` [B], and a point of the segment short of it by 2⁻¹⁶ of the length does not. Where
-    `adversarial` does not err, it comes back as it is; where x errs, x comes back.
+    Its class differs from `reference` [B], while a point nearer to x by 2⁻¹⁶ of the segment has that class. Where `adversarial`
+    is not misclassified, it comes back as it is; where x is, x comes back.
     """
     column = (-1, *(1,) * (x.dim() - 1))
 
@@ -67,7 +70,7 @@ def to_boundary(model: Model, x: Tensor, adversarial: Tensor, reference: Tensor)
 
 
 def _step(length: Tensor, row: Tensor, norm: float) -> Tensor:
-    """The perturbation of p-norm `length` [b] that lowers ⟨row [b, D], ·⟩ the most."""
+    """The perturbation, of p-norm `length` [b], whose inner product with row [b, D] is the lowest."""
     scaled = row / row.abs().amax(1, keepdim=True)  # no square overflows
     direction = scaled.sign()
     if norm == 2:
@@ -91,35 +94,48 @@ def deepfool(
     chunk_size: int | None = None,
     backend: str = "auto",
 ) -> Adversarial:
-    """Small adversarial perturbations of a batch: DeepFool, which takes the step of ρ̃ until the prediction changes.
+    """Small adversarial perturbations of a batch, by DeepFool.
 
-    At the current point z the logits are replaced by their linearisation, of which the nearest boundary is reached by a
-    perturbation of size ρ̃(z) = m_j* / ‖Δ_j*‖_q, for p = 2 along −Δ_j* (Moosavi-Dezfooli, Fawzi and Frossard, CVPR 2016,
-    arXiv 1511.04599); the first of these distances is ρ̃(x) itself. The sum of the steps is lengthened by `overshoot`, and
-    the segment from x to the result is bisected for the point nearest to x that still errs. The distance is an upper bound
-    of the adversarial robustness ρ(x), exact for linear and affine binary classifiers.
+    At the current point z the logits are replaced by their linearisation. Its nearest decision boundary is reached by a
+    perturbation of size ρ̃(z) = m_{j*} / ‖Δ_{j*}‖_q, where j* is the runner-up, m_{j*} the difference of the two logits and
+    Δ_{j*} that of their gradients; for p = 2 it points along −Δ_{j*} (Moosavi-Dezfooli, Fawzi and Frossard, CVPR 2016, arXiv
+    1511.04599). The first of these sizes is ρ̃(x) itself. Steps are taken until the prediction changes. Then their sum is
+    lengthened by `overshoot`, and the segment from x to the result is bisected for the point nearest to x that is still
+    misclassified. Its distance is an upper bound of the adversarial robustness ρ(x), and exact for linear and affine binary
+    classifiers.
 
-    model: as in `analyze`: an `nn.Module` in evaluation mode, or any callable, from x [B, *S] to logits [B, n] or to one
-        score [B] or [B, 1].
-    x: [B, *S], of any floating dtype. Distances are in its units, and no box of allowed values is imposed.
-    labels: int64 [B], the true classes. Given, an example that the model gets wrong already comes back unperturbed, at
-        distance 0; by default the class to leave is the model's own prediction, as ρ and ρ̃ mean it.
-    norm: the p of the perturbation, 2 (default), 1, `math.inf` or "inf".
-    method: which classes a step considers: "candidates" / `fastsal.Candidates(k=10)` (default: the k highest logits
-        besides the predicted one, DeepFool's habit), "exact" (all) or "certified" (all, in fewer passes; norm 2 only).
-    max_steps: linearisations at most. Examples that are through stop costing anything.
-    overshoot: how much farther than the linearised boundary to go; it costs no distance, since the bisection takes it back.
-    chunk_size, backend: as in `analyze`.
+    An example for which nothing is found (its gradients are zero or NaN, or `max_steps` did not suffice) has `success` false
+    and the distance +inf. Results are deterministic and carry no gradients.
 
-    Returns an `Adversarial`. An example without a way out (zero gradients, NaN, max_steps used up) has `success` False and
-    distance +inf. Deterministic; the result carries no gradients. Raises ValueError or TypeError as `analyze` does.
+    Args:
+        model: An `nn.Module` in evaluation mode, or any callable, from x [B, *S] to logits [B, n] or to one score [B] or [B,
+            1], as in `analyze`.
+        x: [B, *S], float32, float64, float16 or bfloat16. Distances are in its units. No box of allowed values is imposed.
+        labels: The true classes, int64 [B]: an example that the model gets wrong already comes back unperturbed, at distance 0.
+            None stands for the model's own predictions, as ρ and ρ̃ mean it.
+        norm: The p of the perturbation: 2, 1, `math.inf` or "inf".
+        method: Which classes a step considers, as in `analyze`: "candidates" (the 10 highest logits besides the predicted one,
+            DeepFool's habit), "exact" (all) or "certified" (all, in fewer passes; norm 2 only), or a method with options.
+        max_steps: How many linearisations to take at most. Examples that are done cost nothing more.
+        overshoot: By which share to step beyond the linearised boundary. It costs no distance: the bisection takes it back.
+        chunk_size: How many class gradients to take at once, as in `analyze`.
+        backend: As in `analyze`.
 
-    >>> import torch, fastsal
-    >>> linear = torch.nn.Linear(2, 1)
-    >>> _ = linear.weight.data.copy_(torch.tensor([[3.0, 4.0]])), linear.bias.data.fill_(5.0)
-    >>> found = fastsal.deepfool(linear, torch.tensor([[3.0, 4.0]]))  # ρ = |9 + 16 + 5| / 5
-    >>> round(found.distance.item(), 3), found.prediction.item(), found.adversarial_class.item(), found.steps.item()
-    (6.0, 1, 0, 1)
+    Returns:
+        An `Adversarial`.
+
+    Raises:
+        TypeError: x or what the model returns is no tensor of floating dtype.
+        ValueError: The labels or an option are wrong, or the model is one that `analyze` refuses.
+        RuntimeError: A backend that was named cannot run, or the model itself failed.
+
+    Example:
+        >>> import torch, fastsal
+        >>> linear = torch.nn.Linear(2, 1)
+        >>> _ = linear.weight.data.copy_(torch.tensor([[3.0, 4.0]])), linear.bias.data.fill_(5.0)
+        >>> found = fastsal.deepfool(linear, torch.tensor([[3.0, 4.0]]))  # ρ = |9 + 16 + 5| / 5
+        >>> round(found.distance.item(), 3), found.prediction.item(), found.adversarial_class.item(), found.steps.item()
+        (6.0, 1, 0, 1)
     """
     p = validation.norm(norm)
     check_input(x)
@@ -153,7 +169,7 @@ def deepfool(
             row = geometry.binarized_saliency
             assert row is not None
             length = geometry.linearized_robustness.double()
-            # On the boundary itself the step is empty: go one rounding error of x farther, to the other side of it.
+            # On the boundary itself the step is empty. One rounding error of x farther lies the other side.
             tiny = torch.finfo(x.dtype).eps * distances(found[active], torch.zeros_like(found[active]), p)
             going = length.isfinite() & (row.flatten(1) != 0).any(1) & row.flatten(1).isfinite().all(1)
             active, row, length = active[going], row[going].double(), torch.maximum(length, tiny)[going]

@@ -1,4 +1,4 @@
-"""analyze: the whole of DESIGN section 2 for a model, streaming its Jacobian instead of holding it."""
+"""The model level: every quantity of a model and a batch, from a Jacobian that is streamed and never held."""
 
 from dataclasses import fields, replace
 from typing import Any
@@ -24,42 +24,66 @@ def analyze(
 ) -> Geometry:
     """Linearised robustness, saliency alignment and the bound that ties them, for every example of a batch of a model.
 
-    model: an `nn.Module` in evaluation mode, or any callable, that maps x [B, *S] to logits [B, n], example by example.
-        Logits or log-softmax, not probabilities. One score Ψ of shape [B] or [B, 1] means the two logits (−Ψ/2, Ψ/2),
-        so that class 1 is Ψ > 0 and ρ̃ = |Ψ| / ‖∇Ψ‖.
-    x: [B, *S], float32, float64, float16 or bfloat16. Distances are in units of x as passed: to measure them in pixels,
-        wrap the normalisation into the model. α, β, the homogeneities and the bound depend on where the origin of x is
-        (a mean-centred input or not); ρ̃ does not.
-    norm: the p of the perturbation, 2 (default), 1, `math.inf` or "inf"; gradients are measured in the dual q-norm.
-    method: "exact" / `fastsal.Exact(head=None, memory_limit=2**30)` (default; n backward passes, or F + 2 where the logits
-        leave a linear layer of F inputs) or "candidates" / `fastsal.Candidates(k=10)` (only the k highest logits
-        besides the predicted one, k + 1 passes: an upper bound of ρ̃, `certified` false, `distances` None) or "certified" /
-        `fastsal.Certified(failure_probability=1e-6, max_passes=None, seed=0)` (norm 2: ρ̃ itself with that probability of
-        failure for each example, in some 50 to 100 passes at 1000 classes; `vjps` and `jvps` count them, `distances` None).
-    chunk_size: how many class gradients are taken at once; None chooses by device and threads. Out of memory halves it.
-    backend: "auto" (default), "reference", "cpu", "cuda" or "triton"; see `fastsal.info()`.
-    keep_saliency: also return `saliency` g and `binarized_saliency` g†, shaped like x, in x's dtype.
-    differentiable: let the scalars (and the saliencies, where kept) carry gradients, to any order, into the model's
-        parameters and into x where that requires a gradient, at the cost of two double-backward rows. Indices,
-        `distances` and `lower_bound` carry none.
+    The linearised robustness ρ̃ asks for the class whose linearised decision boundary is nearest. The methods differ in which
+    classes they look at, among n of them:
 
-    Returns a `Geometry`: the equations of Etmann, Lunz, Maass and Schönlieb, ICML 2019 (arXiv 1905.04172), in float64
-    for float64 x, else in float32. The Jacobian [B, n, D] is never held: beside the model's own activations the memory
-    is O(chunk_size · B · D), and up to `Exact.memory_limit` where features are used. Works under
-    `torch.no_grad()`, `inference_mode()` and autocast, and leaves the model's flags, gradients, buffers and hooks and the
-    random number generators as it found them.
+    | method         | backward and forward-mode passes     | what comes back                | when to use it              |
+    |----------------|--------------------------------------|--------------------------------|-----------------------------|
+    | `"exact"`      | n backward, or F + 2 where the       | ρ̃ and the distances of all     | few classes (some 50), or   |
+    |                | logits leave a linear layer of F     | classes                        | a narrow last layer         |
+    |                | inputs and that is fewer             |                                |                             |
+    | `"certified"`  | some 50 to 100 at 1000 classes, of   | ρ̃, except with probability     | many classes and norm 2     |
+    |                | both kinds                           | 1e-6 for each example          |                             |
+    | `"candidates"` | 11 backward: the predicted class and | an upper bound of ρ̃, often ρ̃   | a first look; inside loops  |
+    |                | the 10 highest other logits          | itself, but nobody knows where | (DeepFool's habit)          |
 
-    The reductions are deterministic; the model's own arithmetic may differ in the last bits with batch and chunk size.
+    `fastsal.Exact`, `fastsal.Certified` and `fastsal.Candidates` are the same methods with options. `Geometry.vjps` and
+    `Geometry.jvps` count the passes that were taken.
 
-    Raises ValueError or TypeError, which say what x or the model is missing: logits not [B, n] or not depending on x,
-    training-mode layers or batch statistics that mix or randomise the examples.
+    The Jacobian [B, n, D] is never held: beside the model's own activations, memory is needed for `chunk_size` rows an
+    example, and for up to `Exact.memory_limit` bytes where the last layer's inputs are used. The call works under
+    `torch.no_grad()`, `torch.inference_mode()` and autocast. It leaves the model's flags, gradients, buffers and hooks as they
+    were, and the random number generators too. The reductions are deterministic; the model's own arithmetic may differ in the
+    last bits with the batch and the chunk size.
 
-    >>> import torch, fastsal
-    >>> linear = torch.nn.Linear(2, 3, bias=False)
-    >>> _ = linear.weight.data.copy_(torch.tensor([[1.0, 0.0], [-1.0, 0.0], [0.0, 2.0]]))
-    >>> result = fastsal.analyze(linear, torch.tensor([[3.0, 4.0]]))
-    >>> result.prediction.item(), result.runner_up.item(), round(result.linearized_robustness.item(), 4)
-    (2, 0, 2.2361)
+    `Geometry` lists the equations, which are those of Etmann, Lunz, Maass and Schönlieb, ICML 2019 (arXiv 1905.04172).
+
+    Args:
+        model: An `nn.Module` in evaluation mode, or any callable, that maps x [B, *S] to logits [B, n], each example on its
+            own. It must return logits or log-softmax, not probabilities. One score Ψ of shape [B] or [B, 1] means the two
+            logits (−Ψ/2, Ψ/2), so that class 1 is Ψ > 0 and ρ̃ = |Ψ| / ‖∇Ψ‖.
+        x: [B, *S], float32, float64, float16 or bfloat16. Distances are in units of x as passed: to measure them in pixels,
+            make the normalisation a part of the model. Alignments, offsets, homogeneities and the bound depend on where the
+            origin of x is (a mean-centred input or not); ρ̃ does not.
+        norm: The p of the perturbation: 2, 1, `math.inf` or "inf". Gradients are measured in the dual q-norm.
+        method: The name of a method, or a `fastsal.Exact`, `fastsal.Certified` or `fastsal.Candidates` with options.
+        chunk_size: How many class gradients to take at once; None chooses by model and device. Where memory runs out, the chunk
+            is halved.
+        backend: "auto", "reference", "cpu", "cuda" or "triton"; `fastsal.info()` tells which can run.
+        keep_saliency: Return the saliency maps g and g† too, shaped like x and in x's dtype.
+        differentiable: Let the scalars, and the saliency maps where they are kept, carry gradients to any order: into the
+            model's parameters, and into x where that requires a gradient. It costs two more rows, with a graph. Indices,
+            `distances` and `lower_bound` carry none.
+
+    Returns:
+        A `Geometry`, in float64 for float64 x and in float32 for all others.
+
+    Raises:
+        TypeError: x is no tensor of floating dtype, or the model returns no such tensor.
+        ValueError: The model returns no logits [B, n], or logits that do not depend on x; it mixes the examples of a batch, or
+            has layers in training mode that would; or an option is wrong. The message says what was found and what is wanted.
+        RuntimeError: A backend that was named cannot run, or the model itself failed.
+
+    Warns:
+        UserWarning: Every row of the logits looks like probabilities, or torch cannot take several rows of this model at once.
+
+    Example:
+        >>> import torch, fastsal
+        >>> linear = torch.nn.Linear(2, 3, bias=False)
+        >>> _ = linear.weight.data.copy_(torch.tensor([[1.0, 0.0], [-1.0, 0.0], [0.0, 2.0]]))
+        >>> result = fastsal.analyze(linear, torch.tensor([[3.0, 4.0]]))
+        >>> result.prediction.item(), result.runner_up.item(), round(result.linearized_robustness.item(), 4)
+        (2, 0, 2.2361)
     """
     p = validation.norm(norm)
     chosen = methods.resolve(method, p)
@@ -67,7 +91,7 @@ def analyze(
         raise ValueError(f"chunk_size: got {chunk_size!r}, wants None or an integer >= 1")
     check_input(x)
     B = x.shape[0]
-    empty = B == 0  # the number of classes is still to be learnt: ask one example, keep none
+    empty = B == 0  # one example of zeros tells the number of classes, and is dropped at the end
     with linearize(model, x.new_zeros(1, *x.shape[1:]) if empty else x, differentiable=differentiable) as graph:
         validation.warn_probabilities(graph.logits)
         selection = chosen.select(graph, p, chunk_size, backend)

@@ -15,9 +15,9 @@ from fastsal import validation
 Model = Callable[[Tensor], Tensor]
 R = TypeVar("R")
 
-# How many rows at once on a CPU, by measurement on convolutional networks of 10 to 1000 classes: gradients that fit a cache,
-# or as many as are worth reading the weights for, and no more than a number of rows: at 64 a network of 1000 classes took
-# 1.4 times as long and a third more memory, another gained 2 percent. Elsewhere a number of rows.
+# How many rows to take at once, by measurement on convolutional networks of 10 to 1000 classes. On a CPU, the gradients of a
+# chunk are to fit a cache, or to be as many as are worth reading the weights for, up to a number of rows: at 64 rows a network
+# of 1000 classes took 1.4 times as long and a third more memory, while another gained 2 percent. Elsewhere, a number of rows.
 CHUNK_BYTES = 1 << 23
 CHUNK_ROWS = 40
 CHUNK_ROWS_ACCELERATOR = 32
@@ -29,10 +29,10 @@ _DROPOUT = (nn.modules.dropout._DropoutNd, nn.MultiheadAttention, nn.RNNBase)
 
 @contextlib.contextmanager
 def recording(model: Model, x: Tensor) -> Iterator[None]:
-    """Lets autograd record inside, whatever the caller's mode, and afterwards restores every random number generator.
+    """Lets autograd record inside, whatever mode the caller is in, and restores every random number generator afterwards.
 
-    The caller's autocast stays in force, but its cache of cast weights is off: before torch 2.11 a cache that was filled
-    under `no_grad` holds weights without a graph.
+    The caller's autocast stays in force, but its cache of cast weights is switched off: before torch 2.11 a cache that was
+    filled under `no_grad` holds weights without a graph.
     """
     parameters = model.parameters() if isinstance(model, nn.Module) else ()
     devices = {tensor.device for tensor in (x, *parameters) if tensor.is_cuda}
@@ -62,7 +62,7 @@ def math_attention() -> Iterator[None]:
 
 
 def flatten(value: Tensor, lead: int) -> Tensor:
-    """Joins the dimensions behind the first `lead` into one, D, of unit stride; a copy only where strides demand it."""
+    """Joins the dimensions behind the first `lead` into one, D, of unit stride; copies only where the strides demand it."""
     flat = value.reshape(*value.shape[:lead], -1)
     return flat if flat.shape[-1] <= 1 or flat.stride(-1) == 1 else flat.contiguous()
 
@@ -75,7 +75,7 @@ def check_input(x: Tensor) -> None:
 
 
 def check_evaluation_mode(model: Model) -> None:
-    """Raises if a module of the model is in training mode and would mix or randomise the examples of a batch there."""
+    """Raises if a module of the model is in training mode and would mix the examples of a batch, or randomise them."""
     if not isinstance(model, nn.Module):
         return
     for name, module in model.named_modules():
@@ -97,7 +97,12 @@ def two_logits(score: Tensor) -> Tensor:
 
 
 def call(model: Model, x: Tensor) -> Tensor:
-    """Runs the model, and returns its logits [B, n], n >= 2, in the output dtype of x; raises if they are anything else."""
+    """Runs the model and returns its logits [B, n], n >= 2, in the output dtype of x.
+
+    Raises:
+        TypeError: The model returns no tensor of floating dtype.
+        ValueError: The tensor is neither logits [B, n] nor one score [B] or [B, 1].
+    """
     logits: Any = model(x)
     wants = f"wants logits [B, n] with B = {x.shape[0]} and n >= 2, or one score [B] or [B, 1]"
     if not isinstance(logits, Tensor):
@@ -130,8 +135,8 @@ def is_out_of_memory(error: RuntimeError) -> bool:
 def in_parts(stack: Tensor, size: int, run: Callable[[Tensor], None]) -> None:
     """Calls run on stack [k, ...], `size` entries at a time, in order.
 
-    When memory runs out, the same entries are tried again in parts of half the size. So `run` must leave no trace of a
-    call that failed.
+    Where memory runs out, the same entries are tried again in parts of half the size. So a call of `run` that fails must leave
+    no trace.
     """
     start = 0
     while start < len(stack):
@@ -149,8 +154,15 @@ def in_parts(stack: Tensor, size: int, run: Callable[[Tensor], None]) -> None:
 class Linearization:
     """A model's forward pass at x [B, *S], recorded: its logits and, by backward passes, any rows of its Jacobian.
 
-    It is made by `linearize` and valid inside that context. `leaf` is x as the model took it, and `x` the same flattened to
-    [B, D]. `logits` [B, n] are detached and in the output dtype of x; `graph_logits` are the same with their graph.
+    `linearize` makes it, and it is valid inside that context.
+
+    Attributes:
+        model: The model, as the caller passed it.
+        leaf: x as the model took it, [B, *S].
+        x: The same, flattened to [B, D].
+        logits: The logits in the output dtype of x, detached, [B, n].
+        graph_logits: The same with their graph.
+        autocast: Whether autocast was on in the forward pass, and its dtype.
     """
 
     def __init__(self, model: Model, leaf: Tensor) -> None:
@@ -186,7 +198,7 @@ class Linearization:
                 self.graph_logits, self.leaf, one, retain_graph=True, create_graph=create_graph, allow_unused=True
             )[0]
 
-        # Outside autocast: backward operations take the dtype their forward had, and nothing else may be rounded.
+        # Outside autocast: backward operations take the dtype that their forward had, and nothing else may be rounded.
         with torch.autocast(self.leaf.device.type, enabled=False):
             grad = vmap(grad_of, cotangents) if batched else grad_of(cotangents)
         if grad is None:
@@ -218,7 +230,7 @@ class Linearization:
         return self.vjp(one_hot.scatter_(2, classes.unsqueeze(2), 1.0), create_graph)
 
     def default_chunk_size(self) -> int:
-        """How many VJPs to run at once where the caller does not say."""
+        """How many rows to take at once where the caller does not say."""
         if self.leaf.device.type != "cpu":
             return CHUNK_ROWS_ACCELERATOR
         weights = sum(p.nbytes for p in self.model.parameters()) if isinstance(self.model, nn.Module) else 0
@@ -235,20 +247,21 @@ class Linearization:
                     nodes.append(after)
                 users.setdefault(after, []).append(node)
         largest, seen, nodes = self.leaf.nbytes, set(), [torch.autograd.graph.get_gradient_edge(self.leaf).node]
-        while nodes:  # from x up: the gradients of weights are not computed
+        while nodes:  # from x upward, since the gradients of weights are not computed
             node = nodes.pop()
             if node not in seen:
                 seen.add(node)
                 nodes += users.get(node, [])
-                # torch's own; where it is missing, x alone counts
+                # An attribute of torch's own. Where it is missing, only the size of x counts.
                 for gradient in getattr(node, "_input_metadata", ()):
                     largest = max(largest, math.prod(gradient.shape) * self.leaf.element_size())
         return largest
 
     def sweep(self, classes: Tensor, chunk_size: int | None, visit: Callable[[Tensor, Tensor], None]) -> None:
-        """Calls visit(classes [B, c], rows [B, c, D]) for all of classes int64 [K, B], chunk_size at a time, in order.
+        """Takes the rows of classes int64 [K, B], `chunk_size` of them at a time, and hands them to `visit` in order.
 
-        When memory runs out, in the pass or in `visit`, the chunk is halved and visited again, as `in_parts` says.
+        `visit` is called with the classes [B, c] and their rows [B, c, D]. Where memory runs out, in the backward pass or in
+        `visit`, the chunk is halved and taken again, as `in_parts` says.
         """
         in_parts(classes, chunk_size or self.default_chunk_size(), lambda part: visit(part.t(), self.rows(part)))
 
@@ -263,14 +276,23 @@ class Linearization:
 
 @contextlib.contextmanager
 def linearize(model: Model, x: Tensor, *, differentiable: bool = False) -> Iterator[Linearization]:
-    """Records the model at x [B, *S], B >= 1, after every check of both that can be made, as a `Linearization`.
+    """Records the model at x, after every check of both that can be made.
 
-    Inside, graphs are recorded whatever the caller's mode, and autocast is off (the model itself ran under the caller's).
+    Inside, graphs are recorded whatever mode the caller is in, and autocast is off (the model itself ran under the caller's).
     The model keeps its flags, gradients, buffers and hooks, and the random number generators keep their state.
 
     Args:
-        differentiable: Record on the caller's own x where that requires a gradient, and take operations that have
-            second derivatives.
+        model: An `nn.Module` in evaluation mode, or any callable, from x to logits [B, n] or one score [B] or [B, 1].
+        x: [B, *S] with B >= 1, of floating dtype.
+        differentiable: Record on the caller's own x where that requires a gradient, and use only operations that have second
+            derivatives.
+
+    Yields:
+        The recorded pass.
+
+    Raises:
+        TypeError: x is no tensor of floating dtype, or the model returns none.
+        ValueError: The logits do not depend on x, or are no logits; or the model mixes the examples of a batch.
     """
     check_input(x)
     check_evaluation_mode(model)

@@ -1,4 +1,4 @@
-"""pairwise_margins: the linearised margin of every ordered pair of logits."""
+"""The tensor level, all pairs: the linearised margin of every class against every other."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -11,12 +11,18 @@ from fastsal import ops, reference, validation
 
 @dataclass(frozen=True)
 class PairwiseMargins:
-    """All logit pairs of B examples. float64 for float64 inputs, else float32.
+    """All pairs of logits of B examples.
 
-    distance: ‖g_i − g_j‖_q [B, n, n], 0 on the diagonal.
-    margin: (Ψⁱ − Ψʲ) / ‖g_i − g_j‖_q [B, n, n], which is ρ̃ of class i against class j; +inf on the diagonal.
-    nearest_margin, nearest: the minimum of `margin` over j ≠ i and where it is (int64), [B, n].
-    alignment: |⟨x, g_i − g_j⟩| / ‖g_i − g_j‖_q [B, n, n], NaN on the diagonal; None without x.
+    With the logits Ψ, their gradients g_j with respect to x, and q dual to the norm of the perturbation. Tensors are float64
+    for float64 inputs and float32 for all others.
+
+    Attributes:
+        distance: ‖g_i − g_j‖_q, [B, n, n], 0 on the diagonal.
+        margin: (Ψⁱ − Ψʲ) / ‖g_i − g_j‖_q, [B, n, n], the linearised distance of class i from class j, negative where class j
+            has the higher logit; +inf on the diagonal.
+        nearest_margin: The smallest margin of every class i over j ≠ i, [B, n].
+        nearest: The class j of that margin, int64 [B, n]; the lowest class among equals.
+        alignment: |⟨x, g_i − g_j⟩| / ‖g_i − g_j‖_q, [B, n, n], NaN on the diagonal; None without x.
     """
 
     distance: Tensor
@@ -65,7 +71,8 @@ class _PairwiseMargins(torch.autograd.Function):
             )
             return *(next(found) if need else None for need in ctx.needs_input_grad[:3]), None, None
 
-        # Chain rule on the [B, n, n] outputs; what is left, Σ_j w_ij ∂‖g_i − g_j‖ and Σ_j v_ij x, is the kernel's.
+        # The chain rule on the outputs [B, n, n] leaves a weight w for the gradient of each distance and a weight v for each
+        # inner product with x. Summing those over the rows is the kernel's work.
         grad_margin = grad_margin.double().scatter_add(2, nearest.unsqueeze(2), grad_nearest.double().unsqueeze(2))
         zero = distance == 0  # the diagonal among them: the subgradient of a distance that is 0 is 0
         inverse = torch.where(zero, 0.0, 1.0 / distance.double())
@@ -89,28 +96,39 @@ def pairwise_margins(
 ) -> PairwiseMargins:
     """Linearised margins between all pairs of logits, from direct differences of their gradients.
 
-    logits: [B, n], n >= 2. jacobian: [B, n, *S], any strides on the first two axes, contiguous in S. x: [B, *S] in the
-    Jacobian's dtype or float32, or None (no alignment).
-    norm: the p of the perturbation, 2 (default), 1, `math.inf` or "inf"; gradients are measured in the dual q-norm.
-    backend: "auto" (default), "reference", "cpu", "cuda" or "triton"; see `fastsal.info()`.
+    The margin of a pair is the linearised robustness of Etmann, Lunz, Maass and Schönlieb, ICML 2019 (arXiv 1905.04172),
+    section 3, for class i against class j; `PairwiseMargins` lists the equations.
 
-    Dtypes float32, float64, float16 and bfloat16; results are float64 for float64 inputs and float32 for all others, within
-    1e-13 and 1e-6 of exact arithmetic, near-identical gradients included (no Gram matrix is formed), and the same bits
-    whatever the batch, strides or thread count. Memory: the [B, n, n] results. Equal logits give margin 0; a negative margin
-    over distance 0 is −inf.
+    Tensors may be float32, float64, float16 or bfloat16; float64 goes with float64 only. Results are float64 for float64 inputs
+    and float32 for all others, within 1e-13 and 1e-6 of exact arithmetic on the values passed, for nearly identical gradients
+    too (no Gram matrix is formed). They are the same bits whatever the batch, the strides and the number of threads. Memory is
+    needed for the results only. Equal logits have margin 0; a negative margin over a distance of 0 is −inf.
 
-    Differentiable in logits, jacobian and x (dense in all rows; higher orders go through the reference). The gradient of a
-    distance that is 0 is 0.
+    The results are differentiable in logits, jacobian and x, to any order; every row has a gradient. The gradient of a distance
+    that is 0 is 0. Orders above the first are computed by the reference.
 
-    Raises TypeError or ValueError, which name the argument, and RuntimeError where a named backend cannot run.
+    Args:
+        logits: [B, n] with n >= 2: logits or log-softmax, not probabilities.
+        jacobian: [B, n, *S], the gradient of every logit with respect to x. The first two axes may have any strides; S must be
+            contiguous.
+        x: [B, *S], the input, in the Jacobian's dtype or in float32; None for no alignment.
+        norm: The p of the perturbation: 2, 1, `math.inf` or "inf". Gradients are measured in the dual q-norm.
+        backend: "auto", "reference", "cpu", "cuda" or "triton"; `fastsal.info()` tells which can run.
 
-    margin is the linearised robustness of Etmann et al. (ICML 2019, arXiv 1905.04172), section 3, for every ordered pair.
+    Returns:
+        A `PairwiseMargins`.
 
-    >>> import torch, fastsal
-    >>> jacobian = torch.tensor([[[1.0, 0.0], [-1.0, 0.0], [0.0, 2.0]]])
-    >>> pairs = fastsal.pairwise_margins(torch.tensor([[3.0, -3.0, 8.0]]), jacobian)
-    >>> pairs.distance[0, 0, 1].item(), pairs.margin[0, 0, 1].item(), pairs.nearest[0].tolist()
-    (2.0, 3.0, [2, 2, 0])
+    Raises:
+        TypeError: A tensor is missing or of the wrong dtype; the message names the argument, what it got and what it wants.
+        ValueError: A shape, a stride, a device, the norm or the name of the backend is wrong; likewise.
+        RuntimeError: A backend that was named cannot run; the message says why.
+
+    Example:
+        >>> import torch, fastsal
+        >>> jacobian = torch.tensor([[[1.0, 0.0], [-1.0, 0.0], [0.0, 2.0]]])
+        >>> pairs = fastsal.pairwise_margins(torch.tensor([[3.0, -3.0, 8.0]]), jacobian)
+        >>> pairs.distance[0, 0, 1].item(), pairs.margin[0, 0, 1].item(), pairs.nearest[0].tolist()
+        (2.0, 3.0, [2, 2, 0])
     """
     p = validation.norm(norm)
     logits, flat, flat_x = validation.tensors(logits, jacobian, x)

@@ -1,7 +1,8 @@
-"""Plots of `Geometry` results: any quantity against another, homogeneity, saliency maps. Needs matplotlib, on first use only.
+"""Plots of `Geometry` results: one quantity against another, homogeneity, saliency maps. Needs matplotlib, on first use only.
 
-Every function draws on the axes it is given, or on new ones, and returns them. Colours can be told apart by colour-blind
-readers. Results come one at a time, or as a mapping from a name (which the legend shows) to each.
+Results come one at a time, or as a mapping from a name, which the legend shows, to each. A quantity is the name of a scalar of
+`Geometry`, or values of your own: [B] for one result, a mapping from the same names for several. Every function draws on the
+axes that it is given, or on new ones, and returns them. The colours can be told apart by colour-blind readers.
 """
 
 import importlib
@@ -15,9 +16,7 @@ from fastsal.geometry import Geometry
 
 Results = Geometry | Mapping[str, Geometry]
 Values = np.ndarray[Any, np.dtype[np.float64]]
-Quantity = (
-    str | Any
-)  # the name of a scalar of Geometry, or the values themselves, as the results come: one [B], or a mapping
+Quantity = str | Any  # the name of a scalar of Geometry, or values
 
 # Okabe and Ito's palette, black first.
 COLORS = ("#000000", "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00")
@@ -34,7 +33,8 @@ LABELS = {
     "binarized_offset": "offset β† (logit)",
     "binarized_logit": "binarised logit Ψ† (logit)",
 }
-LENGTHS = {"linearized_robustness", "alignment", "binarized_alignment", "bound"}  # in units of x: comparable
+# In units of x, so that they can be compared with each other.
+LENGTHS = {"linearized_robustness", "alignment", "binarized_alignment", "bound"}
 
 
 def _array(value: Any) -> Values:
@@ -44,7 +44,7 @@ def _array(value: Any) -> Values:
 
 
 def _values(results: Results, quantity: Quantity) -> dict[str, Values]:
-    """The quantity of every result, by the result's name."""
+    """The values of a quantity, by the name of each result."""
     named = {"": results} if isinstance(results, Geometry) else dict(results)
     if isinstance(quantity, str):
         if quantity not in LABELS:
@@ -82,7 +82,7 @@ def _name_axes(ax: Any, x: Quantity, y: Quantity) -> None:
 
 
 def _label_decades(axis: Any, values: dict[str, Values]) -> None:
-    """Labels at powers of ten, or at 1, 2 and 5 of each where there are few: they never touch."""
+    """Puts labels at powers of ten, or also at 2 and 5 times those where there are few, so that they never touch."""
     ticker = importlib.import_module("matplotlib.ticker")
     known = np.concatenate([one[np.isfinite(one)] for one in values.values()])
     if known.size and known.max() < 100 * known.min():
@@ -100,22 +100,32 @@ def scatter(
     colors: Any = COLORS,
     ax: Any = None,
 ) -> Any:
-    """A point for every example: one quantity against another, on logarithmic axes where every value is positive.
+    """Draws a point for every example, on logarithmic axes where every value is positive.
 
-    results: a `Geometry`, or a mapping from names to several.
-    x, y: names of scalars of `Geometry`, or values of your own, such as the distances that `fastsal.deepfool` found: [B] for
-        one result, a mapping from the same names for several.
-    diagonal: draw where both are equal; by default where both are lengths in units of x.
-    colors: one for each result, repeated; by default a palette for colour-blind readers.
+    Args:
+        results: A `Geometry`, or a mapping from names to several.
+        x: The quantity along x.
+        y: The quantity along y.
+        diagonal: Whether to draw the line where both are equal; None draws it where both are lengths in units of x.
+        colors: One for each result, from the first again where they run out.
+        ax: The matplotlib axes to draw on.
 
-    >>> import matplotlib; matplotlib.use("Agg")
-    >>> import torch, fastsal
-    >>> _ = torch.manual_seed(0)
-    >>> model, images = torch.nn.Linear(6, 3), torch.randn(50, 6)
-    >>> result = fastsal.analyze(model, images)
-    >>> ax = fastsal.plot.scatter(result, x=fastsal.deepfool(model, images).distance, y="linearized_robustness")
-    >>> ax.get_ylabel()
-    'linearised robustness ρ̃ (units of x)'
+    Returns:
+        The axes.
+
+    Raises:
+        ValueError: A quantity has no such name, or not one value for each example.
+        ImportError: matplotlib is missing.
+
+    Example:
+        >>> import matplotlib; matplotlib.use("Agg")
+        >>> import torch, fastsal
+        >>> _ = torch.manual_seed(0)
+        >>> model, images = torch.nn.Linear(6, 3), torch.randn(50, 6)
+        >>> result = fastsal.analyze(model, images)
+        >>> ax = fastsal.plot.scatter(result, x=fastsal.deepfool(model, images).distance, y="linearized_robustness")
+        >>> ax.get_ylabel()
+        'linearised robustness ρ̃ (units of x)'
     """
     ax = _axes(ax)
     xs, ys = _values(results, x), _values(results, y)
@@ -156,15 +166,33 @@ def medians(
     x_bars: bool = True,
     ax: Any = None,
 ) -> Any:
-    """Medians of one quantity against medians of another, a point a result joined in their order, with interquartile bars.
+    """Draws the median of one quantity against the median of another, with bars from the lower to the upper quartile.
 
-    results, x, y: as in `scatter`. label, color, marker: of the line. x_bars: bars along x too. NaN is left out.
+    Every result is a point, and a line joins them in their order. NaN is left out.
 
-    >>> import matplotlib; matplotlib.use("Agg")
-    >>> import torch, fastsal
-    >>> _ = torch.manual_seed(0)
-    >>> results = {name: fastsal.analyze(torch.nn.Linear(6, 3), torch.randn(50, 6)) for name in ("a", "b")}
-    >>> ax = fastsal.plot.medians(results, "linearized_robustness", "alignment", label="two linear models")
+    Args:
+        results: A `Geometry`, or a mapping from names to several.
+        x: The quantity along x.
+        y: The quantity along y.
+        label: The line's, in the legend.
+        color: The line's.
+        marker: The line's.
+        x_bars: Whether there are bars along x too.
+        ax: The matplotlib axes to draw on.
+
+    Returns:
+        The axes.
+
+    Raises:
+        ValueError: A quantity has no such name, or not one value for each example.
+        ImportError: matplotlib is missing.
+
+    Example:
+        >>> import matplotlib; matplotlib.use("Agg")
+        >>> import torch, fastsal
+        >>> _ = torch.manual_seed(0)
+        >>> results = {name: fastsal.analyze(torch.nn.Linear(6, 3), torch.randn(50, 6)) for name in ("a", "b")}
+        >>> ax = fastsal.plot.medians(results, "linearized_robustness", "alignment", label="two linear models")
     """
     ax = _axes(ax)
     quartiles = []
@@ -190,15 +218,27 @@ def medians(
 
 
 def homogeneity(results: Results, x: Quantity = "linearized_robustness", *, ax: Any = None) -> Any:
-    """Median homogeneity of the predicted and of the binarised logit of every result against a quantity: bars are quartiles.
+    """Draws the median homogeneity of the predicted and of the binarised logit against a quantity; bars are quartiles.
 
-    1 means homogeneous: Ψ = ⟨x, ∇Ψ⟩, where alignment and robustness coincide for the binarised logit.
-    results, x: as in `scatter`.
+    A homogeneity of 1 means Ψ = ⟨x, ∇Ψ⟩. Where the binarised logit has it, alignment and linearised robustness coincide.
 
-    >>> import matplotlib; matplotlib.use("Agg")
-    >>> import torch, fastsal
-    >>> _ = torch.manual_seed(0)
-    >>> ax = fastsal.plot.homogeneity(fastsal.analyze(torch.nn.Linear(6, 3), torch.randn(50, 6)))
+    Args:
+        results: A `Geometry`, or a mapping from names to several.
+        x: The quantity along x.
+        ax: The matplotlib axes to draw on.
+
+    Returns:
+        The axes.
+
+    Raises:
+        ValueError: The quantity has no such name, or not one value for each example.
+        ImportError: matplotlib is missing.
+
+    Example:
+        >>> import matplotlib; matplotlib.use("Agg")
+        >>> import torch, fastsal
+        >>> _ = torch.manual_seed(0)
+        >>> ax = fastsal.plot.homogeneity(fastsal.analyze(torch.nn.Linear(6, 3), torch.randn(50, 6)))
     """
     ax = _axes(ax)
     style: dict[str, Any] = {"x_bars": False, "ax": ax}
@@ -210,21 +250,30 @@ def homogeneity(results: Results, x: Quantity = "linearized_robustness", *, ax: 
 
 
 def saliency_grid(x: Tensor, results: Results, *, columns: int = 8, figure: Any = None) -> Any:
-    """Images above their saliency maps: a row for every result, in one signed colour scale for all.
+    """Draws images above their saliency maps: a row for every result, all in one signed colour scale.
 
-    Each map is g/‖g‖₂, since a map's direction is what alignment sees: red raises the predicted logit, blue lowers it.
+    Each map is g/‖g‖₂, since alignment sees nothing but its direction: red raises the predicted logit, blue lowers it.
 
-    x: [B, C, H, W] or [B, H, W], in [0, 1]; C = 1 or 3, and the channels of a map are summed.
-    results: from `analyze(model, x, keep_saliency=True)`, or a mapping from names to several.
-    columns: how many examples, from the first on.
-    figure: the matplotlib figure to draw on. Returns the array of its axes.
+    Args:
+        x: The images, [B, C, H, W] with C = 1 or 3, or [B, H, W], in [0, 1]. The channels of a map are summed.
+        results: From `analyze(model, x, keep_saliency=True)`, or a mapping from names to several.
+        columns: How many examples to show, from the first on.
+        figure: The matplotlib figure to draw on.
 
-    >>> import matplotlib; matplotlib.use("Agg")
-    >>> import torch, fastsal
-    >>> _ = torch.manual_seed(0)
-    >>> model, images = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(36, 3)), torch.rand(4, 1, 6, 6)
-    >>> fastsal.plot.saliency_grid(images, fastsal.analyze(model, images, keep_saliency=True)).shape
-    (2, 4)
+    Returns:
+        The array of the figure's axes.
+
+    Raises:
+        ValueError: A result holds no saliency.
+        ImportError: matplotlib is missing.
+
+    Example:
+        >>> import matplotlib; matplotlib.use("Agg")
+        >>> import torch, fastsal
+        >>> _ = torch.manual_seed(0)
+        >>> model, images = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(36, 3)), torch.rand(4, 1, 6, 6)
+        >>> fastsal.plot.saliency_grid(images, fastsal.analyze(model, images, keep_saliency=True)).shape
+        (2, 4)
     """
     named = {"saliency g": results} if isinstance(results, Geometry) else dict(results)
     columns = min(columns, len(x))

@@ -1,14 +1,17 @@
-"""The quantities of fastsal in pure PyTorch, written as the paper writes them: ground truth and fallback.
+"""The quantities of fastsal in pure PyTorch, written as the paper writes them: the ground truth, and the fallback.
 
-Notation (Etmann, Lunz, Maass and Schönlieb, ICML 2019, arXiv 1905.04172): Ψ are the logits, g_j the gradient of logit j with
-respect to the input x, i* the predicted class, Δ_j = g_{i*} − g_j, m_j = Ψ^{i*} − Ψʲ, and g† = Δ_{j*} for the runner-up j*.
-Perturbations are measured in the p-norm, gradients in its dual, the q-norm. Everything is computed in float64 on any device.
+Notation (Etmann, Lunz, Maass and Schönlieb, ICML 2019, arXiv 1905.04172). A classifier gives the logits Ψ for an input x. Its
+prediction i* is the class of the highest logit, g_j is the gradient of logit j with respect to x, and g = g_{i*} is the
+saliency map. For every other class j the margin is m_j = Ψ^{i*} − Ψʲ and its gradient is Δ_j = g − g_j. The runner-up j* is
+the class with the smallest m_j / ‖Δ_j‖, and a dagger marks what belongs to it: Ψ† = m_{j*} and g† = Δ_{j*}. Perturbations
+are measured in the p-norm, gradients in its dual, the q-norm, with 1/p + 1/q = 1.
 
-Where the paper writes a norm or an inner product, this file first scales each vector by a power of two near its largest entry,
-so that no square and no product leaves the range of float64; powers of two change no digit.
+Everything is computed in float64, on any device. A gradient of 1e-200 is as good as one of 1: the type `Scaled` below keeps a
+power of two beside each vector, so that no square and no product leaves the range of float64. Powers of two change no digit.
 """
 
 import math
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -28,19 +31,14 @@ SCALARS = (
 )
 
 
-_ZERO = -2200  # the exponent of a zero: below that of any product of two float64
-
-
 def dual(norm: float) -> float:
     """The q with 1/p + 1/q = 1, for p in {1, 2, inf}."""
     return {1.0: math.inf, 2.0: 2.0, math.inf: 1.0}[norm]
 
 
-def _exponent(v: Tensor, dim: int | None = -1) -> Tensor:
-    """Integer e with 2^e <= max|v| < 2^(e+1) along `dim` (`None`: entry by entry); 0 for zero, NaN and infinity."""
-    v = v.detach().abs()
-    top = v if dim is None else v.amax(dim)
-    return torch.where(torch.isfinite(top) & (top > 0), torch.frexp(top).exponent.long() - 1, 0)
+# Arithmetic over the full range.
+
+_ZERO = -2200  # stands for the exponent of a zero: below that of any product of two float64
 
 
 def _shift(v: Tensor, exponent: Tensor) -> Tensor:
@@ -75,22 +73,90 @@ def _norm(v: Tensor, q: float) -> Tensor:
     return torch.where(zero, 0.0, torch.where(zero, 1.0, square).sqrt())
 
 
-def _dot(x: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-    """(s, e) with ⟨x, v⟩ = s · 2^e along the last dimension, the largest term near 1; e is `_ZERO` if every term is 0.
+@dataclass(frozen=True)
+class Scaled:
+    """Numbers digits · 2^exponent, which may lie far outside the range of float64.
 
-    Each term has its own exponent: max|x| · max|v| may be far above every product of entries.
+    `digits` are float64 [..., K] and near 1. `exponent`, int64, has the same shape, or [..., 1] where the K entries of a
+    vector share a power of two. `scale` and `scale_each` make them from tensors.
     """
-    ex, ev = _exponent(x, None), _exponent(v, None)
-    terms = _shift(x, -ex) * _shift(v, -ev)
-    e = torch.where(terms.detach() == 0, _ZERO, ex + ev).amax(-1)
-    return _sum(_shift(terms, ex + ev - e.unsqueeze(-1))), e
+
+    digits: Tensor
+    exponent: Tensor
+
+    def number(self) -> Tensor:
+        """The numbers as a tensor, float64 [..., K]: zero or infinite where float64 has no room for them."""
+        return _shift(self.digits, self.exponent)
+
+    def at(self, exponent: Tensor) -> Tensor:
+        """The digits beside another power of two."""
+        return _shift(self.digits, self.exponent - exponent)
+
+    def norm(self, q: float) -> "Scaled":
+        """‖v‖_q of vectors with one exponent each: [..., 1]."""
+        return Scaled(_norm(self.digits, q).unsqueeze(-1), self.exponent)
+
+    def sum(self) -> "Scaled":
+        """Σ along the last dimension: [..., 1]."""
+        top = _top(self)
+        return Scaled(_sum(self.at(top)).unsqueeze(-1), top)
+
+    def __abs__(self) -> "Scaled":
+        return Scaled(self.digits.abs(), self.exponent)
+
+    def __sub__(self, other: "Scaled") -> "Scaled":
+        top = _top(self, other)
+        return Scaled(self.at(top) - other.at(top), top)
+
+    def __mul__(self, other: "Scaled") -> "Scaled":
+        return Scaled(self.digits * other.digits, self.exponent + other.exponent)
+
+    def __truediv__(self, other: "Scaled") -> "Scaled":
+        return Scaled(_divide(self.digits, other.digits), self.exponent - other.exponent)
+
+
+def _top(*terms: Scaled) -> Tensor:
+    """The exponent at which terms are added: the largest along the last dimension of all, [..., 1].
+
+    A zero has no say in it, however large the factors that made it, unless all are zero.
+    """
+    of_all = torch.cat([term.exponent.amax(-1, keepdim=True) for term in terms], -1)
+    nonzero = [torch.where(term.digits.detach() == 0, _ZERO, term.exponent).amax(-1, keepdim=True) for term in terms]
+    top = torch.cat(nonzero, -1).amax(-1, keepdim=True)
+    return torch.where(top == _ZERO, of_all.amax(-1, keepdim=True), top)
+
+
+def _scale(v: Tensor, largest: Tensor) -> Scaled:
+    """v with the exponent e at which 2^e <= largest < 2^(e+1); 0 where largest is zero, NaN or infinite."""
+    usable = torch.isfinite(largest) & (largest > 0)
+    exponent = torch.where(usable, torch.frexp(largest).exponent.long() - 1, 0)
+    return Scaled(_shift(v, -exponent), exponent)
+
+
+def scale(v: Tensor) -> Scaled:
+    """Vectors v [..., D] with one exponent each, that of the largest entry."""
+    return _scale(v, v.detach().abs().amax(-1, keepdim=True))
+
+
+def scale_each(v: Tensor) -> Scaled:
+    """v with an exponent for every entry."""
+    return _scale(v, v.detach().abs())
+
+
+def inner(x: Tensor, v: Tensor) -> Scaled:
+    """⟨x, v⟩ along the last dimension: [..., 1].
+
+    Every product has its own exponent: the largest entry of x times the largest of v may be far above every product.
+    """
+    return (scale_each(x) * scale_each(v)).sum()
+
+
+# The quantities.
 
 
 def vector_norm(v: Tensor, q: float) -> Tensor:
     """‖v‖_q of v [..., D] along the last dimension, without overflow or underflow: float64 [...]."""
-    v = v.double()
-    e = _exponent(v)
-    return _shift(_norm(_shift(v, -e.unsqueeze(-1)), q), e)
+    return scale(v.double()).norm(q).number().squeeze(-1)
 
 
 def row_distances(anchor: Tensor, rows: Tensor, norm: float) -> Tensor:
@@ -117,6 +183,11 @@ def other_classes(own: Tensor, n: int) -> Tensor:
     return slot + (slot >= own.unsqueeze(-1))
 
 
+def rows_of(jacobian: Tensor, classes: Tensor) -> Tensor:
+    """The gradients [B, k, D] of classes int64 [B, k], from a jacobian [B, n, D]."""
+    return jacobian.gather(1, classes.unsqueeze(2).expand(-1, -1, jacobian.shape[2]))
+
+
 def predicted_margins(logits: Tensor) -> tuple[Tensor, Tensor]:
     """The prediction i* (int64 [B], the lowest index among equals) and the margins m_j (float64 [B, n]) of logits [B, n]."""
     prediction = logits.argmax(1)
@@ -130,68 +201,78 @@ def nearest_other(ratio: Tensor, margin: Tensor, own: Tensor) -> Tensor:
     return others.gather(-1, nearest(ratio.gather(-1, others), margin.gather(-1, others)).unsqueeze(-1)).squeeze(-1)
 
 
+def offset(psi: Tensor, dot: Scaled) -> Scaled:
+    """β = Ψ − ⟨x, g⟩, from a logit [..., 1]."""
+    top = _top(scale(psi), dot)
+    return Scaled(_shift(psi, -top) - dot.at(top), top)
+
+
+def homogeneity(dot: Scaled, beta: Scaled) -> Tensor:
+    """|⟨x, g⟩| / (|⟨x, g⟩| + |β|), which is 1 where β = 0: float64 [..., 1]."""
+    top = _top(dot, beta)
+    linear, constant = dot.at(top).abs(), beta.at(top).abs()
+    return _divide(linear, linear + constant)
+
+
 def two_row_scalars(logits: Tensor, rows: Tensor, x: Tensor, norm: float) -> dict[str, Tensor]:
-    """Every scalar of the system from the winner and the runner-up alone.
+    """Every scalar quantity, which the predicted class and the runner-up alone determine. Differentiable.
 
-    logits [B, 2], rows [B, 2, D] (g, g_{j*}) and x [B, D] give a dict of float64 [B], keyed by `SCALARS`. Differentiable.
+    Args:
+        logits: Ψ^{i*} and Ψ^{j*}, [B, 2].
+        rows: g and g_{j*}, [B, 2, D].
+        x: The input, [B, D].
+        norm: The p of the perturbation.
+
+    Returns:
+        float64 [B] for every name in `SCALARS`.
     """
-    q = dual(norm)
+    p, q = norm, dual(norm)
     logits, rows, x = logits.double(), rows.double(), x.double()
-    psi = logits[:, 0]
-    margin = logits[:, 0] - logits[:, 1]
-    g = rows[:, 0]
-    g_dag = rows[:, 0] - rows[:, 1]
-    ex, eg, ed = _exponent(x), _exponent(g), _exponent(g_dag)
-    x_unit, g_unit, dag_unit = (_shift(v, -e.unsqueeze(1)) for v, e in ((x, ex), (g, eg), (g_dag, ed)))
-    norm_g, norm_dag = _norm(g_unit, q), _norm(dag_unit, q)
+    psi, psi_dag = logits[:, :1], logits[:, :1] - logits[:, 1:]  # Ψ^{i*} and Ψ†, [B, 1]
+    g, g_dag = rows[:, 0], rows[:, 0] - rows[:, 1]  # [B, D]
 
-    def parts(score: Tensor, v: Tensor, ev: Tensor, norm_v: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """α = |⟨x,v⟩|/‖v‖, β = score − ⟨x,v⟩, |β|/‖v‖ and the homogeneity, for a gradient v."""
-        dot, e_dot = _dot(x, v)
-        e = torch.maximum(torch.where(score.detach() == 0, _ZERO, _exponent(score, None)), e_dot)
-        dot_e = _shift(dot, e_dot - e)
-        beta = _shift(score, -e) - dot_e
-        homogeneity = _divide(dot_e.abs(), dot_e.abs() + beta.abs())
-        return (
-            _shift(_divide(dot.abs(), norm_v), e_dot - ev),
-            _shift(beta, e),
-            _shift(_divide(beta.abs(), norm_v), e - ev),
-            homogeneity,
-        )
-
-    alignment, offset, _, homogeneity = parts(psi, g, eg, norm_g)
-    alignment_dag, offset_dag, residual, homogeneity_dag = parts(margin, g_dag, ed, norm_dag)
-    gap = _norm(_divide(dag_unit, norm_dag.unsqueeze(1)) - _divide(g_unit, norm_g.unsqueeze(1)), q)
-    return {
-        "linearized_robustness": ratios(margin, _shift(norm_dag, ed)),
-        "alignment": alignment,
-        "binarized_logit": margin,
-        "binarized_alignment": alignment_dag,
-        "offset": offset,
-        "binarized_offset": offset_dag,
-        "direction_gap": gap,
-        "bound": alignment + _shift(_norm(x_unit, norm) * gap, ex) + residual,
-        "homogeneity": homogeneity,
-        "binarized_homogeneity": homogeneity_dag,
+    x_scaled, g_scaled, dag_scaled = scale(x), scale(g), scale(g_dag)
+    norm_x, norm_g, norm_dag = x_scaled.norm(p), g_scaled.norm(q), dag_scaled.norm(q)
+    dot, dot_dag = inner(x, g), inner(x, g_dag)  # ⟨x, g⟩ and ⟨x, g†⟩
+    alpha, alpha_dag = abs(dot) / norm_g, abs(dot_dag) / norm_dag
+    beta, beta_dag = offset(psi, dot), offset(psi_dag, dot_dag)
+    gap = (dag_scaled / norm_dag - g_scaled / norm_g).norm(q)
+    quantities = {
+        "linearized_robustness": ratios(psi_dag, norm_dag.number()),
+        "alignment": alpha.number(),
+        "binarized_logit": psi_dag,
+        "binarized_alignment": alpha_dag.number(),
+        "offset": beta.number(),
+        "binarized_offset": beta_dag.number(),
+        "direction_gap": gap.number(),
+        "bound": alpha.number() + (norm_x * gap).number() + (abs(beta_dag) / norm_dag).number(),
+        "homogeneity": homogeneity(dot, beta),
+        "binarized_homogeneity": homogeneity(dot_dag, beta_dag),
     }
+    return {name: quantity.squeeze(1) for name, quantity in quantities.items()}
 
 
 def margin_geometry(
     logits: Tensor, jacobian: Tensor, x: Tensor, norm: float = 2.0
 ) -> tuple[dict[str, Tensor], Tensor, Tensor, Tensor]:
-    """The whole system from logits [B, n], jacobian [B, n, D] and x [B, D].
+    """Every quantity from the whole Jacobian.
 
-    Returns the scalars (dict of float64 [B], keyed by `SCALARS`), prediction and runner_up (int64 [B]) and the distances
-    m_j / ‖Δ_j‖_q (float64 [B, n], +inf at the prediction).
+    Args:
+        logits: Ψ, [B, n].
+        jacobian: The gradients g_j of every logit, [B, n, D].
+        x: The input, [B, D].
+        norm: The p of the perturbation.
+
+    Returns:
+        The scalars (float64 [B] for every name in `SCALARS`), the prediction and the runner-up (int64 [B] each), and the
+        distances m_j / ‖Δ_j‖_q (float64 [B, n], +inf at the prediction).
     """
-    B, _, D = jacobian.shape
     prediction, margin = predicted_margins(logits)
-    anchor = jacobian.gather(1, prediction.view(B, 1, 1).expand(B, 1, D)).squeeze(1)
+    anchor = rows_of(jacobian, prediction.unsqueeze(1)).squeeze(1)
     ratio = ratios(margin, row_distances(anchor, jacobian, norm))
     runner_up = nearest_other(ratio, margin, prediction)
     winners = torch.stack((prediction, runner_up), 1)
-    rows = jacobian.gather(1, winners.unsqueeze(2).expand(B, 2, D))
-    scalars = two_row_scalars(logits.gather(1, winners), rows, x, norm)
+    scalars = two_row_scalars(logits.gather(1, winners), rows_of(jacobian, winners), x, norm)
     distances = ratio.scatter(1, prediction.unsqueeze(1), math.inf)
     return scalars, prediction, runner_up, distances
 
@@ -199,10 +280,18 @@ def margin_geometry(
 def pairwise_margins(
     logits: Tensor, jacobian: Tensor, x: Tensor | None = None, norm: float = 2.0
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor | None]:
-    """All logit pairs from logits [B, n], jacobian [B, n, D] and x [B, D] or None.
+    """The margin of every pair of logits, and how far its gradient points along x.
 
-    Returns distance, margin (float64 [B, n, n]), nearest_margin (float64 [B, n]), nearest (int64 [B, n]) and the
-    projection ⟨x, g_i − g_j⟩ / ‖g_i − g_j‖_q (float64 [B, n, n], None without x), whose absolute value is the alignment.
+    Args:
+        logits: Ψ, [B, n].
+        jacobian: The gradients g_j of every logit, [B, n, D].
+        x: The input, [B, D], or None.
+        norm: The p of the perturbation.
+
+    Returns:
+        The distances ‖g_i − g_j‖_q and the margins (Ψⁱ − Ψʲ) / ‖g_i − g_j‖_q (float64 [B, n, n] each), each class's smallest
+        margin (float64 [B, n]) and the other class of it (int64 [B, n]), and the projections ⟨x, g_i − g_j⟩ / ‖g_i − g_j‖_q
+        (float64 [B, n, n], None without x), whose absolute value is the alignment.
     """
     B, n, _ = jacobian.shape
     q = dual(norm)
@@ -210,12 +299,11 @@ def pairwise_margins(
     scores = logits.double()
     distances, projections = [], []
     for i in range(n):
-        difference = jacobian[:, i : i + 1].double() - jacobian.double()
-        distances.append(vector_norm(difference, q))
+        delta = jacobian[:, i : i + 1].double() - jacobian.double()  # g_i − g_j for every j
+        length = scale(delta).norm(q)
+        distances.append(length.number().squeeze(2))
         if x is not None:
-            ed = _exponent(difference)
-            dot, e_dot = _dot(x.double().unsqueeze(1), difference)
-            projections.append(_shift(_divide(dot, _norm(_shift(difference, -ed.unsqueeze(2)), q)), e_dot - ed))
+            projections.append((inner(x.double().unsqueeze(1), delta) / length).number().squeeze(2))
     distance = torch.stack(distances, 1).masked_fill(diagonal, 0.0)
     difference = scores.unsqueeze(2) - scores.unsqueeze(1)
     margin = ratios(difference, distance).masked_fill(diagonal, math.inf)
@@ -227,11 +315,19 @@ def pairwise_margins(
 def pairwise_backward(
     w: Tensor, v: Tensor | None, jacobian: Tensor, x: Tensor | None, norm: float
 ) -> tuple[Tensor, Tensor | None]:
-    """The chain rule's last step for `pairwise_margins`, from the weights of each pair.
+    """The last step of the gradient of `pairwise_margins`, from the weight of each pair.
 
-    w (symmetric) and v (antisymmetric) [B, n, n], jacobian [B, n, D], x [B, D]. Returns, in float64,
-    Σ_j w_ij φ(g_i − g_j) + Σ_j v_ij x [B, n, D] and Σ_{i<j} v_ij (g_i − g_j) [B, D] (None without v), where φ(d) is d
-    for q = 2, sign(d) for q = 1, and for q = inf sign(d) on the largest entries, shared evenly among equals.
+    Args:
+        w: How much the result moves with each distance, divided by the distance where q = 2: symmetric, [B, n, n].
+        v: How much it moves with each inner product ⟨x, g_i − g_j⟩: antisymmetric, [B, n, n], or None.
+        jacobian: The gradients g_j of every logit, [B, n, D].
+        x: The input, [B, D], or None.
+        norm: The p of the perturbation.
+
+    Returns:
+        The gradient by g_i, Σ_j w_ij φ(g_i − g_j) + Σ_j v_ij x (float64 [B, n, D]), and by x, Σ_{i<j} v_ij (g_i − g_j)
+        (float64 [B, D], None without v), where φ(d) is d for q = 2, sign(d) for q = 1, and for q = inf sign(d) on the largest
+        entries, shared evenly among equals.
     """
     q = dual(norm)
     grad_x = None if v is None or x is None else torch.zeros(x.shape, dtype=torch.float64, device=x.device)

@@ -1,8 +1,8 @@
 """How far results are from the float64 reference, in units of each quantity's own scale.
 
-The scale is the value itself for norms, distances and ρ̃, and the sum of the absolute terms where terms may cancel: an error of
-1e-6 (1e-13 for float64 inputs) of it is what fastsal allows itself. The test suite, `fastsal check` and `fastsal demo` all
-measure with this one yardstick.
+The scale is the value itself for norms, distances and ρ̃, and the sum of the absolute terms where terms may cancel. Of this
+scale fastsal allows itself an error of 1e-6, and of 1e-13 for float64 inputs. The test suite, `fastsal check` and `fastsal
+demo` all measure with this one yardstick.
 """
 
 import math
@@ -22,7 +22,7 @@ def tolerance(dtype: torch.dtype) -> float:
 
 
 def worst(got: Tensor, want: Tensor, scale: Tensor) -> float:
-    """The largest |got − want| / scale, for a float64 want: inf unless infinities and NaN are in the same places."""
+    """The largest |got − want| / scale, for want in float64. It is inf unless infinities and NaN stand in the same places."""
     if got.numel() == 0:
         return 0.0
     finfo = torch.finfo(got.dtype)
@@ -36,7 +36,11 @@ def worst(got: Tensor, want: Tensor, scale: Tensor) -> float:
 
 
 def _chosen(got: Tensor, want: Tensor, ratio: Tensor) -> tuple[float, Tensor]:
-    """(0 or inf, index to compare at) of an argmin over the last dimension of `ratio`, where `want` is the right one."""
+    """Judges the index `got` of the smallest entry along the last dimension of `ratio`, where `want` is the right one.
+
+    Returns:
+        The error, 0 or inf, and the index at which to compare values: `got` where it may stand for `want`, else `want`.
+    """
     inside = got.clamp(0, ratio.shape[-1] - 1)
     here, least = (ratio.gather(-1, index.unsqueeze(-1)).squeeze(-1) for index in (inside, want))
     close = (inside == got) & ((here - least).abs() <= SAME_RATIO * least.abs())
@@ -45,7 +49,7 @@ def _chosen(got: Tensor, want: Tensor, ratio: Tensor) -> tuple[float, Tensor]:
 
 
 def _absolute(score: Tensor, v: Tensor, x: Tensor, norm: float) -> tuple[Tensor, Tensor]:
-    """Σ|x_k v_k| / ‖v‖_q and |score| + Σ|x_k v_k|: the reference itself, on absolute values."""
+    """The scales of α and β: Σ|x_k v_k| / ‖v‖_q and |score| + Σ|x_k v_k|, by the reference itself on absolute values."""
     zero = torch.zeros_like(score)
     rows = torch.stack((v.abs(), torch.zeros_like(v)), 1)
     scalars = reference.two_row_scalars(torch.stack((-score.abs(), zero), 1), rows, x.abs(), norm)
@@ -74,10 +78,20 @@ def _scales(values: dict[str, Tensor], logits: Tensor, rows: Tensor, x: Tensor, 
 
 
 def scaled_errors(result: Any, logits: Tensor, jacobian: Tensor, x: Tensor, norm: float) -> dict[str, float]:
-    """The worst scaled error of every quantity of a `Geometry` of logits [B, n], jacobian [B, n, *S] and x [B, *S].
+    """The worst scaled error of every quantity of a `Geometry`.
 
-    `prediction` and `runner_up` count 0 or inf; a runner-up may differ from the reference's where their ratios differ by
-    less than 2e-6, and the scalars are then compared at the runner-up found. `distances` are left out where None.
+    A wrong `prediction` or `runner_up` counts as inf. A runner-up may differ from the reference's where their ratios differ by
+    less than 2e-6; the scalars are then compared at the runner-up that was found. `distances` are left out where they are None.
+
+    Args:
+        result: The `Geometry`.
+        logits: What it was computed from, [B, n].
+        jacobian: Likewise, [B, n, *S].
+        x: Likewise, [B, *S].
+        norm: Likewise, the p of the perturbation.
+
+    Returns:
+        The error of each quantity, by its name.
     """
     logits, jacobian, x = logits.detach(), jacobian.detach().flatten(2), x.detach().flatten(1)
     _, prediction, runner_up, distances = reference.margin_geometry(logits, jacobian, x, norm)
@@ -85,7 +99,7 @@ def scaled_errors(result: Any, logits: Tensor, jacobian: Tensor, x: Tensor, norm
     errors["runner_up"], runner_up = _chosen(result.runner_up, runner_up, distances)
 
     winners = torch.stack((prediction, runner_up), 1)
-    rows = jacobian.gather(1, winners.unsqueeze(2).expand(-1, -1, jacobian.shape[2])).double()
+    rows = reference.rows_of(jacobian, winners).double()
     scores = logits.gather(1, winners).double()
     values = reference.two_row_scalars(scores, rows, x, norm)
     scales = _scales(values, scores, rows, x.double(), norm)
@@ -97,7 +111,7 @@ def scaled_errors(result: Any, logits: Tensor, jacobian: Tensor, x: Tensor, norm
 
 
 def pairwise_errors(result: Any, logits: Tensor, jacobian: Tensor, x: Tensor | None, norm: float) -> dict[str, float]:
-    """The worst scaled error of every quantity of a `PairwiseMargins`, like `scaled_errors`."""
+    """The worst scaled error of every quantity of a `PairwiseMargins`, as `scaled_errors` measures it."""
     logits, jacobian = logits.detach(), jacobian.detach().flatten(2)
     x = None if x is None else x.detach().flatten(1)
     distance, margin, _, nearest, projection = reference.pairwise_margins(logits, jacobian, x, norm)

@@ -1,4 +1,4 @@
-"""Argument checks: one error that names the argument, what it got and what it wants."""
+"""Checks of arguments: each raises one error that names the argument, what it got and what it wants."""
 
 import math
 import warnings
@@ -25,6 +25,7 @@ def output_dtype(dtype: torch.dtype) -> torch.dtype:
 
 
 def floating(name: str, value: Any) -> None:
+    """Raises TypeError unless the value is a dense tensor of one of the four floating dtypes."""
     if not isinstance(value, Tensor):
         raise TypeError(f"{name}: got {type(value).__name__}, wants a torch.Tensor")
     if value.dtype not in DTYPES:
@@ -34,7 +35,7 @@ def floating(name: str, value: Any) -> None:
 
 
 def _flat(name: str, value: Tensor, lead: int) -> Tensor:
-    """value [..., *S] with the dimensions behind the first `lead` joined into one of unit stride, without a copy."""
+    """Joins the dimensions behind the first `lead` into one of unit stride, without a copy; raises where strides forbid it."""
     stride = 1
     for size, step in zip(reversed(value.shape[lead:]), reversed(value.stride()[lead:]), strict=True):
         if size != 1 and step != stride:
@@ -47,7 +48,7 @@ def _flat(name: str, value: Tensor, lead: int) -> Tensor:
 
 
 def tensors(logits: Tensor, jacobian: Tensor, x: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
-    """Checks logits [B, n], jacobian [B, n, *S] and x [B, *S]; returns them with S flattened to D, without a copy."""
+    """Checks logits [B, n], jacobian [B, n, *S] and x [B, *S] or None; returns them with S flattened to D, without a copy."""
     named = {"logits": logits, "jacobian": jacobian} | ({} if x is None else {"x": x})
     for name, value in named.items():
         floating(name, value)

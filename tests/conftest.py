@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -19,6 +19,17 @@ os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 # place, lacks the native modules.
 if not list((ROOT / "fastsal").glob("_cpu.*")):
     sys.path[:] = [folder for folder in sys.path if Path(folder).resolve() != ROOT]
+
+
+@pytest.fixture(scope="module")
+def one_thread() -> Iterator[None]:
+    """torch on one thread, for a file of many small operations: a second thread would only wait, for long on a busy machine."""
+    import torch
+
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
 
 
 @pytest.fixture

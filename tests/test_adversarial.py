@@ -9,16 +9,10 @@ from torch import nn
 import fastsal
 from fastsal.adversarial import HALVINGS, deepfool
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 NORMS = [2, 1, math.inf]
 DUAL = {2: 2, 1: math.inf, math.inf: 1}
-
-
-@pytest.fixture(autouse=True)
-def _one_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 def network(seed, dtype=torch.float64, classes=7):

@@ -1,8 +1,11 @@
-"""Every example in a docstring of the installed package runs, and every one of the README."""
+"""Every example in a docstring of the installed package runs, and every one of the README; public docstrings are complete."""
 
+import dataclasses
 import doctest
 import importlib
+import inspect
 import pkgutil
+import re
 from pathlib import Path
 
 import pytest
@@ -19,6 +22,29 @@ def test_examples(name):
         pytest.importorskip("triton")
     results = doctest.testmod(importlib.import_module(name))
     assert results.failed == 0
+
+
+PUBLIC = [
+    *(thing for thing in map(fastsal.__dict__.get, fastsal.__all__) if callable(thing)),
+    *(
+        thing
+        for thing in vars(fastsal.plot).values()
+        if inspect.isfunction(thing) and not thing.__name__.startswith("_")
+    ),
+]
+
+
+@pytest.mark.parametrize("thing", PUBLIC, ids=lambda thing: thing.__name__)
+def test_every_parameter_and_field_is_described(thing):
+    """Each on a line of its own, in the order of the signature; a function's sections in the order of a reader's questions."""
+    names = list(inspect.signature(thing).parameters)
+    lines = [line.strip() for line in inspect.getdoc(thing).splitlines()]
+    assert [
+        line.partition(":")[0] for line in lines if re.match(r"\w+: ", line) and line.partition(":")[0] in names
+    ] == names
+    if names and not dataclasses.is_dataclass(thing):
+        sections = [line for line in lines if line in ("Args:", "Returns:", "Raises:", "Example:")]
+        assert sections == ["Args:", "Returns:", "Raises:", "Example:"]
 
 
 def test_readme():

@@ -2,12 +2,15 @@
 
 import ast
 import graphlib
+import importlib
 import importlib.metadata
 import importlib.util
+import pkgutil
 import re
 import shutil
 import subprocess
 import sys
+import types
 from pathlib import Path
 
 import pytest
@@ -184,67 +187,115 @@ def test_readme_starts_with_the_two_commands():
     )
 
 
-# One way only, from the top down. `__init__` gathers the public names and starts no command line.
-LAYERS = [
-    "__main__",
-    "cli",
-    "study",
-    "__init__",
-    "plot",
-    "adversarial",
-    "analysis",
-    "methods",
-    "passes",
-    "linearization",
-    "pairwise",
-    "geometry",
-    "ops",
-    "kernels",
-    "tolerance",
-    "reference",
-    "files",
-    "validation",
-    "_cpu",
-    "_cuda",
-]
-LEAVES = ("reference", "validation", "files")  # these import torch at most
+# Imports go one way, from the top down, and never between the modules of one line. Some names have a place here before they
+# have a file.
+LAYERS = (
+    ("__main__",),
+    ("cli",),
+    ("study",),
+    ("__init__",),  # gathers the public names, and starts no command line
+    ("evaluate", "integrations"),
+    ("adversarial", "datasets", "losses", "plot"),
+    ("analysis",),
+    ("methods",),
+    ("passes",),
+    ("linearization",),
+    ("geometry", "pairwise"),
+    ("ops",),
+    ("kernels",),
+    ("tolerance", "_cpu", "_cuda"),
+    ("reference",),
+    ("files", "validation"),
+)
+LEAVES = ("files", "reference", "validation")  # these import torch at most, and nothing of fastsal
 
 
-def layer(module):
-    top = module.split(".")[0]
-    assert top in LAYERS, f"fastsal.{module} has no place in LAYERS"
-    return LAYERS.index(top)
+class TestImportDirection:
+    def test_nothing_points_upward_or_in_a_circle(self):
+        assert wrong_imports(PACKAGE) == []
+
+    @pytest.mark.parametrize(
+        ("file", "line", "wrong"),
+        [
+            ("study/train.py", "from fastsal.cli import options", "fastsal.study.train imports fastsal.cli.options"),
+            ("analysis.py", "from fastsal import study", "fastsal.analysis imports fastsal.study"),
+            ("adversarial.py", "from fastsal import plot", "fastsal.adversarial imports fastsal.plot"),
+            ("methods/rows.py", "from ..analysis import analyze", "fastsal.methods.rows imports fastsal.analysis"),
+            ("linearization.py", "from fastsal.passes import Passes", "fastsal.linearization imports fastsal.passes"),
+            ("geometry.py", "import fastsal.pairwise", "fastsal.geometry imports fastsal.pairwise"),
+            ("ops.py", "from fastsal.geometry import Geometry", "fastsal.ops imports fastsal.geometry"),
+            ("kernels/cpu.py", "from fastsal import ops", "fastsal.kernels.cpu imports fastsal.ops"),
+            ("validation.py", "import numpy", "fastsal.validation imports numpy"),
+            ("reference.py", "from fastsal import validation", "fastsal.reference imports fastsal.validation"),
+            ("passes.py", "import fastsal", "fastsal.passes imports fastsal.__init__"),
+            ("methods/bounds.py", "from fastsal.methods import certified", "a circle: fastsal.methods."),
+            ("nowhere.py", "import torch", "fastsal.nowhere has no place in LAYERS"),
+        ],
+    )
+    def test_a_planted_import_is_found(self, tmp_path, file, line, wrong):
+        """The line stands inside a function, where an import hides best."""
+        planted = tmp_path / "fastsal"
+        shutil.copytree(
+            PACKAGE, planted, ignore=lambda folder, names: [n for n in names if Path(n).suffix not in ("", ".py")]
+        )
+        with (planted / file).open("a", encoding="utf-8") as text:
+            text.write(f"\n\ndef planted():\n    {line}\n")
+        found = wrong_imports(planted)
+        assert len(found) == 1
+        assert found[0].startswith(wrong)
 
 
-def test_import_direction():
+def wrong_imports(package):
+    """What is wrong with the imports of the files in a folder that holds fastsal, a line for each."""
     files = {}
-    for path in PACKAGE.rglob("*.py"):
-        parts = path.relative_to(PACKAGE).with_suffix("").parts
+    for path in package.rglob("*.py"):
+        parts = path.relative_to(package).with_suffix("").parts
         files[".".join(parts[:-1] if parts[-1] == "__init__" and len(parts) > 1 else parts)] = path
-    graph = {}
+    height = {name: height for height, names in enumerate(LAYERS) for name in names}
+    graph, wrong = {module: set() for module in files}, []
     for module, path in files.items():
-        graph[module] = targets = set()
-        for name in imported_names(path):
-            if name == "fastsal" or name.startswith("fastsal."):
-                parts = name.split(".")[1:]
-                while parts and ".".join(parts) not in {*files, "_cpu", "_cuda"}:
-                    parts.pop()  # what is imported from the module
-                targets.add(".".join(parts) or "__init__")
-            elif module in LEAVES:
-                allowed = {*sys.stdlib_module_names, "torch"}
-                assert name.split(".")[0] in allowed, f"fastsal.{module} imports {name}"
-        for target in targets:
-            assert layer(module) <= layer(target), f"fastsal.{module} imports fastsal.{target}"
-    assert not set.union(*(graph[module] for module in LEAVES))
-    graphlib.TopologicalSorter(graph).prepare()  # raises on a cycle
+        top = module.split(".")[0]
+        if top not in height:
+            wrong.append(f"fastsal.{module} has no place in LAYERS")
+            continue
+        for name in imported_names(path, package):
+            if name != "fastsal" and not name.startswith("fastsal."):
+                if module in LEAVES and name.split(".")[0] not in {*sys.stdlib_module_names, "torch"}:
+                    wrong.append(f"fastsal.{module} imports {name}")
+                continue
+            parts = name.split(".")[1:]
+            while parts and ".".join(parts) not in {*files, "_cpu", "_cuda"}:
+                parts.pop()  # what is imported from the module
+            target = ".".join(parts) or "__init__"
+            below = target.split(".")[0]
+            if (height.get(below, len(LAYERS)) <= height[top] and below != top) or module in LEAVES:
+                wrong.append(f"fastsal.{module} imports fastsal.{target}")
+            elif target != module:
+                graph[module].add(target)
+    try:
+        graphlib.TopologicalSorter(graph).prepare()
+    except graphlib.CycleError as error:
+        wrong.append("a circle: " + " is imported by ".join(f"fastsal.{module}" for module in error.args[1]))
+    return wrong
 
 
-def imported_names(path):
-    """Full names of everything that a file imports, at its top or inside functions."""
-    package = ".".join(("fastsal", *path.relative_to(PACKAGE).parts[:-1]))
+def imported_names(path, package):
+    """Full names of everything that a file of the package imports, at its top or inside functions."""
+    home = ".".join(("fastsal", *path.relative_to(package).parts[:-1]))
     for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
         if isinstance(node, ast.Import):
             yield from (alias.name for alias in node.names)
         elif isinstance(node, ast.ImportFrom):
-            base = importlib.util.resolve_name("." * node.level + (node.module or ""), package)
+            base = importlib.util.resolve_name("." * node.level + (node.module or ""), home)
             yield from (f"{base}.{alias.name}" for alias in node.names)
+
+
+@pytest.mark.parametrize(
+    "package", ["fastsal", *(one.name for one in pkgutil.iter_modules(fastsal.__path__, "fastsal.") if one.ispkg)]
+)
+def test_nothing_hides_a_module_of_its_name(package):
+    """What a package calls by the name of one of its modules is that module: `fastsal.analysis`, not a function analysis."""
+    module = importlib.import_module(package)
+    for submodule in pkgutil.iter_modules(module.__path__):
+        found = getattr(module, submodule.name, None)
+        assert found is None or isinstance(found, types.ModuleType), f"{package}.{submodule.name} is {found!r}"

@@ -1,6 +1,6 @@
 """The command line: `fastsal demo | study | analyze | check | info`, also `python -m fastsal`.
 
-Each subcommand is a module of this folder with `add_arguments` and `run`.
+Each subcommand is a module of this folder with two functions, `add_arguments` and `run`. Its docstring is its help.
 """
 
 import argparse
@@ -15,7 +15,7 @@ COMMANDS = {"demo": demo, "study": study, "analyze": analyze, "check": check, "i
 
 
 class _Parser(argparse.ArgumentParser):
-    """Says what is wrong in one line, without the usage."""
+    """A parser that says what is wrong in one line, without the usage."""
 
     def error(self, message: str) -> NoReturn:
         self.exit(2, f"{self.prog}: {message} (see {self.prog} --help)\n")
@@ -44,7 +44,14 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Runs one command and returns its exit status: 0, 1 (check: out of tolerance), 2 (bad input), 130 (Ctrl-C)."""
+    """Runs one command.
+
+    Args:
+        argv: The words behind `fastsal`; None takes those of the process.
+
+    Returns:
+        The exit status: 0, 1 where `check` finds a result out of tolerance, 2 for bad input, 130 for Ctrl-C.
+    """
     parser = _parser()
     try:
         arguments = parser.parse_args(argv)

@@ -21,15 +21,15 @@ from fastsal.geometry import margin_geometry
 from fastsal.pairwise import pairwise_margins
 from fastsal.reference import row_distances
 from fastsal.tolerance import pairwise_errors, scaled_errors, tolerance, worst
+from fastsal.validation import DTYPES
 
-DTYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
 NORMS = (2.0, 1.0, math.inf)
 SHAPES = ((3, 2, 1), (2, 5, 33), (5, 10, 784), (1, 3, 65537))
 Inputs = tuple[Tensor, Tensor, Tensor]
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The options."""
+    """Adds the options."""
     parser.add_argument("--seed", type=int, help="default: a new one every time (it is printed)")
     parser.add_argument("--quick", action="store_true", help="fewer shapes, and no timing")
 
@@ -43,7 +43,7 @@ def _inputs(shape: tuple[int, int, int], dtype: torch.dtype, device: str, genera
 
 
 def _cases(dtype: torch.dtype, device: str, quick: bool, generator: torch.Generator) -> Iterator[tuple[str, Inputs]]:
-    """Inputs that trip those who do not take care, each with its name."""
+    """Inputs on which careless arithmetic fails, each with its name."""
     for shape in SHAPES[:3] if quick else SHAPES:
         yield f"random {'x'.join(map(str, shape))}", _inputs(shape, dtype, device, generator)
     logits, jacobian, x = _inputs((4, 6, 257), dtype, device, generator)
@@ -59,7 +59,7 @@ def _cases(dtype: torch.dtype, device: str, quick: bool, generator: torch.Genera
 
 
 def _errors(inputs: Inputs, norm: float, backend: str) -> Iterator[tuple[float, str]]:
-    """Every quantity's worst scaled error, of everything the backend computes."""
+    """The worst scaled error of every quantity that the backend computes, with its name."""
     logits, jacobian, x = inputs
     geometry = margin_geometry(logits, jacobian, x, norm=norm, backend=backend)
     for name, error in scaled_errors(geometry, logits, jacobian, x, norm).items():
@@ -88,7 +88,7 @@ def _worst(backend: str, dtype: torch.dtype, norm: float, device: str, quick: bo
 
 
 def best_times(inputs: Inputs, norm: float, backends: tuple[str, ...], repeats: int = 5) -> list[float]:
-    """Seconds of `margin_geometry` on each backend, taken in turns: the shortest after a first one that does not count."""
+    """The shortest time of `margin_geometry` on each backend, in seconds. They take turns, and a first turn does not count."""
     times: dict[str, list[float]] = {backend: [] for backend in backends}
     for _ in range(repeats + 1):
         for backend, taken in times.items():
@@ -101,14 +101,14 @@ def best_times(inputs: Inputs, norm: float, backends: tuple[str, ...], repeats: 
 
 
 def _speed(backend: str, dtype: torch.dtype, norm: float, device: str, seed: int) -> float:
-    """How many times faster than the reference `margin_geometry` is on a Jacobian of 32 x 10 x 3072."""
+    """How many times as fast as the reference the backend is on a Jacobian of 32 x 10 x 3072."""
     inputs = _inputs((32, 10, 3072), dtype, device, torch.Generator().manual_seed(seed))
     eager, fast = best_times(inputs, norm, ("reference", backend))
     return eager / fast
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Prints the table; 1 if anything is out of tolerance."""
+    """Prints the table; returns 1 if anything is out of tolerance, else 0."""
     seed = random.SystemRandom().randrange(2**31) if arguments.seed is None else arguments.seed
     print(f"seed {seed}; errors in units of each quantity's own scale")
     print(

@@ -31,7 +31,7 @@ QUANTITIES = ("linearized_robustness", "alignment", "bound", "homogeneity")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The options."""
+    """Adds the options."""
     parser.add_argument("--out", type=Path, default=Path("fastsal-demo.png"), help="the picture; default: %(default)s")
     parser.add_argument("--seed", type=int, default=0, help="of the split, the networks and the training; default: 0")
 
@@ -69,7 +69,7 @@ def measure(digits: Data[Held], penalty: float, seed: int, epochs: int) -> Measu
 
 
 def table(plain: Measured, penalised: Measured) -> str:
-    """Accuracy and medians side by side."""
+    """The accuracy and the medians of both networks, side by side."""
     lines = [f"{'':30}{'plain':>12}{'penalised':>12}"]
     lines.append(f"{'test accuracy':30}{plain.accuracy:12.4f}{penalised.accuracy:12.4f}")
     for name in QUANTITIES:
@@ -79,7 +79,7 @@ def table(plain: Measured, penalised: Measured) -> str:
 
 
 def accelerated(x: Tensor, models: list[nn.Module]) -> str:
-    """The kernel on the Jacobians of x: its largest scaled error, and its time beside that of the reference."""
+    """Says how far the kernel is from the reference on the Jacobians of x, and how long each of them takes."""
     largest, where = 0.0, ""
     for model in models:
         with linearize(model, x) as graph:
@@ -100,7 +100,7 @@ def accelerated(x: Tensor, models: list[nn.Module]) -> str:
 
 
 def picture(digits: Data[Held], plain: Measured, penalised: Measured, out: Path) -> None:
-    """The first test digit of each of eight classes, with the saliency maps of both networks beneath."""
+    """Draws the first test digit of each of eight classes, with the saliency maps of both networks beneath."""
     figure = extra("matplotlib.figure").Figure(figsize=(1.45 * SHOWN + 1.6, 5.6), layout="constrained")
     axes = figure.subplots(3, SHOWN)
     shown = [int((digits.test.y == digit).nonzero()[0]) for digit in range(SHOWN)]
@@ -133,7 +133,7 @@ def picture(digits: Data[Held], plain: Measured, penalised: Measured, out: Path)
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Trains, measures, prints and draws."""
+    """Trains both networks, prints what it measured, and draws the picture."""
     check_output(arguments.out, (".png", ".pdf", ".svg"))
     extra("matplotlib.figure")
     digits = load_digits(arguments.seed)

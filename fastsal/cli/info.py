@@ -10,7 +10,7 @@ import fastsal
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """None."""
+    """Adds none: the command has no options."""
 
 
 def _version(package: str) -> str:
@@ -35,7 +35,7 @@ def _text(value: object) -> str:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Prints it; always 0."""
+    """Prints all of it; returns 0."""
     found = fastsal.info()
     lines = {
         "fastsal": fastsal.__version__,

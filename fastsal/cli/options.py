@@ -4,7 +4,7 @@ import argparse
 
 
 def positive(text: str) -> int:
-    """An option's whole number from 1, for argparse."""
+    """Reads an option that is a whole number from 1, for argparse."""
     if not text.isdecimal() or int(text) < 1:
         raise argparse.ArgumentTypeError(f"got {text!r}, wants a whole number from 1")
     return int(text)

@@ -1,4 +1,7 @@
-"""The ways to find the nearest class, one registry of them: to add a method, write a `Method` and enter it here."""
+"""The methods: ways to find the class at the smallest linearised distance, and the registry of their names.
+
+To add one, write a `Method` and enter it here.
+"""
 
 from fastsal.methods.certified import Certified
 from fastsal.methods.rows import Candidates, Exact
@@ -10,7 +13,11 @@ METHODS: dict[str, Method] = {method.name: method for method in (Exact(), Candid
 
 
 def resolve(method: str | Method, norm: float) -> Method:
-    """The method that is meant; raises ValueError where there is none of that name, or where it cannot serve the norm."""
+    """The method that a user means, by its name or as it stands.
+
+    Raises:
+        ValueError: There is no method of that name, or it cannot serve the norm.
+    """
     chosen = METHODS.get(method) if isinstance(method, str) else method
     if not isinstance(chosen, Method):
         raise ValueError(

@@ -1,11 +1,14 @@
 """Exact ρ̃ through the features: where the logits leave a linear layer with F < n inputs, F passes give every row.
 
-With Ψ = W·f(x) + b the Jacobian is W·J_f, J_f [F, D] the Jacobian of the layer's input. The differences are formed as
-Δ_j = (w_{i*} − w_j)ᵀ J_f, the weights subtracted first in float64: a class whose weights nearly equal the predicted one's keeps
-its digits, where the difference of two rounded rows would not. (A Gram matrix J_f J_fᵀ would be cheaper still, but squares the
-condition number, and serves one norm only.) J is never held: Δ is formed for a tile of classes at a time, J_f for as many
-examples as the memory limit allows. g and the nearest row are taken by two more VJPs, so that everything but the distances
-comes from the same rows as without features.
+Such a layer, the head, computes Ψ = W·f(x) + b from features f(x). So the Jacobian of the logits is J = W·J_f, with J_f [F, D]
+the Jacobian of the features. The difference of two rows is formed as Δ_j = (w_{i*} − w_j)ᵀ J_f, and the weights are subtracted
+first, in float64: a class whose weights nearly equal the predicted one's keeps its digits, which the difference of two rounded
+rows would lose. (The Gram matrix J_f J_fᵀ would be cheaper still. But it squares the condition number, and serves the Euclidean
+norm only.)
+
+J is never held: Δ is formed for a tile of classes at a time, and J_f for as many examples as the memory limit allows. The rows
+of the prediction and of the runner-up are taken by two more passes, so that everything but the distances is computed from the
+same rows as without features.
 """
 
 import contextlib
@@ -24,7 +27,7 @@ TILE_BYTES = 1 << 26
 
 @contextlib.contextmanager
 def _recorded(heads: list[nn.Module]) -> Iterator[list[tuple[nn.Module, Tensor, Tensor]]]:
-    """Module, input and output of every call of the heads while the model runs inside."""
+    """Lists the module, the input and the output of every call of the heads while the model runs inside."""
     calls: list[tuple[nn.Module, Tensor, Tensor]] = []
     handles = [
         head.register_forward_hook(lambda module, inputs, output: calls.append((module, inputs[0], output)))
@@ -47,7 +50,7 @@ def _weight(head: nn.Module) -> Tensor | None:
 
 
 def _why_not(head: nn.Module, calls: list[tuple[nn.Module, Tensor, Tensor]], graph: Linearization) -> str:
-    """Why the logits are not `head` applied to features of each example, or nothing."""
+    """Says why the logits are not `head` applied to features of each example; nothing where they are."""
     mine = [(inputs, output) for module, inputs, output in calls if module is head]
     weight = _weight(head)
     if weight is None:
@@ -67,7 +70,7 @@ def _why_not(head: nn.Module, calls: list[tuple[nn.Module, Tensor, Tensor]], gra
 
 
 def _find(graph: Linearization, wanted: nn.Module | None) -> nn.Module | None:
-    """The head: the one that the caller names, or one that is recognised and narrow enough to pay."""
+    """The head that the caller wants, or one that is recognised and narrow enough to pay; None where there is none."""
     n = graph.logits.shape[1]
     modules = list(graph.model.modules()) if isinstance(graph.model, nn.Module) else []
     if wanted is not None and all(module is not wanted for module in modules):
@@ -114,7 +117,19 @@ def through_features(
     wanted: nn.Module | None,
     memory_limit: int,
 ) -> Selection | None:
-    """All classes by way of the features of `wanted`, or of the head that is found; None where class rows are cheaper."""
+    """Looks at all classes by way of the features.
+
+    Args:
+        graph: The recorded forward pass.
+        norm: The p of the perturbation.
+        chunk_size: How many rows of J_f to take at once; None chooses.
+        backend: The name of the backend that measures the differences, or "auto".
+        wanted: The head; None looks for one.
+        memory_limit: How many bytes J_f may take.
+
+    Returns:
+        The selection, or None where there is no head that serves, or class rows are cheaper.
+    """
     head = _find(graph, wanted)
     weight = None if head is None else _weight(head)
     if head is None or weight is None:

@@ -1,4 +1,4 @@
-"""Methods that take rows of the Jacobian class by class: every class (`Exact`), or the highest logits (`Candidates`)."""
+"""Methods that take rows of the Jacobian class by class: of every class (`Exact`) or of the highest logits (`Candidates`)."""
 
 from dataclasses import dataclass
 from typing import ClassVar
@@ -14,19 +14,29 @@ from fastsal.reference import other_classes
 
 @dataclass(frozen=True)
 class Exact(Method):
-    """Every class, and ρ̃ itself: n backward passes an example, or F + 2 where the logits leave a linear layer of F inputs.
+    """Looks at every class, and returns ρ̃ itself and all distances.
+
+    It takes n backward passes for n classes. Where the logits leave a linear layer with F inputs, F + 2 passes give the same
+    (`fastsal.methods.features` says how), and the cheaper way is taken.
 
     Args:
-        head: That layer (an `nn.Linear`, or a 1×1 convolution on 1×1 maps), a module of the model; None finds it. A layer
-            that is given but cannot serve is an error; without one, class rows are taken.
-        memory_limit: Bytes for the features' Jacobian, F·D numbers an example; where not even one example's fit, class rows
-            are taken.
+        head: The linear layer, a module of the model: an `nn.Linear`, or a 1×1 convolution on maps of one pixel. None looks for
+            it. One that is given is used even where it does not pay.
+        memory_limit: How many bytes the Jacobian of the layer's inputs may take. Where those of one example do not fit, the
+            rows are taken class by class.
 
-    >>> import torch, fastsal
-    >>> _ = torch.manual_seed(0)
-    >>> model = torch.nn.Sequential(torch.nn.Linear(30, 8), torch.nn.ReLU(), torch.nn.Linear(8, 100))
-    >>> fastsal.analyze(model, torch.randn(2, 30)).vjps.tolist()
-    [10, 10]
+    Raises:
+        TypeError: `head` is no module.
+        ValueError: `memory_limit` is no number of bytes. Later, `analyze` raises it where a head that was given cannot serve.
+
+    Example:
+        >>> import torch, fastsal
+        >>> _ = torch.manual_seed(0)
+        >>> model = torch.nn.Sequential(torch.nn.Linear(30, 8), torch.nn.ReLU(), torch.nn.Linear(8, 100))
+        >>> fastsal.analyze(model, torch.randn(2, 30)).vjps.tolist()
+        [10, 10]
+        >>> fastsal.analyze(model, torch.randn(2, 30), method=fastsal.Exact(memory_limit=0)).vjps.tolist()
+        [100, 100]
     """
 
     name: ClassVar = "exact"
@@ -41,7 +51,7 @@ class Exact(Method):
             raise ValueError(f"Exact: got memory_limit={self.memory_limit!r}, wants a number of bytes")
 
     def select(self, graph: Linearization, norm: float, chunk_size: int | None, backend: str) -> Selection:
-        """All classes: by way of the features where that is possible and cheaper, else row by row."""
+        """Looks at all classes: by way of the features where that is possible and cheaper, else row by row."""
         selection = through_features(graph, norm, chunk_size, backend, self.head, self.memory_limit)
         if selection is not None:
             return selection
@@ -54,10 +64,23 @@ class Exact(Method):
 
 @dataclass(frozen=True)
 class Candidates(Method):
-    """The k highest logits besides the predicted one: k + 1 backward passes, and an upper bound of ρ̃.
+    """Looks at the classes of the k highest logits besides the predicted one, and returns an upper bound of ρ̃.
+
+    It takes k + 1 backward passes. The nearest class is often, not always, among them: `certified` is false, `lower_bound` is 0
+    and `distances` is None.
 
     Args:
         k: How many classes besides the predicted one, at least 1.
+
+    Raises:
+        ValueError: `k` is no integer from 1 on.
+
+    Example:
+        >>> import torch, fastsal
+        >>> _ = torch.manual_seed(0)
+        >>> found = fastsal.analyze(torch.nn.Linear(30, 100), torch.randn(2, 30), method=fastsal.Candidates(k=3))
+        >>> found.vjps.tolist(), found.certified.tolist()
+        ([4, 4], [False, False])
     """
 
     name: ClassVar = "candidates"
@@ -69,7 +92,7 @@ class Candidates(Method):
             raise ValueError(f"Candidates: got k={self.k!r}, wants an integer >= 1")
 
     def select(self, graph: Linearization, norm: float, chunk_size: int | None, backend: str) -> Selection:
-        """The classes of the highest logits, the lowest class first among equals."""
+        """Looks at the classes of the highest logits, the lowest class first among equals."""
         nearest = Nearest(graph.logits, norm, backend)
         others = other_classes(nearest.prediction, graph.logits.shape[1])
         highest = graph.logits.gather(1, others).sort(stable=True, dim=1, descending=True).indices[:, : self.k]
@@ -80,7 +103,7 @@ class Candidates(Method):
 
 
 def _stream(graph: Linearization, nearest: Nearest, others: Tensor, chunk_size: int | None) -> Tensor:
-    """Lets `nearest` visit the predicted class and the others, int64 [B, k], of every example; returns the count of VJPs."""
+    """Lets `nearest` visit the predicted class and the others, int64 [B, k], of every example; returns the number of VJPs."""
     order = torch.cat((nearest.prediction.unsqueeze(1), others), 1)
     graph.sweep(order.t(), chunk_size, nearest.visit)
     return torch.full_like(nearest.prediction, order.shape[1])

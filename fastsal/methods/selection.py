@@ -1,4 +1,4 @@
-"""What a method finds: the predicted class, the nearest other class, and the one rule by which a row is the nearest."""
+"""What a method is and what it returns, and the one rule by which a row of the Jacobian is the nearest."""
 
 import math
 from abc import ABC, abstractmethod
@@ -16,10 +16,11 @@ from fastsal.linearization import Linearization
 class Selection:
     """What a method found for every example of a batch.
 
-    winners: the prediction i* and the runner-up j*, int64 [B, 2].
-    pair: their rows of the Jacobian, [B, 2, D].
-    provenance: the fields of `Geometry` that say how they were found: `method`, `vjps`, and those that differ from what
-        `margin_geometry` fills in.
+    Attributes:
+        winners: The prediction i* and the runner-up j*, int64 [B, 2].
+        pair: Their rows of the Jacobian, [B, 2, D].
+        provenance: The fields of `Geometry` that say how they were found: `method`, `vjps`, and those that differ from what
+            `margin_geometry` fills in.
     """
 
     winners: Tensor
@@ -30,8 +31,9 @@ class Selection:
 class Method(ABC):
     """A way to find the nearest class: a frozen dataclass of options, with a `select`.
 
-    name: what `fastsal.analyze` and the command line call it.
-    norms: the p of the perturbation norms that it can serve.
+    Attributes:
+        name: What `fastsal.analyze` and the command line call it.
+        norms: The norms p of a perturbation that it can serve.
     """
 
     name: ClassVar[str]
@@ -39,19 +41,28 @@ class Method(ABC):
 
     @abstractmethod
     def select(self, graph: Linearization, norm: float, chunk_size: int | None, backend: str) -> Selection:
-        """Finds the prediction, the nearest class and their rows for every example of a recorded forward pass."""
+        """Finds the prediction, the nearest class and their rows for every example of a recorded forward pass.
+
+        Args:
+            graph: The forward pass, of B >= 1 examples.
+            norm: The p of the perturbation, one of `norms`.
+            chunk_size: How many rows to take at once; None leaves it to the method.
+            backend: The name of the backend that measures the rows, or "auto".
+        """
 
 
 class Nearest:
     """The nearest of the rows that were visited so far, for every example of a batch.
 
-    The rows of an example come in any number of visits. The first to come is the row of its predicted class, the anchor, and
-    every other row is measured against it.
+    The rows of an example may come in any number of visits. The first of all is the row of its predicted class, the anchor,
+    from which the distance of every other row is measured.
 
-    prediction: i*, int64 [B]. margin: m_j, float64 [B, n].
-    distances: m_j / ‖Δ_j‖_q of the classes that were visited, +inf elsewhere and at i*, float64 [B, n].
-    runner_up: the nearest class so far, int64 [B, 1], or [B, 0] before there is one.
-    pair: the anchor and the nearest row so far, [B, 2, D], or [B, 0, D] before there is an anchor.
+    Attributes:
+        prediction: i*, int64 [B].
+        margin: m_j = Ψ^{i*} − Ψʲ, float64 [B, n].
+        distances: m_j / ‖g − g_j‖_q of the classes that were visited, +inf elsewhere and at i*, float64 [B, n].
+        runner_up: The nearest class so far, int64 [B, 1], or [B, 0] before there is one.
+        pair: The anchor and the nearest row so far, [B, 2, D], or [B, 0, D] before there is an anchor.
     """
 
     def __init__(self, logits: Tensor, norm: float, backend: str) -> None:
@@ -62,10 +73,15 @@ class Nearest:
         self.pair = logits.new_empty(len(logits), 0, 0)
 
     def visit(self, classes: Tensor, rows: Tensor, examples: Tensor | None = None) -> None:
-        """Takes the rows [e, c, D] of classes int64 [e, c] of the given examples, int64 [e], or of all.
+        """Compares more rows with the nearest so far.
 
-        The state changes when everything has been computed, so that a visit may be repeated with fewer rows if it ran out of
-        memory.
+        The state changes only after everything has been computed. So a visit that ran out of memory has left no trace, and its
+        rows may be visited again, a few at a time.
+
+        Args:
+            classes: The classes that the rows belong to, int64 [e, c].
+            rows: Their gradients, [e, c, D].
+            examples: Which examples these are, int64 [e]; None for all of them.
         """
         e = slice(None) if examples is None else examples
         pair = self.pair[e]

@@ -1,4 +1,4 @@
-"""The command line: its numbers, its files, its exit statuses, and one line for everything that a user can get wrong."""
+"""fastsal analyze: its numbers, its files, and one line for everything that a user can get wrong."""
 
 import csv
 import dataclasses
@@ -12,9 +12,10 @@ import pytest
 import torch
 
 import fastsal
-from fastsal import ops, reference
-from fastsal.cli import COMMANDS, analyze, check, demo, main
-from fastsal.study.data import load_digits
+from fastsal.cli import analyze, main
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 
 MODELS = """
 import torch
@@ -56,15 +57,6 @@ def interrupted():
     model.error = KeyboardInterrupt()
     return model
 """
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _one_thread():
-    """Everything here is small: a second thread would only wait, for long on a busy machine."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture
@@ -379,178 +371,3 @@ class TestBadInput:
         assert (status, err.count("\n")) == (2, 1)
         assert err.startswith("fastsal analyze: --out out.npz: OSError: [Errno 28] No space left on device")
         assert not [path for path in tmp_path.iterdir() if "out" in path.name]
-
-
-@pytest.fixture(scope="module")
-def digits():
-    pytest.importorskip("sklearn")
-    return load_digits(0)
-
-
-@pytest.fixture(scope="module")
-def demo_run(tmp_path_factory):
-    """The demo with little training: its output and the picture, twice."""
-    pytest.importorskip("sklearn")
-    pytest.importorskip("matplotlib")
-    folder = tmp_path_factory.mktemp("demo")
-    outputs = []
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(demo, "EPOCHS", 2)
-        for name in ("a.png", "b.png"):
-            text = []
-            patch.setattr("builtins.print", lambda *parts, text=text, **_: text.append(" ".join(map(str, parts))))
-            assert main(["demo", "--out", str(folder / name)]) == 0
-            outputs.append("\n".join(text))
-    return outputs, folder
-
-
-class TestDemo:
-    def test_same_numbers_twice(self, demo_run):
-        outputs, folder = demo_run
-        tables = [output.partition("largest deviation")[0] for output in outputs]
-        assert tables[0] == tables[1]
-        pictures = [(folder / name).read_bytes() for name in ("a.png", "b.png")]
-        assert pictures[0] == pictures[1]
-        assert pictures[0].startswith(b"\x89PNG")
-        assert sorted(path.name for path in folder.iterdir()) == ["a.png", "b.png"]
-
-    def test_prints_what_it_measured(self, demo_run, digits):
-        text = demo_run[0][0]
-        for name in ("test accuracy", *(f"median {name}" for name in demo.QUANTITIES)):
-            (line,) = (line for line in text.splitlines() if line.startswith(name))
-            assert len(line.split()) >= 4
-        plain = demo.measure(digits, 0.0, 0, 2)
-        (line,) = (line for line in text.splitlines() if line.startswith("median alignment"))
-        assert line.split()[2] == f"{plain.geometry.alignment.median().item():.4f}"
-        deviation = float(text.partition("float64 reference: ")[2].split()[0])
-        assert 0 < deviation <= 1e-6
-        assert "ms on the reference backend" in text
-
-    def test_training_leaves_threads_and_generator(self, digits):
-        state, threads = torch.get_rng_state(), 2
-        torch.set_num_threads(threads)
-        a, b = (demo.measure(digits, 0.5, seed, 1) for seed in (1, 2))
-        assert torch.equal(torch.get_rng_state(), state)
-        assert torch.get_num_threads() == threads
-        torch.set_num_threads(1)
-        assert not torch.equal(a.geometry.alignment, b.geometry.alignment)
-
-    def test_bad_ending(self, capsys):
-        assert main(["demo", "--out", "picture.txt"]) == 2
-        assert capsys.readouterr().err.startswith("fastsal demo: --out picture.txt: the ending decides the format")
-
-
-class TestCheck:
-    def test_all_within_tolerance(self, capsys, monkeypatch):
-        # The interpreter takes minutes, and has tests of its own.
-        monkeypatch.delitem(ops.BACKENDS, "triton", raising=False)
-        assert main(["check", "--quick", "--seed", "5"]) == 0
-        out = capsys.readouterr().out
-        for backend in ("reference", *(name for name, module in ops.BACKENDS.items() if name == "cpu")):
-            lines = [line for line in out.splitlines() if line.startswith(backend)]
-            assert len(lines) == 12 or "not available" in lines[0]
-        assert out.endswith("all within tolerance\n")
-
-    def test_unavailable_says_why(self, capsys, monkeypatch):
-        class Missing:
-            unavailable = staticmethod(lambda: "no such machine")
-            why_not = staticmethod(lambda jacobian: "no such machine")
-            info = staticmethod(dict)
-
-        monkeypatch.setattr(check, "DTYPES", ())
-        monkeypatch.setattr(ops, "BACKENDS", {"abacus": Missing})
-        assert main(["check"]) == 0
-        assert "abacus     not available: no such machine" in capsys.readouterr().out
-
-    @pytest.mark.parametrize("what", ["value", "index", "nan", "distance", "pairs", "seam"])
-    def test_catches_a_broken_backend(self, capsys, monkeypatch, what):
-        class Broken:
-            unavailable = staticmethod(lambda: "")
-            why_not = staticmethod(lambda jacobian: "")
-            info = staticmethod(dict)
-
-            @staticmethod
-            def margin_geometry(logits, jacobian, x, norm):
-                out = torch.float64 if jacobian.dtype == torch.float64 else torch.float32
-                named, prediction, runner_up, distances = reference.margin_geometry(logits, jacobian, x, norm)
-                values = torch.stack([named[key] for key in reference.SCALARS]).to(out)
-                distances = distances.to(out)
-                if what == "value":
-                    values[5] *= 1 + 4e-6
-                if what == "nan":
-                    values[3, -1] = math.nan
-                if what == "index" and logits.shape[1] > 2:
-                    runner_up = (runner_up + 1) % logits.shape[1]
-                if what == "distance":
-                    distances *= 1 + 4e-6
-                return values, torch.stack((prediction, runner_up)), distances
-
-            @staticmethod
-            def pairwise_margins(logits, jacobian, x, norm):
-                found = list(ops.pairwise_margins(logits, jacobian, x, norm, "reference"))
-                if what == "pairs":
-                    found[4] = found[4] * (1 + 4e-6)
-                return tuple(found)
-
-            @staticmethod
-            def row_distances(anchor, rows, norm):
-                return reference.row_distances(anchor, rows, norm) * (1 + (what == "seam") * 4e-6)
-
-        monkeypatch.setattr(check, "DTYPES", (torch.float32,))
-        monkeypatch.setattr(check, "NORMS", (2.0,))
-        monkeypatch.setattr(check, "SHAPES", ((3, 5, 33),))
-        monkeypatch.setattr(ops, "BACKENDS", {"broken": Broken})
-        assert main(["check", "--seed", "3", "--quick"]) == 1
-        out = capsys.readouterr().out
-        assert "OUT OF TOLERANCE" in out
-        assert out.endswith("1 out of tolerance\n")
-
-    def test_new_inputs_every_time(self, capsys, monkeypatch):
-        monkeypatch.setattr(check, "DTYPES", ())
-        seeds = set()
-        for _ in range(2):
-            main(["check"])
-            seeds.add(capsys.readouterr().out.split(";")[0])
-        assert len(seeds) == 2
-
-    def test_speed_is_relative_to_the_reference(self, monkeypatch):
-        monkeypatch.setattr(check, "best_times", lambda *_: [6.0, 2.0])
-        assert check._speed("cpu", torch.float32, 2.0, "cpu", 0) == 3.0
-
-
-class TestCommandLine:
-    def test_info(self, capsys):
-        assert main(["info"]) == 0
-        out = capsys.readouterr().out
-        for name in ("fastsal", "python", "torch", "numpy", "threads", "CUDA devices", "backend reference"):
-            assert f"\n{name} " in f"\n{out}"
-        for name, state in fastsal.info()["backends"].items():
-            assert any(line.startswith(f"backend {name} ") and state in line for line in out.splitlines())
-
-    def test_help_and_version(self, capsys):
-        assert main(["--version"]) == 0
-        assert capsys.readouterr().out == f"fastsal {fastsal.__version__}\n"
-        assert main(["--help"]) == 0
-        out = capsys.readouterr().out
-        assert all(f"\n    {name} " in out for name in COMMANDS)
-        for name in COMMANDS:
-            assert main([name, "--help"]) == 0
-            assert max(map(len, capsys.readouterr().out.splitlines())) <= 128
-
-    def test_without_a_command(self, capsys):
-        assert main([]) == 2
-        assert "fastsal demo" in capsys.readouterr().err
-        assert main(["dance"]) == 2
-        assert capsys.readouterr().err.count("\n") == 1
-
-    def test_module(self, run_python):
-        result = run_python("-m", "fastsal", "info")
-        assert (result.returncode, result.stderr) == (0, "")
-        assert result.stdout.startswith("fastsal ")
-
-    def test_imports_are_light(self, run_python):
-        code = (
-            "import sys, torch; before = set(sys.modules); import fastsal.cli\n"
-            "print({'sklearn', 'matplotlib', 'tqdm', 'safetensors', 'foolbox', 'scipy'} & (set(sys.modules) - before))"
-        )
-        assert run_python("-c", code).stdout == "set()\n"
