@@ -1,78 +1,33 @@
-"""python -m bench [--quick] [--only WORD] [--fresh]: measures, prints tables, keeps the figures in bench/results/.
+"""The one entry point: `python -m bench [COMMAND] [OPTIONS]`."""
 
-python -m bench report [--check]: writes the figures into the README (or fails where the README is not what they say).
-python -m bench profile: where the time of a model-level analysis goes.
+import importlib
+import sys
 
-A case that the file holds already, measured on this machine at this commit, is not measured again: an interrupted run goes on
-where it was.
-"""
-
-import argparse
-import json
-import time
-from pathlib import Path
-
-import torch
-
-from bench import ROOT, cases, core, edge, memory, profiling, report
-from bench.session import Session
-from bench.store import RESULTS
-
-
-def run(arguments: argparse.Namespace) -> int:
-    """Measures what is missing."""
-    start = time.perf_counter()
-    session = Session(arguments.quick, arguments.fresh, arguments.json)
-    print(report.where(session.store.environment), flush=True)
-    for case in cases.every(arguments.quick):
-        if arguments.only in case.title:
-            for threads in core.thread_counts(case):
-                print(f"\n{report.long_table(session.record(case, threads))}", flush=True)
-    if arguments.only in "edge" and not arguments.quick:
-        print(f"\n{report.long_table(session.edge())}", flush=True)
-    print(f"\n{time.perf_counter() - start:.0f} s; figures in {session.store.path.name}")
-    return 0
-
-
-def peak(arguments: argparse.Namespace) -> int:
-    """Prints the peak memory of one contestant of a model level case: what bench/memory.py asks a fresh process for."""
-    torch.set_num_threads(arguments.threads)
-    case = next(case for case in cases.every(arguments.quick) if case.title == arguments.only)
-    for tiny in (True, False):  # first imports and first calls, then the work
-        work = case.make(tiny)
-        contestant = next(one for one in work.contestants if one.name == arguments.contestant)
-        growth = memory.growth(lambda work=work, contestant=contestant: contestant.run(work.inputs[0]))
-    print(growth)
-    return 0
+# command -> the module whose main() reads the options, and what it does
+COMMANDS = {
+    "run": ("bench.tools.run", "measure, print tables, keep the figures; also without a command"),
+    "report": ("bench.report.page", "write docs/benchmarks.md, the README's tables and the plots"),
+    "profile": ("bench.tools.profiling", "where the time of fastsal.analyze goes"),
+    "certified": ("bench.cases.certified", "certified beside exact on trained networks of 1000 classes"),
+    "gpu": ("bench.tools.gpu", "build, test, sanitize and measure on a GPU"),
+    "triton_matrix": ("bench.tools.triton_matrix", "compile every Triton kernel without a GPU"),
+}
 
 
 def main() -> int:
-    """The command line."""
-    parser = argparse.ArgumentParser(
-        prog="python -m bench", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument(
-        "command", nargs="?", choices=("run", "report", "profile", "memory", "interpreted"), default="run"
-    )
-    parser.add_argument("--quick", action="store_true", help="a table in two minutes")
-    parser.add_argument("--only", default="", metavar="WORD", help="cases whose level or name holds this")
-    parser.add_argument("--fresh", action="store_true", help="forget what the file holds")
-    parser.add_argument("--json", type=Path, help="the file of figures")
-    parser.add_argument("--readme", type=Path, default=ROOT / "README.md", help="the file that `report` writes into")
-    parser.add_argument("--check", action="store_true", help="`report` only: write nothing, fail where it is stale")
-    parser.add_argument("--contestant", help="`memory` only, which the suite calls for itself")
-    parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="`memory` only")
-    arguments = parser.parse_args()
-    if arguments.command == "report":
-        return report.write(arguments.json or RESULTS / "bench.json", arguments.readme, arguments.check)
-    if arguments.command == "profile":
-        print(profiling.table(arguments.only))
+    """Runs a command, or says which there are."""
+    arguments = sys.argv[1:]
+    if arguments in (["-h"], ["--help"]):
+        print("python -m bench [COMMAND] [OPTIONS]; python -m bench COMMAND --help tells the options\n")
+        print("\n".join(f"  {name:15}{what}" for name, (_, what) in COMMANDS.items()))
         return 0
-    if arguments.command == "interpreted":  # bench/edge.py asks a process with Triton's interpreter for it
-        print(json.dumps(edge.row(dict(edge.answers())["fastsal triton"])))
-        return 0
-    return peak(arguments) if arguments.command == "memory" else run(arguments)
+    command = arguments.pop(0) if arguments and not arguments[0].startswith("-") else "run"
+    if command not in COMMANDS:
+        print(f"python -m bench: got {command!r}, wants one of {', '.join(COMMANDS)}", file=sys.stderr)
+        return 2
+    sys.argv = [f"python -m bench {command}", *arguments]
+    return importlib.import_module(COMMANDS[command][0]).main() or 0
 
 
 if __name__ == "__main__":
-    raise SystemExit(main())
+    sys.exit(main())

@@ -9,12 +9,13 @@ from typing import Any
 
 import pytest
 
-from bench import cases, core
-from bench.session import Session
+from bench import cases
+from bench.suite import core
+from bench.suite.session import Session
 
 
 class Playback:
-    """A clock that stands still but for what it is told."""
+    """A clock that moves only when it is told to."""
 
     def __init__(self) -> None:
         self.now = 0.0

@@ -30,7 +30,7 @@ def test_every_kernel_compiles_within_the_spill_budget(run_python, tmp_path, cap
     """Each kernel × dtype × norm as it is launched by default, to machine code."""
     table = tmp_path / "matrix.json"
     result = run_python(
-        *(str(TESTS.parent / "bench" / "triton_matrix.py"), "--default"),
+        *(str(TESTS.parent / "bench" / "tools" / "triton_matrix.py"), "--default"),
         *("--capabilities", str(capability), "--json", str(table)),
         TRITON_INTERPRET="0",
         TRITON_CACHE_DIR=str(tmp_path / "cache"),

@@ -13,17 +13,20 @@ import argparse
 import contextlib
 import json
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 
 from fastsal.cli.options import positive
 from fastsal.files import Blame, CommandError, extra, replacing
-from fastsal.study import report
+from fastsal.study import page
 from fastsal.study.attacks import ATTACKS
+from fastsal.study.claims import checks, verdicts
 from fastsal.study.data import Data, Split, load
 from fastsal.study.measure import accuracy, measure
 from fastsal.study.models import factory
+from fastsal.study.results import Result, Study
 from fastsal.study.train import PGD_STEPS, Recipe, single_thread, train
 
 STRENGTHS = (0.01, 0.03, 0.1, 0.3, 1.0, 3.0)
@@ -46,33 +49,16 @@ def _number(text: str) -> float:
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options, in the order a newcomer needs them."""
     parser.add_argument("--out", type=Path, default=Path("fastsal-study"), help="the folder; default: %(default)s")
-    parser.add_argument(
-        "--data",
-        default="digits",
-        help="digits, mnist:PATH, cifar10:PATH or folder:PATH with train and val; default: digits",
-    )
-    parser.add_argument(
-        "--strengths",
-        type=_number,
-        nargs="*",
-        default=STRENGTHS,
-        metavar="λ",
-        help="penalties of double backpropagation",
-    )
-    parser.add_argument(
-        "--radii",
-        type=_number,
-        nargs="*",
-        default=RADII,
-        metavar="ε",
-        help="radii of adversarial training, in units of x",
-    )
+    formats = "digits, mnist:PATH, cifar10:PATH or folder:PATH with train and val; default: digits"
+    parser.add_argument("--data", default="digits", help=formats)
+    numbers: dict[str, Any] = {"type": _number, "nargs": "*"}
+    penalties, radii = "penalties of double backpropagation", "radii of adversarial training, in units of x"
+    parser.add_argument("--strengths", **numbers, default=STRENGTHS, metavar="λ", help=penalties)
+    parser.add_argument("--radii", **numbers, default=RADII, metavar="ε", help=radii)
     parser.add_argument("--model", default="cnn", help="cnn, torchvision:NAME or timm:NAME; default: cnn, the paper's")
     parser.add_argument("--epochs", type=positive, help="of training; default: by data")
     parser.add_argument("--batch-size", type=positive, default=64, help="of training; default: %(default)s")
-    parser.add_argument(
-        "--images", type=positive, default=300, help="test images to analyse and attack; default: %(default)s"
-    )
+    parser.add_argument("--images", type=positive, default=300, help="test images, attacked too; default: %(default)s")
     parser.add_argument("--seed", type=int, default=0, help="of the split, the networks and the attacks; default: 0")
     parser.add_argument("--device", default="cpu", help="cpu, or cuda; default: cpu")
 
@@ -114,11 +100,11 @@ class _Progress:
         )
 
     def cost(self, recipe: Recipe) -> float:
-        """Of an epoch. Measured: a double backward pass is a little dearer, PGD takes its steps."""
+        """Of an epoch. As measured, a double backward pass costs a little more, and PGD as much as its steps."""
         return 1.3 if recipe.penalty else 0.5 * (PGD_STEPS + 1) if recipe.radius else 1.0
 
     def attack(self) -> float:
-        """Of one attack, on average; `share` is how many images are attacked for one trained on."""
+        """Of one attack, on average; `share` is the number of attacked images over that of training images."""
         return 45 * self._share
 
     def all(self, recipe: Recipe) -> float:
@@ -128,8 +114,8 @@ class _Progress:
 
 def _result(
     recipe: Recipe, data: Data[Split], arguments: argparse.Namespace, shown: torch.Tensor, progress: _Progress
-) -> report.Result:
-    """A model's numbers: from the folder where they are there, else trained and measured."""
+) -> Result:
+    """The numbers of a model: from the folder if it holds them, else the model is trained and measured now."""
     path = arguments.out / "models" / f"{recipe.name}.npz"
     if not path.exists():
         left = progress.all(recipe)
@@ -170,7 +156,7 @@ def _result(
         advance(left)
     with Blame(f"--out {path}"), np.load(path, allow_pickle=False) as saved:
         columns = {name[7:]: saved[name] for name in saved.files if name.startswith("column ")}
-        return report.Result(recipe, float(saved["accuracy"]), columns, torch.from_numpy(saved["maps"]))
+        return Result(recipe, float(saved["accuracy"]), columns, torch.from_numpy(saved["maps"]))
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -198,10 +184,10 @@ def run(arguments: argparse.Namespace) -> int:
                 f"{recipe.label:12} accuracy {results[-1].accuracy:.3f}, median ρ {results[-1].median('rho'):.3f}, "
                 f"ρ̃ {results[-1].median('linearized_robustness'):.3f}, α {results[-1].median('alignment'):.3f}"
             )
-    study = report.Study(data.name, len(data.train), len(data.test), data.test.batch(shown)[0], results)
-    page = report.write(study, arguments.out)
-    for claim, held, evidence in report.claims(study):
+    study = Study(data.name, len(data.train), len(data.test), data.test.batch(shown)[0], results)
+    written = page.write(study, arguments.out)
+    for claim, held, evidence in verdicts(study):
         print(f"{'yes' if held else 'no ':3} {claim}: {evidence}")
-    print("\n".join(report.checks(study)))
-    print(f"wrote {page}")
+    print("\n".join(checks(study)))
+    print(f"wrote {written}")
     return 0

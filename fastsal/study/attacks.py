@@ -68,7 +68,7 @@ def robustness(
 
 
 def _smallest(model: nn.Module, x: Tensor, prediction: Tensor, candidates: list[Tensor]) -> Tensor:
-    """Of the candidates that err the nearest to x, and how near it can be moved: float64 [B], +inf without one."""
+    """How near to x the nearest candidate with another prediction can be moved: float64 [B], +inf where there is none."""
     best, size = x, torch.full((len(x),), math.inf, dtype=torch.float64, device=x.device)
     for candidate in (one.to(x.dtype) for one in candidates):
         errs = classes(model, candidate) != prediction

@@ -26,6 +26,7 @@ HOMOGENEOUS = (
     nn.Dropout,
     nn.Identity,
 )
+PROVENANCE = ("certified", "lower_bound", "vjps", "jvps")  # of no interest here: every analysis is exact
 BATCH = 64
 
 
@@ -71,9 +72,9 @@ def measure(
     seed: int,
     after_attack: Callable[[], None] = lambda: None,
 ) -> tuple[dict[str, np.ndarray[Any, Any]], np.ndarray[Any, Any]]:
-    """Geometry, degrees of homogeneity, terms of the bound, ρ and the deviation from the bias sums, of every image.
+    """Columns with a row for every image, and the saliency maps of the images at `shown`.
 
-    And the saliency maps of the images at `shown`.
+    The columns are the scalars of `Geometry`, degrees of homogeneity, terms of the bound, ρ, deviations from the bias sums.
     """
     parts = [_geometry(model, part) for part in x.split(BATCH)]
     maps = analyze(model, x[shown], keep_saliency=True).saliency
@@ -90,15 +91,12 @@ def measure(
 
 def _geometry(model: nn.Module, x: Tensor) -> dict[str, Tensor]:
     geometry = analyze(model, x, keep_saliency=True)
-    columns = {}
-    for field in dataclasses.fields(geometry):
-        value = getattr(geometry, field.name)
-        if (
-            isinstance(value, Tensor)
-            and value.dim() == 1
-            and field.name not in ("certified", "lower_bound", "vjps", "jvps")
-        ):
-            columns[field.name] = value
+    fields = {field.name: getattr(geometry, field.name) for field in dataclasses.fields(geometry)}
+    columns = {
+        name: value
+        for name, value in fields.items()
+        if isinstance(value, Tensor) and value.dim() == 1 and name not in PROVENANCE
+    }
     with torch.no_grad():
         logits = call(model, x).double()
     score = logits.gather(1, geometry.prediction.unsqueeze(1)).squeeze(1)
@@ -114,8 +112,8 @@ def _geometry(model: nn.Module, x: Tensor) -> dict[str, Tensor]:
     columns["offset_term"] = binarized_offset.abs() / distances(geometry.binarized_saliency, zero, 2)
     sums = bias_sums(model, x)
     if sums is not None:
-        rows = [geometry.prediction.unsqueeze(1), geometry.runner_up.unsqueeze(1)]
-        own, other = (sums.gather(1, row).squeeze(1) for row in rows)
+        classes = geometry.prediction, geometry.runner_up
+        own, other = (sums.gather(1, row.unsqueeze(1)).squeeze(1) for row in classes)
         g, g_dagger = geometry.saliency.double(), geometry.binarized_saliency.double()
         scale = score.abs() + (x.double() * g).abs().flatten(1).sum(1)
         binarized_scale = binarized.abs() + (x.double() * g_dagger).abs().flatten(1).sum(1)

@@ -18,7 +18,7 @@ PGD_STEPS = 7
 
 @dataclass(frozen=True)
 class Recipe:
-    """How a network is trained: `penalty` λ of double backpropagation, or `radius` ε of adversarial training; 0 and 0: plainly.
+    """How a network is trained: with a `penalty` λ of double backpropagation, a `radius` ε of adversarial training, or neither.
 
     Double backpropagation (Drucker and LeCun, 1992) minimises the mean over examples of ℓ(x) + λ · ‖∇ℓ(x)‖₂², ℓ the
     cross-entropy of one example. (Layers that mix a batch's examples in training, such as BatchNorm, mix their gradients.)
@@ -42,12 +42,12 @@ class Recipe:
 
     @property
     def name(self) -> str:
-        """Unambiguous, and good for a file: λ0.1, ε0.5 or plain."""
+        """For the name of a file: penalty-0.1, radius-0.5 or plain."""
         return f"penalty-{self.penalty:g}" if self.penalty else f"radius-{self.radius:g}" if self.radius else "plain"
 
     @property
     def label(self) -> str:
-        """For a person."""
+        """For a reader: λ = 0.1, ε = 0.5 or plain."""
         return f"λ = {self.penalty:g}" if self.penalty else f"ε = {self.radius:g}" if self.radius else "plain"
 
 

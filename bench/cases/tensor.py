@@ -1,0 +1,133 @@
+"""Tensor level: all outputs of `fastsal.Geometry`, or ρ̃ alone, from a Jacobian that is given.
+
+The yardstick is a pure read of J and x, and beside it stands a read in the order of fastsal's kernel
+(bench/suite/read_bandwidth.py).
+"""
+
+import functools
+from collections.abc import Callable, Iterator
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+import fastsal
+from bench.contestants import backends, formulas
+from bench.suite.core import Case, Contestant, Work
+from bench.suite.read_bandwidth import pure_read, read_in_tiles
+from fastsal import reference
+from fastsal.tolerance import scaled_errors, tolerance, worst
+
+Inputs = tuple[Tensor, Tensor, Tensor]
+CACHES = 1 << 28  # bytes: several times any last-level cache of one socket
+LOOSE = 1e-4  # the error that others may have, in units of a quantity's scale: they sum in plain float32
+
+SHAPES = ((8, 10, 784), (65536, 10, 784), (1700, 100, 3072), (13, 1000, 37632), (1, 1000, 150528))
+QUICK = ((8, 10, 784), (200, 100, 3072))
+TINY = (3, 30, 50)
+LARGEST_REFERENCE = 2**27  # numbers in J: above, the reference is left out
+CHECKED = 64  # examples compared with float64, fewer where they are large
+
+
+def draw(shape: tuple[int, int, int], dtype: torch.dtype, tiny: bool) -> list[Inputs]:
+    """Random logits, Jacobians and x: as many as it takes to exceed every cache, or a small one if `tiny`."""
+    B, n, D = (min(size, small) for size, small in zip(shape, TINY, strict=True)) if tiny else shape
+    generator = torch.Generator().manual_seed(0)
+    copies = 1 if tiny else max(1, CACHES // (B * n * D * dtype.itemsize))
+    return [
+        (
+            torch.randn(B, n, generator=generator),
+            torch.randn(B, n, D, generator=generator, dtype=dtype),
+            torch.randn(B, D, generator=generator, dtype=dtype),
+        )
+        for _ in range(copies)
+    ]
+
+
+class Checks:
+    """Compares results with float64 on examples spread over the batch."""
+
+    def __init__(self, inputs: Inputs) -> None:
+        B, n, D = inputs[1].shape
+        count = min(B, CHECKED, max(1, 2**22 // (n * D)))
+        self.examples = torch.linspace(0, B - 1, count).long()
+        self.inputs = tuple(tensor[self.examples] for tensor in inputs)
+        self.robustness = reference.margin_geometry(*self.inputs)[0]["linearized_robustness"]
+        self._seen: dict[str, tuple[dict[str, Tensor], float]] = {}
+
+    def __call__(self, name: str, result: Any) -> float:
+        """The worst scaled error; not computed again where the bits are those of the call before."""
+        fields = result if isinstance(result, dict) else vars(result)
+        part = {key: value[self.examples] for key, value in fields.items() if isinstance(value, Tensor)}
+        before, error = self._seen.get(name, ({}, 0.0))
+        if before.keys() == part.keys() and all(before[key].equal(part[key]) for key in part):
+            return error
+        if "runner_up" in part:
+            error = max(scaled_errors(SimpleNamespace(**part), *self.inputs, 2.0).values())
+        else:
+            error = worst(part["linearized_robustness"], self.robustness, self.robustness)
+        self._seen[name] = part, error
+        return error
+
+
+def _fastsal(backend: str, inputs: Inputs) -> Any:
+    return fastsal.margin_geometry(*inputs, backend=backend)
+
+
+def _reference(logits: Tensor, jacobian: Tensor, x: Tensor) -> formulas.Outputs:
+    result = vars(fastsal.margin_geometry(logits, jacobian, x, backend="reference"))
+    return {name: value for name, value in result.items() if isinstance(value, Tensor)}
+
+
+FORMULAS: dict[str, tuple[formulas.Formula, str]] = {
+    "eager torch": (formulas.eager, ""),
+    "eager torch, ρ̃": (formulas.eager_alone, "alone"),
+    "torch.cdist, direct": (formulas.cdist_direct, "ρ̃ alone"),
+    "torch.cdist, matmul": (formulas.cdist_matmul, "ρ̃ alone"),
+    "Gram by bmm": (formulas.gram, "ρ̃ alone"),
+    "NumPy": (formulas.numpy_alone, "ρ̃ alone"),
+}
+
+
+def work(shape: tuple[int, int, int], dtype: torch.dtype, tiny: bool) -> Work:
+    """Jacobians of this shape, and everyone who works on them."""
+    inputs = draw(shape, dtype, tiny)
+    checks = Checks(inputs[0])
+    contestants = [
+        Contestant("pure read", pure_read, lambda _: 0.0, 0.0, "reads J and x"),
+        Contestant("read in tiles", read_in_tiles, lambda _: 0.0, 0.0, "reads J and x, row beside row"),
+    ]
+
+    def add(name: str, run: Callable[[Inputs], Any], limit: float, what: str = "", compiles: bool = False) -> None:
+        contestants.append(Contestant(name, run, functools.partial(checks, name), limit, what, compiles=compiles))
+
+    names, skipped = backends.compiled(inputs[0][1])
+    for name in names:
+        add(f"fastsal {name}", functools.partial(_fastsal, name), tolerance(dtype))
+    torch._dynamo.reset()  # a shape beyond its limit of recompilations would run uncompiled
+    # torch.compile fixes the number of threads and guards it, so that every number of threads gets code of its own.
+    optimized = torch.compile(formulas.eager, dynamic=False)
+    add("torch.compile", lambda given: optimized(*given), LOOSE, compiles=True)
+    for name, (formula, what) in FORMULAS.items():
+        if dtype == torch.bfloat16 and not name.startswith("eager"):
+            skipped[name] = "float32 only"
+            continue
+        add(name, lambda given, formula=formula: formulas.in_parts(formula, *given), LOOSE, what)
+    if inputs[0][1].numel() > LARGEST_REFERENCE:
+        skipped["fastsal reference"] = "float64 in pure torch takes minutes here"
+    else:
+        add("fastsal reference", lambda given: formulas.in_parts(_reference, *given), tolerance(dtype), "in float64")
+    size = sum(tensor.numel() * tensor.element_size() for tensor in inputs[0][1:])
+    return Work(inputs, contestants, skipped, size)
+
+
+def cases() -> Iterator[Case]:
+    """float32 and bfloat16; large Jacobians, and one so small that all of its time is overhead."""
+    for quick, shapes in ((False, SHAPES), (True, QUICK)):
+        for shape in shapes:
+            for dtype in (torch.float32, torch.bfloat16):
+                if dtype == torch.bfloat16 and (quick or shape in (SHAPES[0], SHAPES[-1])):
+                    continue
+                name = f"({', '.join(map(str, shape))}) {str(dtype).removeprefix('torch.')}"
+                yield Case("tensor", name, functools.partial(work, shape, dtype), quick)

@@ -1,0 +1,14 @@
+"""fastsal's compiled backends as contestants."""
+
+from torch import Tensor
+
+from fastsal import ops
+
+
+def compiled(jacobian: Tensor) -> tuple[list[str], dict[str, str]]:
+    """The compiled backends that can take this Jacobian; and why the others cannot, by their names as contestants."""
+    reasons = {name: module.why_not(jacobian) for name, module in ops.BACKENDS.items() if name != "reference"}
+    return (
+        [name for name, reason in reasons.items() if not reason],
+        {f"fastsal {name}": reason for name, reason in reasons.items() if reason},
+    )

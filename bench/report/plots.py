@@ -1,0 +1,77 @@
+"""Plots of figures, as PNG."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from bench.report.tables import LEVELS, of
+from bench.report.words import Record, count, times
+from bench.suite.store import Store
+
+
+def _pyplot() -> Any:
+    import matplotlib
+
+    matplotlib.use("agg")
+    from matplotlib import pyplot
+
+    return pyplot
+
+
+def every(results: Path) -> None:
+    """All plots of the figures in a folder, beside them; of cases that ran on several numbers of threads the highest."""
+    store, certified = Store(results / "bench.json"), results / "certified.json"
+    for level in LEVELS:
+        if mine := of(level, store.records.values()):
+            most = max(record["threads"] for record in mine)
+            bars(level, [record for record in mine if record["threads"] == most], results / f"{level}.png")
+    if certified.exists():
+        growth(json.loads(certified.read_text(encoding="utf-8"))["growth"], results / "certified_growth.png")
+
+
+def bars(level: str, records: list[Record], path: Path) -> None:
+    """Times relative to the yardstick, one panel for each case."""
+    pyplot = _pyplot()
+    names = list(dict.fromkeys(row["contestant"] for record in records for row in record["results"] if "ratio" in row))
+    across = min(4, len(records))
+    down = -(-len(records) // across)
+    size = (2.2 + 2.6 * across, 0.7 + down * (0.7 + 0.22 * len(names)))
+    figure, grid = pyplot.subplots(down, across, figsize=size, layout="constrained", squeeze=False, sharey=True)
+    for axes, record in zip(grid.flat, records, strict=False):
+        found = {row["contestant"]: row for row in record["results"]}
+        for place, name in enumerate(names):
+            row = found.get(name, {"status": ""})
+            if "ratio" in row:
+                low, middle, high = row["ratio"]
+                color = "tab:blue" if name.startswith("fastsal") else "0.6"
+                axes.barh(place, middle, color=color, xerr=[[middle - low], [high - middle]], error_kw={"lw": 0.8})
+                axes.annotate(times(middle), (high, place), (3, 0), textcoords="offset points", va="center", size=7)
+            elif row["status"] in ("wrong", "failed"):
+                axes.annotate(row["status"], (1, place), (3, 0), textcoords="offset points", va="center", size=7)
+        axes.axvline(1, color="black", lw=0.8)
+        axes.set_xscale("log")
+        axes.margins(x=0.25)
+        axes.set_yticks(range(len(names)), names, size=8)
+        axes.set_ylim(len(names) - 0.4, -0.6)
+        axes.set_title(record["case"], size=8)
+        axes.tick_params(axis="x", labelsize=7)
+    for axes in grid.flat[len(records) :]:
+        axes.axis("off")
+    threads = count(records[0]["threads"])
+    figure.supxlabel(f"{LEVELS[level].axis}\n{threads}; log scale; lines join the quartiles", size=8)
+    figure.savefig(path, dpi=110)
+    pyplot.close(figure)
+
+
+def growth(rows: list[Record], path: Path) -> None:
+    """Passes of certified as classes grow, beside those of exact rows."""
+    pyplot = _pyplot()
+    figure, axes = pyplot.subplots(figsize=(5, 3.5), layout="constrained")
+    classes = [row["n"] for row in rows]
+    axes.loglog(classes, classes, "--", label="exact rows")
+    axes.loglog(classes, [row["median"] for row in rows], "o-", label="certified, median")
+    axes.loglog(classes, [row["p95"] for row in rows], "^:", label="certified, 95th percentile")
+    axes.set(xlabel="classes n", ylabel="passes an example")
+    axes.legend()
+    figure.savefig(path, dpi=120)
+    pyplot.close(figure)

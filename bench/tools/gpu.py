@@ -1,0 +1,243 @@
+"""Everything that wants a GPU, in one command: `python -m bench gpu`, from the root of a checkout.
+
+Four phases, each with a deadline, all within nine minutes: `build` (fastsal._cuda in place, for this device), `test` (the GPU
+tier), `sanitize` (compute-sanitizer's four tools on a small run) and `bench` (the kernels beside what PyTorch offers, with the
+read bandwidth measured in the same run). The JSON is rewritten after every phase and every case; a table comes last.
+
+It needs PyTorch, Triton, nvcc, pybind11, setuptools, pytest and hypothesis, and no network. `--dry-run` goes through the
+motions on a CPU, with small shapes.
+"""
+
+import argparse
+import json
+import math
+import os
+import re
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from bench import RESULTS, ROOT
+
+DEADLINES = {"build": 130, "test": 150, "sanitize": 110, "bench": 140}  # seconds
+PYTHON_M = (sys.executable, "-m")
+SANITIZERS = ("memcheck", "racecheck", "initcheck", "synccheck")
+
+
+class Report:
+    """The results so far, on disk after every change."""
+
+    data: dict[str, Any]
+
+    def __init__(self, path: Path, device: torch.device, resume: bool = False) -> None:
+        self.path = path
+        if resume:
+            self.data = json.loads(path.read_text(encoding="utf-8"))
+            return
+        self.data = {"machine": machine(device), "phases": {}, "cases": []}
+        self.save()
+
+    def save(self) -> None:
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        self.path.write_text(json.dumps(self.data, indent=1) + "\n", encoding="utf-8")
+
+    def phase(self, name: str, **result: Any) -> None:
+        self.data["phases"][name] = result
+        self.save()
+        print(f"[{name}] " + ", ".join(f"{key} {value}" for key, value in result.items() if key != "tail"), flush=True)
+
+    def case(self, **row: Any) -> None:
+        self.data["cases"].append(row)
+        self.save()
+
+
+def output_of(*command: str) -> str:
+    """What a command prints; its failure if it fails or is missing."""
+    try:
+        return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=30, check=True).stdout.strip()
+    except (OSError, subprocess.SubprocessError) as error:
+        return f"unknown ({type(error).__name__})"
+
+
+def machine(device: torch.device) -> dict[str, Any]:
+    import importlib.metadata
+
+    facts = {
+        "torch": torch.__version__,
+        "commit": output_of("git", "rev-parse", "HEAD"),
+        "python": sys.version.split()[0],
+    }
+    try:
+        facts["triton"] = importlib.metadata.version("triton")
+    except importlib.metadata.PackageNotFoundError:
+        facts["triton"] = "missing"
+    if device.type != "cuda":
+        return {"device": device.type, **facts}
+    properties = torch.cuda.get_device_properties(device)
+    return {
+        "device": properties.name,
+        "capability": f"{properties.major}.{properties.minor}",
+        "multiprocessors": properties.multi_processor_count,
+        "l2_bytes": getattr(properties, "L2_cache_size", 0),
+        "memory_bytes": properties.total_memory,
+        "driver": output_of("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"),
+        "nvcc": output_of("nvcc", "--version").splitlines()[-1],
+        **facts,
+    }
+
+
+def run(command: list[str], deadline: float, **environment: str) -> dict[str, Any]:
+    """Runs a command in the checkout until its deadline; seconds, exit code (124 past it) and the end of its output."""
+    start = time.monotonic()
+    paths = os.pathsep.join((str(ROOT), str(ROOT / "tests")))
+    process = subprocess.Popen(
+        command,
+        cwd=ROOT,
+        env={**os.environ, "PYTHONPATH": paths, **environment},
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        errors="replace",
+        start_new_session=True,
+    )
+    try:
+        output, code = process.communicate(timeout=max(deadline, 1))[0], process.returncode
+    except subprocess.TimeoutExpired:
+        os.killpg(process.pid, 9)
+        output, code = process.communicate()[0], 124
+    return {"code": code, "seconds": round(time.monotonic() - start, 1), "tail": output[-6000:]}
+
+
+def build(report: Report, device: torch.device, deadline: float) -> None:
+    environment = {"FASTSAL_CUDA": "auto"}
+    if device.type == "cuda":
+        environment = {
+            "FASTSAL_CUDA": "1",
+            "FASTSAL_CUDA_ARCHS": "".join(map(str, torch.cuda.get_device_capability(device))),
+        }
+    report.phase("build", **run([sys.executable, "setup.py", "build_ext", "--inplace"], deadline, **environment))
+
+
+def test(report: Report, device: torch.device, deadline: float) -> None:
+    command = [*PYTHON_M, "pytest", "-q", "--maxfail=20", "-p", "no:cacheprovider", "--durations=5"]
+    files = ["tests/gpu", "tests/test_geometry.py", "tests/test_pairwise.py", "tests/test_determinism.py"]
+    if device.type == "cuda":
+        command += ["-p", "gpu.on_gpu"]
+    else:
+        files = ["tests/gpu"]
+    result = run([*command, *files], deadline)
+    counts = {
+        word: int(count) for count, word in re.findall(r"(\d+) (passed|failed|skipped|errors?)\b", result["tail"])
+    }
+    report.phase("test", **counts, **result)
+
+
+def sanitize(report: Report, device: torch.device, deadline: float) -> None:
+    sanitizer = shutil.which("compute-sanitizer")
+    if device.type != "cuda" or sanitizer is None:
+        report.phase("sanitize", refused="no GPU" if device.type != "cuda" else "no compute-sanitizer on PATH")
+        return
+    end = time.monotonic() + deadline
+    for index, tool in enumerate(SANITIZERS):
+        share = (end - time.monotonic()) / (len(SANITIZERS) - index)
+        command = [sanitizer, "--tool", tool, "--error-exitcode", "9", *PYTHON_M, "bench", "gpu", "--small-run"]
+        result = run(command, share, PYTORCH_NO_CUDA_MEMORY_CACHING="1")
+        refusal = re.search(
+            r"Device not supported|not supported on this device|Unable to find injection", result["tail"]
+        )
+        summary = re.findall(r"(?:ERROR|RACECHECK) SUMMARY: .*", result["tail"])
+        report.phase(tool, summary=summary[-1] if summary else "", refused=refusal.group() if refusal else "", **result)
+
+
+def small_run(device: torch.device) -> None:
+    """Every CUDA kernel once, on small odd shapes: what the sanitizer watches."""
+    from fastsal import ops
+
+    for dtype in (torch.float32, torch.float64, torch.bfloat16):
+        for B, n, D in ((2, 10, 133), (1, 20, 2500)):
+            logits, jacobian, x = inputs(B, n, D, dtype, device)
+            w = torch.ones(B, n, n, dtype=torch.float64, device=device)
+            for norm in (2.0, math.inf, 1.0):
+                backend = "cuda" if device.type == "cuda" else "auto"
+                ops.row_distances(jacobian[:, 0], jacobian, norm, backend)
+                ops.margin_geometry(logits, jacobian, x, norm, backend)
+                ops.pairwise_margins(logits, jacobian, x, norm, backend)
+                ops.pairwise_backward(w, w.triu() - w.tril(), jacobian, x, norm, backend)
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+    print("small run done")
+
+
+def inputs(B: int, n: int, D: int, dtype: torch.dtype, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
+    generator = torch.Generator(device).manual_seed(0)
+    wide = torch.float64 if dtype == torch.float64 else torch.float32
+    logits = torch.randn(B, n, device=device, dtype=wide, generator=generator)
+    jacobian = torch.empty(B, n, D, device=device, dtype=dtype).normal_(generator=generator)
+    return logits, jacobian, torch.empty(B, D, device=device, dtype=dtype).normal_(generator=generator)
+
+
+def bench(report: Report, device: torch.device, deadline: float) -> None:
+    """bench/tools/gpu_speed.py, in a process of its own."""
+    command = [*PYTHON_M, "bench.tools.gpu_speed", "--json", str(report.path), "--device", str(device)]
+    result = run([*command, "--seconds", str(0.9 * deadline)], deadline)
+    report.data = json.loads(report.path.read_text(encoding="utf-8"))
+    report.phase("bench", **result)
+
+
+def table(report: Report) -> None:
+    """The short table that comes last."""
+    for name, phase in report.data["phases"].items():
+        facts = {key: value for key, value in phase.items() if key not in ("tail", "seconds") and value != ""}
+        print(f"{name:10} {phase.get('seconds', 0):6} s  {facts}")
+    if "bandwidth" in report.data:
+        print(f"read bandwidth {report.data['bandwidth']['best'] / 1e9:.0f} GB/s", end=", ")
+        print(
+            f"launch floor {report.data['launch_floor_us']:.1f} us, in a graph {report.data['launch_floor_graph_us']:.1f}"
+        )
+    for row in report.data["cases"]:
+        result = row.get("failed") or f"{row['times_us']['p50']:12.1f} us"
+        fraction = f"{row['bandwidth_fraction']:6.2f} of bandwidth" if "bandwidth_fraction" in row else ""
+        error = f"  error {row['error_on_near_rows']:.1e}" if "error_on_near_rows" in row else ""
+        print(f"{row['op']:16} {row['shape']!s:20} {row['dtype'][6:]:9} {row['what']:18} {result} {fraction}{error}")
+
+
+def main() -> int:
+    """The command line of `python -m bench gpu`."""
+    phases: dict[str, Callable[[Report, torch.device, float], None]] = {
+        "build": build,
+        "test": test,
+        "sanitize": sanitize,
+        "bench": bench,
+    }
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--only", action="append", choices=phases, help="this phase only (may be repeated)")
+    parser.add_argument("--json", type=Path, help="where to write (bench/results/<device>.json)")
+    parser.add_argument("--dry-run", action="store_true", help="on the CPU, with small shapes")
+    parser.add_argument("--small-run", action="store_true", help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if not options.dry_run and not torch.cuda.is_available():
+        parser.error("torch.cuda.is_available() is false; --dry-run goes through the motions on the CPU")
+    device = torch.device("cpu" if options.dry_run else "cuda")
+    if options.small_run:
+        small_run(device)
+        return 0
+    facts = machine(device)
+    name = re.sub(r"\W+", "-", facts["device"].lower()).strip("-")
+    default = (ROOT / "build" if options.dry_run else RESULTS) / f"{name}.json"
+    report = Report(options.json or default, device)
+    for phase in options.only or phases:
+        phases[phase](report, device, DEADLINES[phase])
+    table(report)
+    failed = [
+        name for name, phase in report.data["phases"].items() if phase.get("code", 0) and not phase.get("refused")
+    ]
+    print(f"written to {report.path}" + (f"; failed: {', '.join(failed)}" if failed else ""))
+    return 1 if failed else 0

@@ -1,0 +1,206 @@
+"""The figures of a study: each is a function from the results to a matplotlib figure and its caption."""
+
+import io
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from fastsal import plot
+from fastsal.files import extra, replacing
+from fastsal.geometry import Geometry
+from fastsal.study.results import WORKING, Result, Study
+
+WIDTH = 4.2  # inches, of every figure: on a phone's screen the labels are then as large as the text
+HOLLOW = f"hollow where the accuracy is below {WORKING:.0%} of the plain one's"
+STYLES: dict[str, dict[str, Any]] = {
+    "double backpropagation": {"color": plot.COLORS[1], "marker": "o"},
+    "adversarial": {"color": plot.COLORS[2], "marker": "s"},
+}
+
+
+def _quantity(results: dict[str, Result], name: str) -> dict[str, Any]:
+    return {label: result.columns[name] for label, result in results.items()}
+
+
+def _geometries(results: dict[str, Result]) -> dict[str, Geometry]:
+    return {label: result.geometry() for label, result in results.items()}
+
+
+def _figure(height: float, rows: int = 1) -> tuple[Any, Any]:
+    figure = extra("matplotlib.figure").Figure(figsize=(WIDTH, height), layout="constrained")
+    figure.get_layout_engine().set(h_pad=0.08)  # inches: a panel's title stands clear of the labels above it
+    return figure, figure.subplots(rows, squeeze=False)[:, 0] if rows else None
+
+
+def _median_lines(study: Study, ax: Any, quantity: str) -> None:
+    for training, results in study.families().items():
+        style, rho = STYLES[training], _quantity(results, "rho")
+        plot.medians(_geometries(results), rho, quantity, label=training, ax=ax, **style)
+        for result in results.values():
+            if result not in study.working():
+                hollow = {"markersize": 5, "markerfacecolor": "white", "zorder": 4}
+                ax.plot(result.median("rho"), result.median(quantity), **style, **hollow)
+    plain = study.results[0]
+    ax.plot(plain.median("rho"), plain.median(quantity), "*", color="black", markersize=11, label="plain", zorder=5)
+    ax.set_xlabel("median robustness ρ (units of x)")
+    ax.locator_params(axis="x", nbins=6)
+
+
+def _legend(figure: Any, ax: Any, columns: int) -> None:
+    """Above the figure, where it covers nothing."""
+    figure.legend(*ax.get_legend_handles_labels(), loc="outside upper center", ncols=columns, fontsize=8)
+
+
+def saliency_maps(study: Study) -> tuple[Any, str]:
+    figure, _ = _figure(1.1 + 0.47 * (1 + len(study.results)), 0)
+    results = {result.recipe.label: result.geometry() for result in study.results}
+    plot.saliency_grid(study.shown, results, columns=len(study.shown), figure=figure)
+    return figure, (
+        f"{len(study.shown)} test images (top row) and, below, the saliency maps of the predicted logit for each model: "
+        "plain, then with growing λ of double backpropagation and ε of adversarial training. Each map is divided by its norm, "
+        "and one signed colour scale serves all: red pixels raise the logit, blue ones lower it."
+    )
+
+
+def linearised_robustness(study: Study) -> tuple[Any, str]:
+    families = study.families()
+    figure, axes = _figure(4.4 + 4.6 * len(families), 1 + len(families))
+    _median_lines(study, axes[0], "linearized_robustness")
+    axes[0].set_ylabel("median ρ̃ (units of x)")
+    axes[0].axline((0, 0), slope=1, color="0.4", linewidth=1, zorder=0)
+    _legend(figure, axes[0], 3)
+    colormap = extra("matplotlib").colormaps["viridis"]
+    everything = {
+        name: np.concatenate([r.columns[name] for r in study.results]) for name in ("rho", "linearized_robustness")
+    }
+    # Logarithmic axes would give most of the figure to the few images that lie almost on the decision boundary.
+    left, bottom = (float(np.nanquantile(values, 0.01)) for values in everything.values())
+    hidden = int(((everything["rho"] < left) | (everything["linearized_robustness"] < bottom)).sum())
+    for ax, (training, results) in zip(axes[1:], families.items(), strict=True):
+        colors = [colormap(slot) for slot in np.linspace(0, 0.92, len(results))]
+        rho, y = _quantity(results, "rho"), "linearized_robustness"
+        plot.scatter(_geometries(results), rho, y, diagonal=True, colors=colors, ax=ax)
+        ax.set(xlabel="robustness ρ (units of x)", title=training)
+        ax.set_xlim(left=0.9 * left)
+        ax.set_ylim(bottom=0.9 * bottom)
+        ax.legend(fontsize=8, markerscale=2, ncols=2, loc="lower right")
+    return figure, (
+        f"Linearised robustness ρ̃ against robustness ρ, the smallest perturbation that any attack found, of {study.images} "
+        f"test images and {len(study.results)} models. Top: medians over the images, a point a model, joined in order of "
+        f"strength, with bars from quartile to quartile, {HOLLOW}. Below: every image, but for the {hidden} (an image and a "
+        "model) within the nearest hundredth of ρ or ρ̃. The grey line is ρ̃ = ρ."
+    )
+
+
+def alignment(study: Study) -> tuple[Any, str]:
+    figure, axes = _figure(4)
+    _median_lines(study, axes[0], "alignment")
+    axes[0].set_ylabel("median alignment α (units of x)")
+    _legend(figure, axes[0], 3)
+    return figure, (
+        f"Alignment α of image and saliency map against robustness ρ: medians over {study.images} test images, a point a "
+        f"model, joined in order of strength, with bars from quartile to quartile, {HOLLOW}."
+    )
+
+
+def homogeneity(study: Study) -> tuple[Any, str]:
+    families = study.families()
+    figure, axes = _figure(0.5 + 4.2 * len(families), len(families))
+    for ax, (training, results) in zip(axes, families.items(), strict=True):
+        rho, geometries = _quantity(results, "rho"), _geometries(results)
+        plot.homogeneity(geometries, rho, ax=ax)
+        for name, label, color, marker in (
+            ("degree", "signed, predicted logit", plot.COLORS[3], "^"),
+            ("binarized_degree", "signed, binarised logit", plot.COLORS[4], "D"),
+        ):
+            plot.medians(
+                geometries, rho, _quantity(results, name), label=label, color=color, marker=marker, x_bars=False, ax=ax
+            )
+        ax.autoscale(axis="y")
+        ax.locator_params(axis="x", nbins=6)
+        ax.axhline(1, color="0.4", linewidth=1, zorder=0)
+        ax.set(xlabel="median robustness ρ (units of x)", ylabel="degree of homogeneity", title=training)
+        ax.get_legend().remove()
+    _legend(figure, axes[0], 2)
+    return figure, (
+        "Degree of homogeneity against robustness ρ, for the predicted logit Ψ and the binarised logit Ψ†, in both "
+        "definitions: |⟨x,g⟩| / (|⟨x,g⟩| + |β|), and signed, ⟨x,g⟩ / Ψ. 1 (grey line) is a homogeneous, linear-like logit. "
+        f"Medians over {study.images} test images with bars from quartile to quartile, a point a model."
+    )
+
+
+def bound(study: Study) -> tuple[Any, str]:
+    figure, axes = _figure(1.8 + 0.38 * len(study.results))
+    ax, rows = axes[0], np.arange(len(study.results))
+    left = np.zeros(len(rows))
+    terms = (
+        ("alignment", "term α", "#B3CDE3"),
+        ("gap_term", "term ‖x‖ · ‖ḡ†−ḡ‖", "#FDDBA3"),
+        ("offset_term", "term |β†| / ‖g†‖", "#D9D9D9"),
+    )
+    for name, label, color in terms:
+        widths = np.array([result.median(name) for result in study.results])
+        ax.barh(rows, widths, left=left, color=color, edgecolor="white", label=label)
+        left = left + widths
+    for slot, (name, label) in enumerate(
+        (("linearized_robustness", "ρ̃"), ("alignment", "α"), ("binarized_alignment", "α†"))
+    ):
+        medians = [result.median(name) for result in study.results]
+        ax.plot(medians, rows, plot.MARKERS[slot], color=plot.COLORS[slot], markersize=5, label=label)
+    ax.set_yticks(rows, [result.recipe.label for result in study.results])
+    ax.invert_yaxis()
+    ax.set_xlabel("median (units of x)")
+    _legend(figure, ax, 3)
+    return figure, (
+        "The three terms that bound ρ̃, stacked, and beside them ρ̃, the alignment α and the binarised alignment α†: medians "
+        f"over {study.images} test images, each quantity on its own."
+    )
+
+
+def accuracy(study: Study) -> tuple[Any, str]:
+    families = study.families()
+    figure, axes = _figure(3.3 * len(families), len(families))
+    names = {"double backpropagation": "penalty λ", "adversarial": "radius ε (units of x)"}
+    for ax, (training, results) in zip(axes, families.items(), strict=True):
+        # Every model has a place of its own, not to scale, so that no strengths are crowded and no space is empty.
+        labels = ["plain", *(f"{result.recipe.strength:g}" for result in list(results.values())[1:])]
+        ax.plot(labels, [r.accuracy for r in results.values()], **STYLES[training])
+        ax.tick_params(axis="x", rotation=0 if len(labels) <= 8 else 90)
+        ax.set(xlabel=names[training], ylabel="test accuracy", ylim=(0, 1.05), title=training)
+    return figure, (
+        f"Accuracy on the {study.test_images} test images against strength of training (evenly spaced, not to scale)."
+    )
+
+
+FIGURES = {
+    "saliency": ("Saliency maps", saliency_maps),
+    "robustness": ("Linearised robustness and robustness", linearised_robustness),
+    "alignment": ("Alignment and robustness", alignment),
+    "homogeneity": ("Homogeneity", homogeneity),
+    "bound": ("The bound", bound),
+    "accuracy": ("Accuracy", accuracy),
+}
+
+
+def write(study: Study, out: Path) -> list[tuple[str, bytes, str]]:
+    """Every figure as SVG and PNG into the folder `out`; returns the title, the SVG and the caption of each."""
+    style = {
+        "svg.hashsalt": "fastsal",
+        "font.size": 9,
+        "axes.titlesize": 9,
+        "axes.spines.top": False,
+        "axes.spines.right": False,
+    }
+    written = []
+    with extra("matplotlib").rc_context(style):
+        for name, (title, draw) in FIGURES.items():
+            figure, caption = draw(study)
+            svg = io.BytesIO()
+            figure.savefig(svg, format="svg", dpi=200, metadata={"Date": None})
+            with replacing(out / f"{name}.svg") as file:
+                file.write(svg.getvalue())
+            with replacing(out / f"{name}.png") as file:
+                figure.savefig(file, format="png", dpi=200)
+            written.append((title, svg.getvalue(), caption))
+    return written

@@ -1,0 +1,131 @@
+"""What a study found, in numbers: a row for every model and image, a row for every model, and the files that hold them."""
+
+import csv
+import io
+import math
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from fastsal.files import extra, replacing
+from fastsal.geometry import Geometry
+from fastsal.study.attacks import ATTACKS
+from fastsal.study.train import Recipe
+
+WORKING = 0.9  # the share of the plain network's accuracy that a network must keep to count in the claims
+FAMILIES = ("double backpropagation", "adversarial")
+TABLE = {
+    "rho": "ρ",
+    "linearized_robustness": "ρ̃",
+    "alignment": "α",
+    "binarized_alignment": "α†",
+    "homogeneity": "homogeneity",
+    "binarized_homogeneity": "homogeneity†",
+    "degree": "degree",
+    "binarized_degree": "degree†",
+    "bound": "bound",
+    "gap_term": "gap term",
+    "offset_term": "offset term",
+}
+Columns = dict[str, np.ndarray[Any, Any]]
+
+
+@dataclass(frozen=True)
+class Result:
+    """One trained network: accuracy on the whole test split, columns with a row for every analysed image, saliency maps."""
+
+    recipe: Recipe
+    accuracy: float
+    columns: Columns
+    saliency: Tensor
+
+    @property
+    def name(self) -> dict[str, Any]:
+        """Which model this is, for a row of a table."""
+        return {"model": self.recipe.label, "training": self.recipe.training, "strength": self.recipe.strength}
+
+    def median(self, name: str) -> float:
+        return float(np.nanmedian(self.columns[name]))
+
+    def geometry(self) -> Geometry:
+        """The columns as a `Geometry`, which fastsal.plot takes."""
+        there = {f.name: torch.from_numpy(self.columns[f.name]) for f in fields(Geometry) if f.name in self.columns}
+        missing = dict.fromkeys(f.name for f in fields(Geometry))
+        return Geometry(**{**missing, **there, "saliency": self.saliency})  # type: ignore[arg-type]
+
+
+@dataclass(frozen=True)
+class Study:
+    """All results, plain first, and the images whose saliency maps are shown."""
+
+    data: str
+    training_images: int
+    test_images: int
+    shown: Tensor
+    results: list[Result]
+
+    @property
+    def images(self) -> int:
+        """How many test images were analysed and attacked."""
+        return len(self.results[0].columns["rho"])
+
+    def family(self, training: str) -> dict[str, Result]:
+        """The plain model and those of one way of training, in order of strength."""
+        return {r.recipe.label: r for r in self.results if r.recipe.training in ("plain", training)}
+
+    def families(self) -> dict[str, dict[str, Result]]:
+        """Those ways of training of which there is a model."""
+        return {name: family for name in FAMILIES if len(family := self.family(name)) > 1}
+
+    def working(self) -> list[Result]:
+        """The models that keep most of the plain one's accuracy."""
+        return [r for r in self.results if r.accuracy >= WORKING * self.results[0].accuracy]
+
+
+def rank_correlation(a: Any, b: Any) -> float:
+    """Spearman's, over what is finite in both; NaN for fewer than three pairs or a constant."""
+    a, b = np.asarray(a, dtype=float), np.asarray(b, dtype=float)
+    kept = np.isfinite(a) & np.isfinite(b)
+    if kept.sum() < 3 or np.ptp(a[kept]) == 0 or np.ptp(b[kept]) == 0:
+        return math.nan
+    return float(extra("scipy.stats").spearmanr(a[kept], b[kept]).statistic)
+
+
+def summary(result: Result) -> dict[str, Any]:
+    """One row of the table of models."""
+    columns = result.columns
+    row = result.name | {"accuracy": result.accuracy}
+    row |= {f"median {name}": result.median(name) for name in TABLE}
+    for name in ("linearized_robustness", "alignment"):
+        row[f"rank correlation of {name} and rho"] = rank_correlation(columns[name], columns["rho"])
+    # Negative where the bound holds, as it must up to rounding.
+    excess = (columns["linearized_robustness"] - columns["bound"]) / columns["bound"]
+    row["largest relative excess over the bound"] = float(np.nanmax(excess))
+    for name in ("bias_sum_error", "binarized_bias_sum_error"):
+        if name in columns:
+            row[f"largest {name}"] = float(np.nanmax(columns[name]))
+    row |= {f"smallest by {name}": int((columns["attack"] == name).sum()) for name in ATTACKS}
+    return row
+
+
+def _write_csv(path: Path, rows: list[dict[str, Any]]) -> None:
+    with replacing(path) as file:
+        text = io.TextIOWrapper(file, encoding="utf-8", newline="", write_through=True)
+        writer = csv.DictWriter(text, rows[0])
+        writer.writeheader()
+        writer.writerows(rows)
+        text.detach()
+
+
+def write(study: Study, out: Path) -> None:
+    """models.csv, a row for every model, and images.csv, a row for every model and image, into the folder `out`."""
+    _write_csv(out / "models.csv", [summary(result) for result in study.results])
+    rows: list[dict[str, Any]] = []
+    for result in study.results:
+        columns = [column.tolist() for column in result.columns.values()]
+        rows += [result.name | dict(zip(result.columns, row, strict=True)) for row in zip(*columns, strict=True)]
+    _write_csv(out / "images.csv", rows)

@@ -1,0 +1,35 @@
+"""The suite, importable, and work so small that it takes no time."""
+
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+sys.path.append(str(Path(__file__).resolve().parents[2]))  # last: fastsal stays the installed one
+
+from bench.cases import tensor
+from bench.suite import core
+
+
+@pytest.fixture(autouse=True)
+def _no_compiler(monkeypatch):
+    """torch.compile takes longer than everything else here together."""
+    monkeypatch.setattr(torch, "compile", lambda function, **_: function)
+
+
+@pytest.fixture
+def measured():
+    """measured(work): its record, as the file of figures holds it."""
+
+    def measure(work):
+        case = core.Case("tensor", "tiny", lambda tiny: work)
+        return core.measure(case, work, 1, budget=0.0) | {"commit": "abc", "date": "2026-01-01"}
+
+    return measure
+
+
+@pytest.fixture
+def work_on_a_jacobian():
+    """A maker of work for everyone of the tensor level."""
+    return lambda: tensor.work((3, 30, 50), torch.float32, tiny=True)

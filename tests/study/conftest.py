@@ -1,0 +1,63 @@
+"""Data, a finished study and torchvision for the tests of the study."""
+
+import importlib.util
+
+import pytest
+import torch
+from study.small import GRID
+
+from fastsal.cli import main
+from fastsal.study.data import Data, Held, load_digits
+from fastsal.study.train import single_thread
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _optional_packages():
+    for module in ("sklearn", "foolbox", "matplotlib"):
+        pytest.importorskip(module)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _one_thread():
+    """Everything here is small: a second thread would only wait, for long on a busy machine."""
+    with single_thread():
+        yield
+
+
+@pytest.fixture(scope="session")
+def digits():
+    return load_digits(0)
+
+
+@pytest.fixture(scope="session")
+def few(digits):
+    """Little to train on."""
+    return Data("few", Held(digits.train.x[:200], digits.train.y[:200]), digits.test, 10, (1, 8, 8))
+
+
+@pytest.fixture(scope="session")
+def study(tmp_path_factory):
+    """The folder of a study with little of everything."""
+    out = tmp_path_factory.mktemp("study")
+    assert main(["study", *GRID, "--out", str(out)]) == 0
+    return out
+
+
+@pytest.fixture(scope="session")
+def torchvision():
+    """torchvision, of which the study needs data sets and models alone.
+
+    A build for CUDA does not load its compiled operators beside a torch for CPUs, and then fails on their names.
+    """
+    pytest.importorskip("PIL")
+    if importlib.util.find_spec("torchvision") is None:
+        pytest.skip("torchvision is not installed")
+    try:
+        import torchvision.datasets
+    except RuntimeError:
+        names = torch.library.Library("torchvision", "FRAGMENT")
+        for name in ("nms", "qnms"):
+            names.define(f"{name}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
+        import torchvision.datasets
+        import torchvision.models
+    return torchvision

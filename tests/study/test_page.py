@@ -1,0 +1,41 @@
+"""The page of a study: it needs no other file, and its captions say how many images were used."""
+
+import html.parser
+import re
+
+from fastsal.study import figures
+
+
+class Tags(html.parser.HTMLParser):
+    """Every tag of a page with its attributes, and its text."""
+
+    def __init__(self, text):
+        super().__init__()
+        self.tags, self.text = [], ""
+        self.feed(text)
+
+    def handle_starttag(self, tag, attrs):
+        self.tags.append((tag, dict(attrs)))
+
+    def handle_data(self, data):
+        self.text += data
+
+
+def test_page_needs_nothing_else(study):
+    text = (study / "report.html").read_text(encoding="utf-8")
+    page = Tags(text)
+    images = [attributes for tag, attributes in page.tags if tag == "img"]
+    assert len(images) == len(figures.FIGURES)
+    assert all(image["src"].startswith("data:image/svg+xml;base64,") and image["alt"] for image in images)
+    assert not [attributes for _, attributes in page.tags if {"href", "srcset"} & set(attributes)]
+    assert not [tag for tag, _ in page.tags if tag in ("script", "link", "iframe")]
+    assert "url(" not in text
+    assert ("meta", {"name": "viewport", "content": "width=device-width, initial-scale=1"}) in page.tags
+
+
+def test_captions_count(study):
+    captions = re.findall("<figcaption>(.*?)</figcaption>", (study / "report.html").read_text(encoding="utf-8"))
+    assert len(captions) == len(figures.FIGURES)
+    for name, caption in zip(figures.FIGURES, captions, strict=True):
+        want = {"saliency": "8 test images", "accuracy": "450 test images"}.get(name, "24 test images")
+        assert want in caption
