@@ -37,13 +37,14 @@ Every example sees the same probes (a private stream, the seed alone decides). T
 Jacobian being fixed; that two examples fail together is possible, that either fails is no likelier for it. In return an
 example's probes depend on nothing else in the batch, nor on earlier calls.
 
-Rounding. The theorem holds if the products of class j with the basis, and with the probes in the mean, are off by slack_j at
-most, and those of i* by slack_{i*} (`bounds.upper_norms`). The slack is estimated before a probe is drawn: η, the largest
-disagreement between a row that was taken exactly and its JVPs, relative to the row, with a factor to spare, times ‖g_j‖; and
-for each class no less than what one JVP along a random combination of all directions so far differs from the combination of
-their products, with the same factor. The second sees a class whose own gradient cancels, of which no row was taken. Afterwards
-every row that is evaluated is compared with the JVPs of its class in float64. An example where they differ by more than η keeps
-no bound: it is finished with exact rows.
+Rounding. The theorem holds if the products of class j with the basis, and with the probes in the root mean square, are off by
+slack_j at most, and those of i* by slack_{i*} (`bounds.upper_norms`). The slack is fixed before a probe is drawn: it is η
+times ‖g_j‖ or the root mean square of all classes' norms, whichever is larger, and η is the largest disagreement between a
+row that was taken exactly and its JVPs, relative to the row, with a factor to spare. One JVP along a random combination of
+all directions so far is compared with the same combination of their products: a class where the two differ by more than its
+slack, say one whose own gradient cancels, gets no bound, so that its row is taken. Afterwards every row that is evaluated is
+compared with the JVPs of its class in float64. An example where they differ by more than η keeps no bound: it is finished
+with exact rows.
 """
 
 import hashlib
@@ -183,7 +184,7 @@ class _Search:
         self.shadow = self.margin.new_zeros(E, 0, 0)  # the probes' components in the basis
         self.drawn = torch.zeros_like(self.prediction)  # how many probes
         self.eta = torch.full_like(self.margin[:, 0], SPARE * torch.finfo(logits.dtype).eps)
-        self.odd = torch.zeros_like(self.margin)  # slack of the classes whose products disagree among themselves
+        self.odd = torch.zeros_like(self.seen)  # classes whose products disagree among themselves
         # The highest other logits, the lowest class first among equals. The early rows are checked once there are probes.
         others = reference.other_classes(self.prediction, self.n)
         order = logits.gather(1, others).sort(stable=True, dim=1, descending=True).indices
@@ -301,7 +302,7 @@ class _Search:
         return self.piloted[e] - (self.pilots @ self.basis[e].mT) @ self.components[e]
 
     def outside(self, e: Tensor) -> Tensor:
-        """An estimate, from the pilots, of the squared norm of every Δ_j's part outside the basis, [e, n]; it proves nothing."""
+        """The pilots' estimate of the squared norm of every Δ_j's part outside the basis, [e, n]; it proves nothing."""
         energy = self.differences(e, self.residual(e)).square().sum(1)
         return (energy + PRIOR * self._average(e, energy / PILOTS).unsqueeze(1)) / (PRIOR + PILOTS)
 
@@ -398,8 +399,8 @@ class _Search:
             self.widen(active)
             fall[active] = (self._average(active, self.outside(active)) / before).nan_to_num(0.0).clamp(max=0.97)
         e = e[plan[e] > 0]
-        self.compare(e)
         plan[e[~self.trust(e)]] = 0
+        self.compare(e[plan[e] > 0])
         return plan
 
     # Rounding, known before the first probe.
@@ -429,7 +430,13 @@ class _Search:
         mixture = torch.from_numpy(stream(self.method.seed, "combination").standard_normal((1, directions.shape[1])))
         mixture = (mixture / mixture.norm()).to(self.device)
         products = self.products(e, mixture @ directions)
-        self.odd[e] = SPARE * (products - mixture @ values).squeeze(1).abs()
+        size = (self.components[e].square().sum(1) + self.residual(e).square().mean(1)).sqrt()
+        self.odd[e] = (products - mixture @ values).squeeze(1).abs() > self.slack(e, size)
+
+    def slack(self, e: Tensor, size: Tensor) -> Tensor:
+        """How far the products of every class may be off [e, n], from about ‖g_j‖ [e, n]."""
+        typical = size.square().mean(1, keepdim=True).sqrt()
+        return self.eta[e].unsqueeze(1) * torch.maximum(size, typical)
 
     # Step 3: the probes.
 
@@ -473,15 +480,16 @@ class _Search:
             go = torch.ones_like(at)
             go[at] = self.worth_more(e[at], known[at], sums[at], done, counts[at], quantiles[at], stage[at])
             stage = stage + at
+            go &= stage < len(ROUNDS)
             e, stage, counts, quantiles, known, length, sums, squares = (
                 value[go] for value in (e, stage, counts, quantiles, known, length, sums, squares)
             )
 
     def bound(self, e: Tensor, known: Tensor, sums: Tensor, size: Tensor, count: int, quantile: Tensor) -> None:
         """Raises the lower bounds of the ratios of examples e by a round of `count` probes. `size`: about ‖g_j‖, [e, n]."""
-        slack = torch.maximum(self.eta[e].unsqueeze(1) * size, self.odd[e])
-        upper = upper_norms(known, sums, slack, self.prediction[e], count, quantile) * self.unit[e].unsqueeze(1)
-        self.lower[e] = torch.maximum(self.lower[e], reference.ratios(self.margin[e], upper))
+        upper = upper_norms(known, sums, self.slack(e, size), self.prediction[e], count, quantile)
+        lower = reference.ratios(self.margin[e], upper * self.unit[e].unsqueeze(1))
+        self.lower[e] = torch.maximum(self.lower[e], torch.where(self.odd[e], 0.0, lower))
 
     def worth_more(
         self, e: Tensor, known: Tensor, sums: Tensor, done: int, counts: Tensor, quantiles: Tensor, stage: Tensor

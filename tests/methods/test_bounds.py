@@ -136,4 +136,6 @@ class TestOneClass:
 
         assert caught([(16, chi_square_quantile(16, 1 - self.DELTA))])  # the wrong tail
         assert caught([(count, chi_square_quantile(count, self.DELTA)) for count in (16, 22, 32, 48)])  # δ not divided
-        assert caught([(count, chi_square_quantile(count, self.DELTA)) for count in range(1, 33)])  # a look at every probe
+        assert caught(
+            [(count, chi_square_quantile(count, self.DELTA)) for count in range(1, 33)]
+        )  # a look at every probe

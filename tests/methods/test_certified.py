@@ -1,49 +1,25 @@
-"""Certified ρ̃: the statistics on random Jacobians, the answer against exact rows, models of every kind."""
+"""Certified ρ̃: how often it errs on random Jacobians, its private probes, its rounding, the answer against exact rows."""
 
+import itertools
 import math
 import warnings
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
 
 import fastsal.methods.certified as certify
-from fastsal import Candidates, Certified, analyze
-from fastsal.methods import bounds
-from fastsal.methods.bounds import chi_square_quantile, schedule, upper_norms
+from bench.contestants.jacobians import KINDS, Matrices, distances
+from fastsal import Candidates, Certified, Exact, analyze
+from fastsal.linearization import linearize
+from fastsal.methods.bounds import chi_square_quantile
+from fastsal.passes import ModelPasses, NoJVPError
+
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 REJECT = 1e-6  # of a true hypothesis, by any of the statistics tests; the seeds are fixed
-
-
-@pytest.fixture(autouse=True)
-def _one_thread():
-    """Thousands of small operations: threads only wait for each other."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
-class Matrices:
-    """Passes of given Jacobians [E, n, D]."""
-
-    roundoff, pairs = 2.0**-53, 64
-
-    def __init__(self, logits, jacobian):
-        self.logits, self.jacobian = logits, jacobian
-        self.dimension = jacobian.shape[2]
-        self.jvp_calls = []
-
-    def vjp(self, examples, cotangents):
-        return cotangents @ self.jacobian[examples]
-
-    def jvp(self, examples, directions):
-        self.jvp_calls.append((examples, directions))
-        return directions.to(self.jacobian.dtype) @ self.jacobian[examples].mT
-
-    def price(self):
-        return 1.0
 
 
 def problem(E, n, D, seed=0, decay=0.5, common=3.0, dtype=torch.float64):
@@ -57,53 +33,6 @@ def problem(E, n, D, seed=0, decay=0.5, common=3.0, dtype=torch.float64):
     return logits.to(dtype), rows.to(dtype)
 
 
-def truth(logits, jacobian):
-    """Runner-up and ratio of every class, in float64."""
-    index = torch.arange(len(logits))
-    prediction = logits.argmax(1)
-    scores, rows = logits.double(), jacobian.double()
-    ratio = (scores[index, prediction].unsqueeze(1) - scores) / (rows[index, prediction].unsqueeze(1) - rows).norm(
-        dim=2
-    )
-    ratio[index, prediction] = math.inf
-    return ratio.argmin(1), ratio
-
-
-class TestQuantile:
-    @pytest.mark.parametrize("count", [1, 2, 3, 10, 24, 96, 288])
-    @pytest.mark.parametrize("probability", [0.5, 0.2, 1e-3, 1e-9, 1e-12, 1e-18])
-    def test_inverts_the_distribution(self, count, probability):
-        x = chi_square_quantile(count, probability)
-        got = torch.special.gammainc(
-            torch.tensor(count / 2, dtype=torch.float64), torch.tensor(x / 2, dtype=torch.float64)
-        ).item()
-        assert got == pytest.approx(probability, rel=1e-9)
-        assert got <= probability * (1 + 1e-12)
-
-    def test_known_values(self):
-        """Two degrees: −2 ln(1 − p). One: the square of a normal quantile. Ten at 5 %: any printed table."""
-        assert chi_square_quantile(2, 1e-12) == pytest.approx(-2 * math.log1p(-1e-12), rel=1e-9)
-        assert chi_square_quantile(1, math.erf(0.3 / math.sqrt(2))) == pytest.approx(0.09, rel=1e-9)
-        assert chi_square_quantile(10, 0.05) == pytest.approx(3.940299, rel=1e-6)
-
-    def test_against_scipy(self):
-        stats = pytest.importorskip("scipy.stats")
-        for count in (1, 7, 24, 100):
-            for probability in (1e-12, 1e-9, 1e-3, 0.3):
-                want = stats.chi2.ppf(probability, count)
-                assert chi_square_quantile(count, probability) == pytest.approx(want, rel=1e-8)
-
-    def test_shares_add_up_to_the_failure_probability(self):
-        assert sum(share for _, share in bounds.ROUNDS) <= 1 + 1e-12
-        for count, quantile in schedule(20, 1e-6, 11):
-            got = torch.special.gammainc(
-                torch.tensor(count / 2, dtype=torch.float64), torch.tensor(quantile / 2, dtype=torch.float64)
-            ).item()
-            factor = count / 20
-            share = dict(bounds.ROUNDS)[factor]
-            assert got == pytest.approx(share * 1e-7, rel=1e-8)
-
-
 def chance_at_least(failures, trials, probability):
     """P(Binomial(trials, probability) >= failures), by Chernoff's bound: an upper bound, so that rejecting is safe."""
     rate = failures / trials
@@ -114,125 +43,270 @@ def chance_at_least(failures, trials, probability):
     return math.exp(-trials * (part + rest))
 
 
-def sums(trials, rounds, seed):
-    """S_j / ‖Δ_j‖² after each round, [trials, rounds], for one class and fresh probes a trial."""
-    generator = torch.Generator().manual_seed(seed)
-    draws = torch.randn(trials, rounds[-1], generator=generator, dtype=torch.float64).square().cumsum(1)
-    return draws[:, [count - 1 for count in rounds]]
-
-
-class TestTwoClasses:
-    """One Δ only: the union over classes is tight, each round fails with its own share exactly."""
-
-    DELTA, TRIALS = 0.2, 20000
-
-    def share_of_misses(self, plan):
-        counts = [count for count, _ in plan]
-        pivots = sums(self.TRIALS, counts, 0)
-        misses = torch.zeros(self.TRIALS, dtype=torch.bool)
-        for slot, (count, quantile) in enumerate(plan):
-            one = torch.ones(self.TRIALS, 2, dtype=torch.float64)
-            prediction = torch.zeros(self.TRIALS, dtype=torch.int64)
-            upper = upper_norms(0 * one, pivots[:, slot : slot + 1] * one, one, prediction, count, quantile, 0.0)
-            misses |= upper[:, 1] < 1
-        return int(misses.sum())
-
-    def test_the_share_of_misses(self):
-        misses = self.share_of_misses(schedule(16, self.DELTA, 2))
-        assert misses <= self.DELTA * self.TRIALS
-        assert misses >= 0.3 * self.DELTA * self.TRIALS  # a bound so loose that nothing ever fails tests nothing
-
-    def test_one_round_is_exact(self):
-        count = 16
-        misses = self.share_of_misses([(count, chi_square_quantile(count, self.DELTA))])
-        assert chance_at_least(misses, self.TRIALS, self.DELTA) > REJECT
-        assert chance_at_least(self.TRIALS - misses, self.TRIALS, 1 - self.DELTA) > REJECT
-
-    def test_mutants_are_caught(self):
-        def caught(plan):
-            return chance_at_least(self.share_of_misses(plan), self.TRIALS, self.DELTA) < REJECT
-
-        assert caught([(16, chi_square_quantile(16, 1 - self.DELTA))])  # the wrong tail
-        assert caught([(count, chi_square_quantile(count, self.DELTA)) for count in (16, 22, 32, 48)])  # δ not divided
-        looks = [(count, chi_square_quantile(count, self.DELTA)) for count in range(1, 33)]
-        assert caught(looks)  # a look after every probe
-
-    def test_reusing_probes_after_choosing_the_size_is_caught(self):
-        """Stopping where the sum happens to be small, with δ whole, against the fixed plan on the same draws."""
-        pivots = sums(self.TRIALS, [16, 32], 1)
-        quantiles = [chi_square_quantile(count, self.DELTA) for count in (16, 32)]
-        small = pivots[:, 0] < quantiles[0]  # chosen by the first round's sums, which are used again
-        misses = torch.where(small, pivots[:, 0] < quantiles[0], pivots[:, 1] < quantiles[1])
-        assert chance_at_least(int(misses.sum()), self.TRIALS, self.DELTA) < REJECT
-
-
 class TestGuarantee:
-    """The whole algorithm, forced to probe, at a large failure probability: how often any class's bound is wrong."""
+    """How often the user is told something false, at a large failure probability.
 
-    DELTA, TRIALS, CLASSES = 0.2, 600, 8
+    False is an example that is certified with a ratio above ρ̃, or whose lower bound is above ρ̃. Each batch has its own seed and
+    its own Jacobians; within a batch the probes are shared, and independent Jacobians see independent parts of them.
+    """
 
-    @pytest.fixture(autouse=True)
-    def _forced(self, monkeypatch):
-        monkeypatch.setattr(certify, "WORTHWHILE", 0)
-        monkeypatch.setattr(certify, "TOP", 1)
-        monkeypatch.setattr(
-            certify._Search,
-            "forecast",
-            lambda self, e, unknown: (torch.zeros(len(e), dtype=torch.float64), torch.full_like(e, certify.COUNTS[0])),
-        )
+    DELTA, BATCHES, E = 0.2, 12, 50
 
-    def run(self):
-        """Misses over fresh Jacobians and seeds, and the pivots S_j / ‖Δ_j^⊥‖² of the first round for the last class."""
-        misses, pivots = 0, []
-        for trial in range(self.TRIALS):
-            logits, rows = problem(1, self.CLASSES, 40, seed=trial, common=1.0)
-            logits[0, -1] = -3.0  # not among those evaluated first
-            search = certify._Search(Matrices(logits, rows), Certified(self.DELTA, seed=trial), "reference")
-            plan = search.prepare()
-            first = int(plan[0])
-            search.probe(torch.tensor([0]), first)
-            _, ratio = truth(logits, rows)
-            misses += bool((search.lower > ratio * (1 + 1e-12)).any())
-            difference = (rows[0, logits[0].argmax()] - rows[0, -1]) / search.unit[0]
-            rest = difference - search.basis[0].T @ (search.basis[0] @ difference)
-            measured = search.differences(torch.tensor([0]), search.probed)[0, :first, -1].square().sum()
-            pivots.append((measured / rest.square().sum()).item())
-        return misses, torch.tensor(pivots, dtype=torch.float64)
+    def misses(self, kind, max_passes=None):
+        total = 0
+        for batch in range(self.BATCHES):
+            logits, rows = KINDS[kind](torch.Generator().manual_seed(1000 + batch), self.E)
+            ratio = distances(logits, rows)
+            found = certify.certify(Matrices(logits, rows), Certified(self.DELTA, max_passes, batch))
+            least = ratio.amin(1) * (1 + 1e-12)
+            above = ratio.gather(1, found.winners[:, 1:]).squeeze(1) > least
+            total += int(((found.certified & above) | (found.lower_bound > least)).sum())
+        return total
 
-    def test_misses_stay_below_delta_and_pivots_are_chi_square(self):
-        misses, pivots = self.run()
-        assert misses <= self.DELTA * self.TRIALS
-        assert misses > 0
-        count = torch.tensor(certify.COUNTS[0] / 2, dtype=torch.float64)
-        expected = torch.special.gammainc(count, pivots.sort().values / 2)
-        empirical = torch.arange(1, self.TRIALS + 1, dtype=torch.float64) / self.TRIALS
-        distance = torch.maximum(empirical - expected, expected - empirical + 1 / self.TRIALS).max().item()
-        assert distance * math.sqrt(self.TRIALS) < math.sqrt(-math.log(REJECT / 2) / 2)  # Kolmogorov–Smirnov
+    @pytest.fixture
+    def all_rounds(self, monkeypatch):
+        """Every round is used, as long as a class is undecided."""
+        monkeypatch.setattr(certify._Search, "worth_more", lambda self, e, *rest: self.undecided(e).any(1))
 
-    def test_mutants_are_caught(self, monkeypatch):
-        right = certify.schedule
+    @pytest.mark.parametrize("max_passes", [None, 40])
+    @pytest.mark.parametrize("kind", KINDS)
+    def test_misses_stay_below_delta(self, kind, max_passes):
+        assert self.misses(kind, max_passes) <= self.DELTA * self.BATCHES * self.E
 
-        def wrong_tail(first, delta, n):
-            return [(count, chi_square_quantile(count, 1 - delta / (n - 1))) for count, _ in right(first, delta, n)]
+    def test_one_class_on_trial(self, all_rounds):
+        """The bound of the class that decides: all rounds together err with probability δ at most, and not much less."""
+        misses = self.misses("outside_the_basis")
+        assert chance_at_least(misses, self.BATCHES * self.E, self.DELTA) > REJECT
+        assert misses > 0.25 * self.DELTA * self.BATCHES * self.E
 
-        def undivided(first, delta, n):
-            return [(count, chi_square_quantile(count, delta)) for count, _ in right(first, delta, n)]
+    @pytest.mark.parametrize("mutant", ["wrong tail", "undivided", "times the classes", "short probes"])
+    def test_mutants_are_caught(self, monkeypatch, all_rounds, mutant):
+        right, draw = certify.schedule, certify._Search.draw
+        probability = {"wrong tail": 1 - self.DELTA, "undivided": self.DELTA, "times the classes": 0.999}.get(mutant)
 
-        for mutant in (wrong_tail, undivided):
-            monkeypatch.setattr(certify, "schedule", mutant)
-            misses, _ = self.run()
-            assert chance_at_least(misses, self.TRIALS, self.DELTA) < REJECT
+        def wrong(first, delta):
+            return [(count, chi_square_quantile(count, probability)) for count, _ in right(first, delta)]
 
-    def test_probes_that_are_too_short_are_caught(self, monkeypatch):
-        draw = certify._Search.draw
-
-        def biased(self, count):
+        def short(self, count):
+            before = len(self.probes)
             draw(self, count)
-            self.probes = self.probes * 0.5
+            self.probes[before:] *= 0.5
 
-        monkeypatch.setattr(certify._Search, "draw", biased)
-        misses, _ = self.run()
-        assert chance_at_least(misses, self.TRIALS, self.DELTA) < REJECT
+        if probability is None:
+            monkeypatch.setattr(certify._Search, "draw", short)
+        else:
+            monkeypatch.setattr(certify, "schedule", wrong)
+        assert chance_at_least(self.misses("outside_the_basis"), self.BATCHES * self.E, self.DELTA) < REJECT
+
+    def test_the_sums_are_chi_square(self):
+        """S_j / ‖the part of Δ_j outside the basis‖² after the first round, one class of each example (Kolmogorov, Smirnov)."""
+        pivots = []
+        for batch in range(self.BATCHES):
+            logits, rows = KINDS["ordinary"](torch.Generator().manual_seed(batch), self.E)
+            search = certify._Search(Matrices(logits, rows), Certified(self.DELTA, None, batch), "reference")
+            plan = torch.full_like(search.prepare(), certify.COUNTS[2])
+            search.method = Certified(self.DELTA, int((search.vjps + search.jvps).max()) + certify.COUNTS[2], batch)
+            search.probe(plan)
+            everyone = torch.arange(self.E)
+            measured = search.differences(everyone, search.probed)[:, : certify.COUNTS[2], -1].square().sum(1)
+            rest = (rows[:, 0] - rows[:, -1]) / search.unit.unsqueeze(1)
+            rest = rest - ((rest.unsqueeze(1) @ search.basis.mT) @ search.basis).squeeze(1)
+            pivots.append((measured / rest.square().sum(1))[search.drawn == certify.COUNTS[2]])
+        values = torch.cat(pivots).sort().values
+        trials = len(values)
+        assert trials > self.BATCHES * self.E / 2
+        expected = torch.special.gammainc(torch.tensor(certify.COUNTS[2] / 2, dtype=torch.float64), values / 2)
+        empirical = torch.arange(1, trials + 1, dtype=torch.float64) / trials
+        distance = torch.maximum(empirical - expected, expected - empirical + 1 / trials).max().item()
+        assert distance * math.sqrt(trials) < math.sqrt(-math.log(REJECT / 2) / 2)
+
+
+def drawn_like_the_probes(seed):
+    """A model with weights from torch's stream of that seed; if they were the probes, these would not see the nearest class."""
+    torch.manual_seed(seed % 2**64)
+    weight = nn.init.orthogonal_(torch.empty(400, 1024, dtype=torch.float64))
+    weight[300:] *= 2
+    model = nn.Linear(1024, 400)
+    bias = 0.1 * torch.randn(400, generator=torch.Generator().manual_seed(2))
+    bias[0], bias[300:] = 9.0, bias[300:] - 0.5
+    model.weight.data, model.bias.data = weight.float(), bias
+    return model, torch.zeros(1, 1024)
+
+
+class TestProbes:
+    @pytest.mark.parametrize("seed", [0, 1, 2**70])
+    def test_weights_drawn_with_the_same_seed_are_not_the_probes(self, seed):
+        model, x = drawn_like_the_probes(seed)
+        exact = analyze(model, x, method=Exact(memory_limit=0))
+        found = analyze(model, x, method=Certified(seed=seed))
+        assert found.certified.item()
+        assert torch.equal(found.runner_up, exact.runner_up)
+        assert found.lower_bound.item() <= exact.linearized_robustness.item() * (1 + 1e-6)
+
+    def test_streams_differ_by_seed_and_purpose(self):
+        """Every bit of the seed counts, negative seeds too; no two streams share a number, nor one with the public ones."""
+        seeds = (0, 1, -1, 2**32, 2**64, 2**70, 2**70 + 1)
+        streams = [certify.stream(seed, purpose) for seed in seeds for purpose in ("probes", "pilots", "combination")]
+        drawn = [set(generator.standard_normal(64).tolist()) for generator in streams]
+        drawn += [set(np.random.default_rng(seed).standard_normal(64).tolist()) for seed in (0, 1)]
+        drawn += [
+            set(torch.randn(64, dtype=torch.float64, generator=torch.Generator().manual_seed(seed)).tolist())
+            for seed in (0, 1)
+        ]
+        assert all(not one & other for one, other in itertools.combinations(drawn, 2))
+        assert drawn[0] == set(certify.stream(0, "probes").standard_normal(64).tolist())
+
+    def test_the_seed_decides_the_probes(self):
+        logits, rows = problem(1, 400, 200)
+        taken = []
+        for seed in (0, 0, 1):
+            passes = Recorded(logits, rows)
+            certify.certify(passes, Certified(seed=seed))
+            taken.append(passes.directions())
+        assert torch.equal(taken[0], taken[1])
+        assert not torch.equal(taken[0][-1], taken[2][-1])  # a probe
+        assert not torch.equal(taken[0][4], taken[2][4])  # a pilot
+
+    def test_the_basis_is_complete_before_the_first_probe(self):
+        """Known rows, pilots, the range finder's rows, one combination of them all; then probes, and never a basis again."""
+        logits, rows = problem(1, 400, 200)
+        passes = Recorded(logits, rows)
+        found = certify.certify(passes, Certified())
+        calls = [directions[0] for directions in passes.calls]
+        directions = passes.directions()
+        assert len(directions) == found.jvps.item()
+        last = next(k for k, call in enumerate(calls) if k > 1 and len(call) == 1)
+        basis = torch.cat([calls[0], *calls[2:last]])
+        combination, probes = calls[last], torch.cat(calls[last + 1 :])
+        assert len(calls[0]) == certify.TOP + 1
+        assert len(calls[1]) == certify.PILOTS
+        assert all(len(call) == certify.BLOCK for call in calls[2:last])
+        assert len(probes) >= certify.COUNTS[0]
+        torch.testing.assert_close(basis @ basis.T, torch.eye(len(basis), dtype=torch.float64), atol=1e-12, rtol=0.0)
+        spanned = torch.linalg.qr(torch.cat((basis, calls[1])).T).Q
+        torch.testing.assert_close(combination @ spanned @ spanned.T, combination, atol=1e-12, rtol=0.0)
+        assert (probes @ basis.T).abs().max() < 1e-10
+        assert probes.norm(dim=1).min() > math.sqrt(200 - len(basis)) / 2
+
+
+class Recorded(Matrices):
+    """Keeps the directions of every JVP."""
+
+    def __post_init__(self):
+        super().__post_init__()
+        self.calls = []
+
+    def jvp(self, examples, directions):
+        self.calls.append(directions)
+        return super().jvp(examples, directions)
+
+    def directions(self):
+        return torch.cat([directions[0] for directions in self.calls])
+
+
+class Wrong(Matrices):
+    """JVPs that are off by a relative `error` for some classes, in the basis, in the probes, or in both."""
+
+    error, where = 0.0, ("basis", "probes")
+
+    def jvp(self, examples, directions):
+        products = super().jvp(examples, directions)
+        unit = ((directions.norm(dim=2, keepdim=True) - 1).abs() < 0.5).double()  # no probe is that short
+        wrong = unit * ("basis" in self.where) + (1 - unit) * ("probes" in self.where)
+        wrong = wrong * (torch.arange(products.shape[2]) % 2 == 0) * self.error
+        return products * (1 + wrong)
+
+
+class TestRounding:
+    @pytest.mark.parametrize("where", ["basis", "probes"])
+    def test_disagreement_that_comes_late_is_finished_with_rows(self, monkeypatch, where):
+        """Nothing that was seen beforehand is off, a row that is evaluated later is: every row is taken, the answer right."""
+        logits, rows = problem(4, 300, 100)
+        clean = certify.certify(Matrices(logits, rows), Certified())
+        passes = Wrong(logits, rows)
+        passes.error, passes.where = 1e-12, (where,)
+        blind = torch.zeros(4, dtype=torch.float64)
+        disagreement = certify._Search.disagreement
+
+        def early_rows_agree(self, e, classes, rows):
+            return (
+                blind[e] if bool((classes[:, :1] == self.early[e, :1]).all()) else disagreement(self, e, classes, rows)
+            )
+
+        monkeypatch.setattr(certify._Search, "disagreement", early_rows_agree)
+        monkeypatch.setattr(certify._Search, "compare", lambda self, e: None)
+        found = certify.certify(passes, Certified())
+        assert torch.equal(found.winners, clean.winners)
+        assert found.certified.all()
+        assert (clean.vjps < 100).all()
+        assert (found.vjps >= 300).all()
+        torch.testing.assert_close(found.lower_bound, distances(logits, rows).amin(1), rtol=1e-12, atol=0.0)
+
+    @pytest.mark.parametrize("error", [1e-9, 1e-5, 1e-2])
+    def test_disagreement_that_is_seen_early_widens_the_bounds(self, error):
+        logits, rows = problem(4, 300, 100)
+        passes = Wrong(logits, rows)
+        passes.error = error
+        found = certify.certify(passes, Certified())
+        assert found.certified.all()
+        assert torch.equal(found.winners[:, 1], distances(logits, rows).argmin(1))
+        assert (found.vjps < 300).any() or error > 1e-3
+
+    def test_the_slack_follows_the_disagreement(self):
+        """η: SPARE times what the rows show, neither a constant nor much more."""
+        logits, rows = problem(4, 300, 100)
+        for error in (0.0, 1e-9, 1e-6):
+            passes = Wrong(logits, rows)
+            passes.error = error
+            search = certify._Search(passes, Certified(), "reference")
+            search.prepare()
+            assert (search.eta >= certify.SPARE * 0.5 * error).all()
+            assert (search.eta <= certify.SPARE * (3 * error + 1e-14)).all()
+
+    def test_gradients_that_make_no_sense_are_named_and_finished_with_rows(self):
+        logits, rows = problem(4, 300, 100)
+        passes = Wrong(logits, rows)
+        passes.error = 1.5
+        with pytest.warns(
+            UserWarning, match=r"4 of 4 examples have gradients that differ by up to \d\.\de[+]00 of themselves"
+        ):
+            found = certify.certify(passes, Certified())
+        assert found.certified.all()
+        assert (found.vjps == 300).all()
+        assert torch.equal(found.winners[:, 1], distances(logits, rows).argmin(1))
+
+    def test_a_class_whose_own_gradient_cancels_is_evaluated(self):
+        """Two layers in float32; one class has large weights that cancel to 1e-4, so that its products lose four digits."""
+        odd = wrong = 0
+        for seed in range(60):
+            model, x, cancelled = cancelling(seed)
+            exact = analyze(model, x, method=Exact(memory_limit=0))
+            found = analyze(model, x, method=Certified(seed=seed))
+            # The class, not the value: the values of rows that noisy differ from call to call.
+            wrong += int((found.runner_up != exact.runner_up).sum())
+            with linearize(model, x) as graph:
+                search = certify._Search(ModelPasses(graph, torch.arange(3), None), Certified(seed=seed), "auto")
+                rows_alone = search.prepare() == 0
+            odd += int((search.odd[:, cancelled] | search.seen[:, cancelled] | rows_alone).sum())
+            assert search.odd.sum() <= 5
+        assert wrong == 0
+        assert odd >= 0.97 * 60 * 3
+
+
+def cancelling(seed):
+    """A model, three inputs, and the class whose output weights nearly cancel over pairs of nearly equal hidden units."""
+    generator = torch.Generator().manual_seed(seed)
+    hidden = torch.randn(40, 50, generator=generator)
+    model = nn.Sequential(nn.Linear(50, 80), nn.Tanh(), nn.Linear(80, 120)).requires_grad_(False)
+    model[0].weight.data = torch.cat((hidden, hidden + 1e-4 * torch.randn(40, 50, generator=generator))) / 7
+    model[0].bias.zero_()
+    weight = torch.randn(120, 80, generator=generator) / 9
+    weight[-1, :40] *= 1e4
+    weight[-1, 40:] = -weight[-1, :40]
+    model[2].weight.data = weight
+    model[2].bias.data = torch.randn(120, generator=generator)
+    model[2].bias.data[0] += 4
+    return model, torch.randn(3, 50, generator=generator), 119
 
 
 class TestAnswer:
@@ -240,12 +314,10 @@ class TestAnswer:
     @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
     def test_equals_exact(self, n, D, dtype):
         logits, rows = problem(12, n, D, dtype=dtype)
-        passes = Matrices(logits, rows)
-        passes.roundoff = torch.finfo(dtype).eps / 2
-        found = certify.certify(passes, Certified())
-        runner_up, ratio = truth(logits, rows)
+        found = certify.certify(Matrices(logits, rows), Certified())
+        ratio = distances(logits, rows)
         assert found.certified.all()
-        assert torch.equal(found.winners, torch.stack((logits.argmax(1), runner_up), 1))
+        assert torch.equal(found.winners, torch.stack((logits.argmax(1), ratio.argmin(1)), 1))
         assert torch.equal(found.pair, rows[torch.arange(12).unsqueeze(1), found.winners])
         torch.testing.assert_close(found.lower_bound, ratio.amin(1), rtol=1e-6, atol=0.0)
         assert (found.vjps + found.jvps <= n + 60).all()
@@ -254,7 +326,7 @@ class TestAnswer:
         logits, rows = problem(8, 1000, 400, decay=1.0)
         found = certify.certify(Matrices(logits, rows), Certified())
         assert found.certified.all()
-        assert (found.vjps + found.jvps).double().median() < 150
+        assert (found.vjps + found.jvps).double().median() < 60
 
     @pytest.mark.parametrize("seed", range(3))
     def test_an_example_depends_on_itself_only(self, seed):
@@ -266,35 +338,20 @@ class TestAnswer:
             assert alone.jvps.item() == whole.jvps[example].item()
             torch.testing.assert_close(alone.lower_bound[0], whole.lower_bound[example])
 
-    def test_the_basis_is_complete_before_the_first_probe(self):
-        """Directions of one example: the basis, orthonormal; then probes, orthogonal to it; never a basis again."""
-        logits, rows = problem(1, 400, 200)
-        passes = Matrices(logits, rows)
-        found = certify.certify(passes, Certified())
-        directions = torch.cat([directions[0] for _, directions in passes.jvp_calls])
-        assert len(directions) == found.jvps.item()
-        gram = directions @ directions.T
-        units = ((gram.diagonal() - 1).abs() < 1e-10).long()
-        r = int(units.sum())
-        assert 4 <= r < len(directions)
-        assert units.tolist() == [1] * r + [0] * (len(directions) - r)
-        torch.testing.assert_close(gram[:r, :r], torch.eye(r, dtype=torch.float64), atol=1e-12, rtol=0.0)
-        assert gram[r:, :r].abs().max() < 1e-10
-
     def test_scales(self):
         """Gradients and margins far from 1, in float64 beyond what squares can hold."""
         for scale in (1e-200, 1e-30, 1e30, 1e200):
             logits, rows = problem(4, 200, 100)
             found = certify.certify(Matrices(logits, rows * scale), Certified())
             assert found.certified.all()
-            assert torch.equal(found.winners[:, 1], truth(logits, rows)[0])
+            assert torch.equal(found.winners[:, 1], distances(logits, rows).argmin(1))
             assert (found.jvps > 0).any()
 
 
 class TestBudget:
     def test_it_is_kept_and_the_bounds_hold(self):
         logits, rows = problem(10, 300, 100)
-        _, ratio = truth(logits, rows)
+        ratio = distances(logits, rows)
         needed = certify.certify(Matrices(logits, rows), Certified())
         spent = (needed.vjps + needed.jvps).max().item()
         for limit in (2, 3, 10, 30, 50, 80, spent, 1000):
@@ -346,7 +403,7 @@ class TestEdges:
     @pytest.mark.parametrize("where", ["logits", "prediction", "another row"])
     def test_nan_is_not_certified_and_spares_the_others(self, where):
         logits, rows = problem(3, 200, 40)
-        clean, _ = truth(logits, rows)
+        clean = distances(logits, rows).argmin(1)
         if where == "logits":
             logits[1, 17] = math.nan
         elif where == "prediction":
@@ -370,27 +427,19 @@ class TestEdges:
         want = {"logits": 0, "prediction": int(logits[1].argmax() == 0)}.get(where)
         assert found.winners[1, 1].item() == (j if want is None else want)
 
-    def test_jvps_that_disagree_with_rows_are_not_certified(self):
-        """A forward-mode rule that is wrong by more than η."""
-        logits, rows = problem(4, 300, 100)
-
-        class Wrong(Matrices):
-            def jvp(self, examples, directions):
-                return super().jvp(examples, directions) * (1 + 1e-9)
-
-        found = certify.certify(Wrong(logits, rows), Certified())
-        assert not found.certified.any()
-        assert (found.lower_bound == 0).all()
-
     def test_a_model_without_jvps_gets_rows(self):
         logits, rows = problem(4, 100, 50)
-        passes = Matrices(logits, rows)
-        passes.jvp = lambda examples, directions: None
-        found = certify.certify(passes, Certified())
+
+        class WithoutJVPs(Matrices):
+            def jvp(self, examples, directions):
+                raise NoJVPError("Matrices: has neither")
+
+        with pytest.warns(UserWarning, match="Matrices: has neither; taking every row"):
+            found = certify.certify(WithoutJVPs(logits, rows), Certified())
         assert found.certified.all()
         assert found.jvps.tolist() == [0] * 4
         assert found.vjps.tolist() == [100] * 4
-        assert torch.equal(found.winners[:, 1], truth(logits, rows)[0])
+        assert torch.equal(found.winners[:, 1], distances(logits, rows).argmin(1))
 
 
 class Attention(nn.Module):
