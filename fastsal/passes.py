@@ -2,14 +2,17 @@
 
 import math
 import time
-import warnings
 from collections.abc import Callable
 from typing import Protocol
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from fastsal.linearization import Linearization, call, in_parts, is_out_of_memory, math_attention, vmap
+
+
+class NoJVPError(RuntimeError):
+    """The model has neither forward-mode nor second derivatives."""
 
 
 class Passes(Protocol):
@@ -17,14 +20,13 @@ class Passes(Protocol):
 
     logits: Tensor  # [E, n]
     dimension: int  # D
-    roundoff: float  # unit roundoff of the precision that the passes work in
     pairs: int  # how many (example, direction) pairs are best run at once
 
     def vjp(self, examples: Tensor, cotangents: Tensor) -> Tensor:
         """Multiplies cotangents [e, c, n] with the Jacobians: [e, c, D]."""
 
-    def jvp(self, examples: Tensor, directions: Tensor) -> Tensor | None:
-        """Multiplies the Jacobians with directions [e, k, D]: [e, k, n], or None where the model has no such derivative."""
+    def jvp(self, examples: Tensor, directions: Tensor) -> Tensor:
+        """Multiplies the Jacobians with directions [e, k, D]: [e, k, n]. Raises NoJVPError where the model cannot."""
 
     def price(self) -> float:
         """Roughly how many VJPs a JVP costs."""
@@ -42,7 +44,6 @@ class ModelPasses:
         self._record(torch.arange(len(examples), device=examples.device))
         self.logits = graph.logits[examples]
         self.dimension = graph.x.shape[1]
-        self.roundoff = _roundoff(graph)
         default = 256 if examples.device.type == "cpu" else 1024
         self.pairs = default if chunk_size is None else chunk_size * len(examples)
         self._ways = [self._forward_mode, self._double_backward]
@@ -66,7 +67,7 @@ class ModelPasses:
         size = max(1, self.pairs // len(self._held))
         return torch.cat(self._chunks(self._vjp, padded, size), 1)[slot]
 
-    def jvp(self, examples: Tensor, directions: Tensor) -> Tensor | None:
+    def jvp(self, examples: Tensor, directions: Tensor) -> Tensor:
         x = self._base.x.detach()[self._own[examples]].view(-1, *self._base.leaf.shape[1:])
         tangents = directions.to(x.dtype).transpose(0, 1).reshape(-1, *x.shape)
         while self._ways:
@@ -78,11 +79,9 @@ class ModelPasses:
                     raise
                 reason = str(error).strip().partition("\n")[0]
                 self._ways.pop(0)
-        name = type(self._base.model).__name__
-        warnings.warn(
-            f"{name}: has neither forward-mode nor second derivatives ({reason}); taking every row", stacklevel=2
+        raise NoJVPError(
+            f"{type(self._base.model).__name__}: has neither forward-mode nor second derivatives ({reason})"
         )
-        return None
 
     def _chunks(self, run: Callable[[Tensor], Tensor], stack: Tensor, size: int) -> list[Tensor]:
         results: list[Tensor] = []
@@ -128,14 +127,3 @@ class ModelPasses:
 
             products = vmap(jvp, tangents)
         return products
-
-
-def _roundoff(graph: Linearization) -> float:
-    """The unit roundoff of the coarsest arithmetic in the model's passes: x, the parameters, autocast or TF32."""
-    parameters = graph.model.parameters() if isinstance(graph.model, nn.Module) else ()
-    dtypes = {graph.x.dtype, *(p.dtype for p in parameters if p.is_floating_point())}
-    enabled, dtype = graph.autocast
-    coarsest = max(torch.finfo(dtype).eps for dtype in (dtypes | {dtype} if enabled else dtypes)) / 2
-    matmul = {"highest": 0.0, "high": 2.0**-11, "medium": 2.0**-8}[torch.get_float32_matmul_precision()]
-    convolution = 2.0**-11 if graph.x.is_cuda and torch.backends.cudnn.allow_tf32 else 0.0
-    return max(coarsest, matmul, convolution) if graph.x.dtype != torch.float64 else coarsest

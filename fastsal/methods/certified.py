@@ -1,61 +1,81 @@
 """Certified ρ̃: the exact minimum, with a stated failure probability, in a fraction of n backward passes.
 
 Notation as in reference.py, q = 2. One JVP along v gives a = Jv, hence ⟨v, Δ_j⟩ = a_{i*} − a_j of *every* class j. For a
-standard normal v these are normal with variance ‖Δ_j‖², so that the sum S_j of the squares over s independent probes is
-‖Δ_j‖²·χ²_s, and ‖Δ_j‖² ≤ S_j / χ²_{s; δ'} (lower quantile) except with probability δ'. Each class then has a lower bound
-L_j = m_j / upper(‖Δ_j‖) of its ratio; classes are evaluated exactly (by VJP) in ascending order of L_j until the next L_j is
+standard normal v these are normal with variance ‖Δ_j‖², so that the sum S_j of their squares over s independent probes is
+‖Δ_j‖²·χ²_s, and ‖Δ_j‖² ≤ S_j / (the lower δ' quantile of χ²_s) except with probability δ'. Each class then has a lower bound
+L_j = m_j / upper(‖Δ_j‖) of its ratio; classes are evaluated exactly, by VJPs, in ascending order of L_j until the next L_j is
 no less than the best exact ratio, which then is ρ̃. What is done, for each example on its own:
 
 1. Basis. g and the gradients of the highest other logits are taken exactly, then a block Krylov range finder adds four
    directions at a time (VJPs of class mixtures: the newest known components of the Δ_j, weighted towards small margins). A JVP
-   along each direction of the orthonormalised basis gives every Δ_j's components in it. It stops when the predicted total
-   number of passes no longer falls.
-2. Plan. From the logits and the known components alone: cumulative probe counts s_1 < … < s_4 and their shares of δ.
+   along each direction of the orthonormalised basis gives every Δ_j's components in it. Two pilots, probes from a stream of
+   their own that are projected anew as the basis grows, tell how much of each Δ_j lies outside; the basis stops growing when
+   the expected number of passes no longer falls.
+2. Plan. From the logits, the known components and the pilots: cumulative counts of probes s_1 < … < s_6, each with its share
+   of δ.
 3. Probes, projected off the basis, with cumulative sums; after each round go on, or stop, by the expected number of passes.
-4. Exact rows, best first.
+4. Exact rows, best first, a few at a time.
 
-Why the guarantee holds.
+Theorem. For each example, the result is ρ̃ and `lower_bound` ≤ ρ̃, except with probability δ at most.
 
-- The basis is a function of the model and x; no probe has been drawn when it is complete. Given the basis, a normal vector
-  projected off it is a standard normal vector of the orthogonal complement, whatever the basis is: S_j is exactly
-  ‖Δ_j^⊥‖²·χ²_s, and ‖Δ_j‖² = (known part)² + ‖Δ_j^⊥‖².
-- Step 2 fixes all counts and shares before the first probe, so every (class, round) bound is one of at most 4(n − 1) events
-  laid down beforehand, the one of round t failing with probability δ_t / (n − 1), Σ δ_t = δ. With probability at least 1 − δ
-  none fails: the union bound asks for no independence between classes (which share probes) or rounds (which share sums).
-- On that event all bounds hold at once, so when to stop, whether to use a round at all, which class to evaluate next and every
-  price are free to depend on the probes.
-- Every example sees the same probes (one private generator, the seed alone). The statement above is about one example, its
-  logits and Jacobian being fixed; that two examples fail together is possible, that either fails is no likelier for it. In
-  return an example's probes depend on nothing else in the batch, nor on earlier calls.
-- Rounding: for every class the vector of JVPs may be off by η·√s·‖g_j‖ in norm (for the basis, without √s), as may the one of
-  i*; the bounds are widened by both, which is never less than η(|a_{i*}| + |a_j|) a probe up to the probes' own average. Each
-  exactly evaluated row is compared with the JVPs of its class in float64; where they differ by more, or a NaN turned up,
-  nothing is called certified.
+Proof. Let j* be the class that attains ρ̃, the lowest one among equals. The model and x determine it, and likewise the
+rounding of the products; neither depends on a probe.
+
+- The basis, all counts and all shares are functions of the model, x and the pilots, hence independent of the probes. Given
+  them, a standard normal vector projected off the basis is a standard normal vector of its orthogonal complement. So S_{j*}
+  after round t is exactly ‖the part of Δ_{j*} outside the basis‖² times a χ² variable with s_t degrees of freedom, and the
+  bound of j* in round t fails with probability δ_t at most, Σ δ_t = δ. With probability at least 1 − δ none of these six
+  bounds fails. No union over classes is taken: nothing is said of the bounds of the other classes, and nothing is needed.
+- Suppose that none fails. Then L_{j*} ≤ ρ̃ throughout, whichever rounds were used. If j* was evaluated, the best exact ratio is
+  ρ̃. If the search ended without it, then best ≤ L_{j*} ≤ ρ̃, and no exact ratio is less than ρ̃: best = ρ̃ again (a tie is
+  passed over only in favour of a lower class). `lower_bound` is the least of the best ratio and the L_j of the classes that
+  were not evaluated: one of them is ρ̃ or the L_{j*} ≤ ρ̃.
+- That argument uses nothing but the bounds of j*, laid down beforehand. When to stop, whether to use a round at all, which
+  class to evaluate next and every price are free to depend on the probes.
+
+Every example sees the same probes (a private stream, the seed alone decides). The theorem is about one example, its logits and
+Jacobian being fixed; that two examples fail together is possible, that either fails is no likelier for it. In return an
+example's probes depend on nothing else in the batch, nor on earlier calls.
+
+Rounding. The theorem holds if the products of class j with the basis, and with the probes in the root mean square, are off by
+slack_j at most, and those of i* by slack_{i*} (`bounds.upper_norms`). The slack is fixed before a probe is drawn: it is η
+times ‖g_j‖ or the root mean square of all classes' norms, whichever is larger, and η is the largest disagreement between a
+row that was taken exactly and its JVPs, relative to the row, with a factor to spare. One JVP along a random combination of
+all directions so far is compared with the same combination of their products: a class where the two differ by more than its
+slack, say one whose own gradient cancels, gets no bound, so that its row is taken. Afterwards every row that is evaluated is
+compared with the JVPs of its class in float64. An example where they differ by more than η keeps no bound: it is finished
+with exact rows.
 """
 
+import hashlib
 import math
+import warnings
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from fastsal import reference
 from fastsal.linearization import Linearization
-from fastsal.methods.bounds import schedule, upper_norms
+from fastsal.methods.bounds import ROUNDS, chi_square_exceeds, schedule, upper_norms
 from fastsal.methods.selection import Method, Nearest, Selection
-from fastsal.passes import ModelPasses, Passes
+from fastsal.passes import ModelPasses, NoJVPError, Passes
 
 TOP = 3  # highest other logits that are evaluated first and span the basis together with g
 BLOCK = 4  # range finder directions a step: as good as one at a time, in a quarter of the steps
 MAX_STEPS = 24
-AHEAD = (1, 2, 4)
-CAUTION = 2.0  # the forecast is optimistic: some classes have more of their norm outside the basis than the average
+AHEAD = (1, 2, 4)  # how many steps the plan looks ahead: the gain may come late
+FIRST_FALL = 0.5  # what a first step is expected to leave of the energy outside the basis; later ones as the last did
+PILOTS = 2
+PRIOR = 4.0  # the average over classes counts as this many pilots in the estimate for one class
 DEPENDENT = 1e-4  # what is left of a row that the basis spans is rounding: no direction worth a JVP
 WORTHWHILE = 64  # with no more classes than this left, rows are about as cheap as any probing, and certain
-COUNTS = (10, 12, 16, 20, 24, 28, 32, 40, 48, 64, 96)  # first rounds to choose from
-TAIL = 8.0  # unknown energy in units of the newest direction's; measured 5 to 14 on trained CNNs. Only a guess for planning
-ROUNDOFFS = 64.0  # η in units of the working precision's rounding error
+COUNTS = (4, 6, 8, 10, 12, 14, 16, 20, 24, 28, 32, 40, 48, 64, 96)  # first rounds to choose from
+ROWS = 4  # exact rows at a time: the next may make the one after it needless
+SPARE = 8.0  # η in units of the largest disagreement that was seen
+UNSTABLE = 0.3  # η from which on bounds say nothing
 GROUP_BYTES = 1 << 29
 
 
@@ -63,20 +83,26 @@ GROUP_BYTES = 1 << 29
 class Certified(Method):
     """ρ̃ itself with probability at least 1 − failure_probability for each example, in far fewer than n passes (norm 2).
 
-    failure_probability: δ in (0, 1), for each example.
-    max_passes: the most VJPs and JVPs to spend on an example, at least 2; None for no limit. Where it runs out,
-        `linearized_robustness` is an upper bound, `certified` false, and `lower_bound` still holds with probability 1 − δ.
-    seed: of the private generator of the probes. The same seed gives the same probes for every example.
+    Args:
+        failure_probability: δ in (0, 1), for each example.
+        max_passes: The most VJPs and JVPs to spend on an example, at least 2; None for no limit. Where it runs out,
+            `linearized_robustness` is an upper bound, `certified` false, and `lower_bound` still holds with probability 1 − δ.
+        seed: Any integer. It decides the probes, which are the same for every example; they come from a private stream that
+            shares nothing with torch's or NumPy's own, whatever those were seeded with.
 
-    >>> import torch, fastsal
-    >>> _ = torch.manual_seed(0)
-    >>> model = torch.nn.Sequential(torch.nn.Linear(30, 50), torch.nn.Tanh(), torch.nn.Linear(50, 200))
-    >>> x = torch.randn(2, 30)
-    >>> certified = fastsal.analyze(model, x, method=fastsal.Certified(failure_probability=1e-9))
-    >>> certified.certified.tolist(), bool((certified.vjps + certified.jvps < 200).all())
-    ([True, True], True)
-    >>> torch.equal(certified.runner_up, fastsal.analyze(model, x).runner_up)
-    True
+    Raises:
+        ValueError: An option is out of its range.
+
+    Example:
+        >>> import torch, fastsal
+        >>> _ = torch.manual_seed(0)
+        >>> model = torch.nn.Sequential(torch.nn.Linear(30, 50), torch.nn.Tanh(), torch.nn.Linear(50, 200))
+        >>> x = torch.randn(2, 30)
+        >>> certified = fastsal.analyze(model, x, method=fastsal.Certified(failure_probability=1e-9))
+        >>> certified.certified.tolist(), bool((certified.vjps + certified.jvps < 200).all())
+        ([True, True], True)
+        >>> torch.equal(certified.runner_up, fastsal.analyze(model, x).runner_up)
+        True
     """
 
     name: ClassVar = "certified"
@@ -97,7 +123,7 @@ class Certified(Method):
             raise ValueError(f"Certified: got seed={self.seed!r}, wants an integer")
 
     def select(self, graph: Linearization, norm: float, chunk_size: int | None, backend: str) -> Selection:
-        """Certifies the batch in groups whose bases fit in memory: at most 52 float64 directions an example, seldom over 20."""
+        """Certifies the batch in groups whose bases, seldom over 20 float64 directions an example, fit in memory."""
         everyone = torch.arange(len(graph.logits), device=graph.logits.device)
         groups = torch.split(everyone, max(1, GROUP_BYTES // (8 * 20 * graph.x.shape[1])))
         parts = [certify(ModelPasses(graph, group, chunk_size), self, backend) for group in groups]
@@ -123,6 +149,12 @@ class Certificate:
     lower_bound: Tensor  # float64
 
 
+def stream(seed: int, purpose: str) -> np.random.Generator:
+    """A generator of its own for a seed and a purpose: Philox with a key that is a hash of both and of this package's name."""
+    key = hashlib.blake2b(f"fastsal.Certified {purpose} {seed}".encode(), digest_size=16).digest()
+    return np.random.Generator(np.random.Philox(key=int.from_bytes(key, "little")))
+
+
 class _Search:
     """The state of a group of E examples. Squares are in units of each example's own gradient scale, float64."""
 
@@ -136,30 +168,34 @@ class _Search:
         self.seen = torch.zeros_like(logits, dtype=torch.bool).scatter_(1, self.prediction.unsqueeze(1), True)
         self.lower = torch.zeros_like(self.margin)
         self.vjps, self.jvps = torch.zeros_like(self.prediction), torch.zeros_like(self.prediction)
-        self.sound = torch.ones_like(self.prediction, dtype=torch.bool)
-        self.eta = ROUNDOFFS * passes.roundoff
+        self.price = 1.0
         everyone = torch.arange(E, device=self.device)
         self.vjps += 1
         anchor = self._rows(everyone, self.prediction.unsqueeze(1))
         self.nearest.visit(self.prediction.unsqueeze(1), anchor)
-        self.price = 1.0
         self.unit = torch.ones_like(self.margin[:, 0])
         self.basis = anchor.new_zeros(E, 0, passes.dimension, dtype=torch.float64)
         self.components = self.margin.new_zeros(E, 0, self.n)  # J times the basis
+        self.pilots = self.normals(stream(method.seed, "pilots"), PILOTS)
+        self.piloted = self.margin.new_zeros(E, PILOTS, self.n)  # J times the pilots
+        self.generator = stream(method.seed, "probes")
+        self.probes = self.basis.new_zeros(0, passes.dimension)
         self.probed = self.margin.new_zeros(E, 0, self.n)  # J times the probes, projected
         self.shadow = self.margin.new_zeros(E, 0, 0)  # the probes' components in the basis
-        self.counts = torch.zeros_like(self.prediction)  # probes drawn
-        self.probes = self.basis.new_zeros(0, passes.dimension)
-        self.generator = torch.Generator().manual_seed(method.seed)
+        self.drawn = torch.zeros_like(self.prediction)  # how many probes
+        self.eta = torch.full_like(self.margin[:, 0], SPARE * torch.finfo(logits.dtype).eps)
+        self.odd = torch.zeros_like(self.seen)  # classes whose products disagree among themselves
         # The highest other logits, the lowest class first among equals. The early rows are checked once there are probes.
         others = reference.other_classes(self.prediction, self.n)
         order = logits.gather(1, others).sort(stable=True, dim=1, descending=True).indices
-        self.early = others.gather(1, order[:, : min(TOP, int(self._left(everyone).min()))])
-        rows = self.evaluate(everyone, self.early)
-        self.early, self.early_rows = (
-            torch.cat((self.prediction.unsqueeze(1), self.early), 1),
-            torch.cat((anchor, rows), 1),
-        )
+        early = others.gather(1, order[:, : min(TOP, int(self._left(everyone).min()))])
+        rows = self.evaluate(everyone, early)
+        self.early = torch.cat((self.prediction.unsqueeze(1), early), 1)
+        self.early_rows = torch.cat((anchor, rows), 1)
+
+    def normals(self, generator: np.random.Generator, count: int) -> Tensor:
+        """The generator's next standard normal vectors: float64 [count, D]."""
+        return torch.from_numpy(generator.standard_normal((count, self.passes.dimension))).to(self.device)
 
     def _left(self, e: Tensor) -> Tensor:
         """How many passes the limit leaves each of examples e."""
@@ -169,6 +205,16 @@ class _Search:
     def _rows(self, e: Tensor, classes: Tensor) -> Tensor:
         one_hot = self.passes.logits.new_zeros(*classes.shape, self.n).scatter_(2, classes.unsqueeze(2), 1.0)
         return self.passes.vjp(e, one_hot)
+
+    def products(self, e: Tensor, directions: Tensor) -> Tensor:
+        """J times directions [e, k, D], in the examples' units: [e, k, n]."""
+        products = self.passes.jvp(e, directions)
+        self.jvps[e] += directions.shape[1]
+        return products.double() / self.unit[e].view(-1, 1, 1)
+
+    def differences(self, e: Tensor, values: Tensor) -> Tensor:
+        """a_{i*} − a_j of values [e, k, n]."""
+        return values.gather(2, self.prediction[e].view(-1, 1, 1).expand(-1, values.shape[1], 1)) - values
 
     @property
     def best(self) -> Tensor:
@@ -187,7 +233,10 @@ class _Search:
         return ~self.seen[e] & ((lower < best) | tie | unknown)
 
     def evaluate(self, e: Tensor, classes: Tensor) -> Tensor:
-        """Takes the exact rows [e, c, D] of classes int64 [e, c] of examples e, and returns them."""
+        """Takes the exact rows [e, c, D] of classes int64 [e, c] of examples e, and returns them.
+
+        An example whose rows disagree with its JVPs by more than η, or hold a NaN, loses its bounds: every class is to be seen.
+        """
         rows = self._rows(e, classes)
         self.vjps[e] += classes.shape[1]
         self.seen[e.unsqueeze(1), classes] = True
@@ -196,28 +245,37 @@ class _Search:
         return rows
 
     def check(self, e: Tensor, classes: Tensor, rows: Tensor) -> None:
-        """Compares rows [e, c, D] with the JVPs of their classes; a disagreement beyond η, or a NaN, is unsound."""
-        r, s = self.basis.shape[1], self.probed.shape[1]
-        self.sound[e] &= ~rows.isnan().flatten(1).any(1)
-        if not r:
-            return
+        """Takes their bounds from the examples whose rows [e, c, D] disagree with their JVPs by more than η."""
+        if self.probed.shape[1]:
+            good = self.disagreement(e, classes, rows) <= self.eta[e]
+            self.lower[e] = torch.where((good | (self.drawn[e] == 0)).unsqueeze(1), self.lower[e], 0.0)
+
+    def disagreement(self, e: Tensor, classes: Tensor, rows: Tensor) -> Tensor:
+        """How far rows [e, c, D] are from the JVPs of their classes, relative to the rows: [e], the largest over the classes.
+
+        The larger of two figures: the norm over the basis, and the root mean square over the pilots and the probes.
+        """
         rows = rows.double() / self.unit[e].view(-1, 1, 1)
-        size = rows.square().sum(2).sqrt()
         inside = rows @ self.basis[e].mT
-        pick = classes.unsqueeze(1)
-        gap = inside.mT - self.components[e].gather(2, pick.expand(-1, r, -1))
-        good = gap.square().sum(1).sqrt() <= self.eta * size
+        s = self.probed.shape[1]
+        outside = rows @ torch.cat((self.pilots, self.probes[:s])).T
         if s:
-            along = rows @ self.probes[:s].T - inside @ self.shadow[e].mT
-            drawn = torch.arange(s, device=self.device) < self.counts[e].unsqueeze(1)
-            gap = torch.where(drawn.unsqueeze(2), along.mT - self.probed[e].gather(2, pick.expand(-1, s, -1)), 0.0)
-            good &= gap.square().sum(1).sqrt() <= self.eta * self.counts[e].unsqueeze(1).double().sqrt() * size
-        self.sound[e] &= good.all(1)
+            outside[:, :, PILOTS:] -= inside @ self.shadow[e].mT
+        pick = classes.unsqueeze(1)
+
+        def gap(got: Tensor, values: Tensor) -> Tensor:
+            return got - values[e].gather(2, pick.expand(-1, values.shape[1], -1)).mT
+
+        along = gap(outside, torch.cat((self.piloted, self.probed), 1))
+        count = PILOTS + self.drawn[e].view(-1, 1, 1)
+        along = torch.where(torch.arange(PILOTS + s, device=self.device) < count, along, 0.0).square().sum(2)
+        square = torch.maximum(gap(inside, self.components).square().sum(2), along / count.squeeze(2))
+        return torch.where(square == 0, 0.0, (square / rows.square().sum(2)).sqrt()).amax(1)
 
     # Step 1: the basis.
 
-    def span(self, e: Tensor, rows: Tensor) -> bool:
-        """Adds rows [e, c, D] to the basis of examples e, orthonormalised, and takes the JVPs; False if the model cannot."""
+    def span(self, e: Tensor, rows: Tensor) -> None:
+        """Adds rows [e, c, D] to the basis of examples e, orthonormalised, and takes the JVPs."""
         basis = self.basis[e]
         directions = basis.new_zeros(rows.shape)
         for slot in range(rows.shape[1]):
@@ -232,157 +290,225 @@ class _Search:
                 kept &= length > DEPENDENT
                 row = torch.where(kept, row / length, 0.0)
             directions[:, slot : slot + 1] = row
-        products = self.passes.jvp(e, directions)
-        if products is None:
-            return False
-        self.jvps[e] += directions.shape[1]
+        products = self.products(e, directions)
         r, c = self.basis.shape[1], directions.shape[1]
         self.basis = torch.cat((self.basis, self.basis.new_zeros(len(self.basis), c, self.basis.shape[2])), 1)
         self.basis[e, r:] = directions
         self.components = torch.cat((self.components, self.components.new_zeros(len(self.basis), c, self.n)), 1)
-        self.components[e, r:] = products.double() / self.unit[e].view(-1, 1, 1)
-        return True
+        self.components[e, r:] = products
 
-    def differences(self, e: Tensor, values: Tensor) -> Tensor:
-        """a_{i*} − a_j of values [e, k, n]."""
-        return values.gather(2, self.prediction[e].view(-1, 1, 1).expand(-1, values.shape[1], 1)) - values
+    def residual(self, e: Tensor) -> Tensor:
+        """J times the pilots' parts outside the basis, [e, PILOTS, n]: no pass is needed."""
+        return self.piloted[e] - (self.pilots @ self.basis[e].mT) @ self.components[e]
+
+    def outside(self, e: Tensor) -> Tensor:
+        """The pilots' estimate of the squared norm of every Δ_j's part outside the basis, [e, n]; it proves nothing."""
+        energy = self.differences(e, self.residual(e)).square().sum(1)
+        return (energy + PRIOR * self._average(e, energy / PILOTS).unsqueeze(1)) / (PRIOR + PILOTS)
 
     def weights(self, e: Tensor) -> Tensor:
-        """1 / m_j² of the classes not seen, in units of the smallest: how much a class's gradient matters."""
+        """1 / m_j⁴ of the classes not seen, in units of the largest: how much a class's gradient matters."""
         margin = torch.where(self.seen[e] | ~(self.margin[e] > 0), math.inf, self.margin[e])
-        return (margin.amin(1, keepdim=True) / margin).square().nan_to_num(0.0)
+        return (margin.amin(1, keepdim=True) / margin).pow(4).nan_to_num(0.0)
 
-    def forecast(self, e: Tensor, unknown: Tensor) -> tuple[Tensor, Tensor]:
-        """Expected further passes [e] if the basis stays as it is, and the first round's count that attains them.
-
-        unknown [e]: the guess for the average ‖Δ_j^⊥‖² in units of that of the known part.
-        """
-        known = self.differences(e, self.components[e]).square().sum(1)
-        best, seen, margin = self.best[e], self.seen[e], self.margin[e] / self.unit[e].unsqueeze(1)
+    def _average(self, e: Tensor, values: Tensor) -> Tensor:
+        """The average over classes of values [e, n], weighted by how much they matter: [e]."""
         weights = self.weights(e)
-        rest = (unknown * (weights * known).sum(1) / weights.sum(1)).unsqueeze(1)
-        whole = (known + rest).sqrt()
-        target = torch.minimum(best / self.unit[e], torch.where(seen, math.inf, margin / whole).amin(1)).unsqueeze(1)
-        costs = [(~seen).sum(1).double()]
+        return ((weights * values).sum(1) / weights.sum(1)).nan_to_num(0.0)
+
+    def widen(self, e: Tensor) -> None:
+        """Adds a step of the range finder to the bases of examples e."""
+        newest = torch.cat((self.components[e, PILOTS - BLOCK :], self.residual(e)), 1)
+        mixture = self.weights(e).square().unsqueeze(1) * self.differences(e, newest)
+        cotangents = -mixture
+        own = self.prediction[e].view(-1, 1, 1).expand_as(mixture[:, :, :1])
+        cotangents.scatter_(2, own, mixture.sum(2, keepdim=True))
+        largest = cotangents.abs().amax(2, keepdim=True)
+        cotangents = cotangents / torch.where(largest > 0, largest, 1.0)
+        self.vjps[e] += BLOCK
+        self.span(e, self.passes.vjp(e, cotangents.to(self.passes.logits.dtype)))
+
+    # Step 2: the plan.
+
+    def forecast(self, e: Tensor, share: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """What further passes will achieve if only `share` [e] of what is outside the basis now is outside it then.
+
+        Returns the lower bound that the limit of passes allows, relative to the expected ρ̃ (1 where the answer is to be had),
+        the expected passes, and the first round's count of probes that attains both, 0 for exact rows alone: [e] each.
+        """
+        outside = self.outside(e)
+        rest = outside * share.unsqueeze(1)
+        known = self.differences(e, self.components[e]).square().sum(1) + (outside - rest)
+        waiting = ~self.seen[e]
+        margin = self.margin[e] / self.unit[e].unsqueeze(1)
+        likely = torch.where(waiting, margin / (known + rest).sqrt(), math.inf).amin(1)
+        target = torch.minimum(self.best[e], likely).unsqueeze(1)
+        left = self._left(e) - 1  # `compare` takes one
+        room = (margin / target).square() - known
+        whole = waiting.sum(1).double()
+        promises, costs = [(whole <= left).double()], [whole]
         for count in COUNTS:
-            quantile = schedule(count, self.method.failure_probability, self.n)[0][1]
-            bound = margin / (known + rest * (CAUTION * count / quantile)).sqrt()
-            costs.append(count * self.price + (~seen & ~(bound >= target)).sum(1))
-        cost, which = torch.stack(costs, 1).min(1)
-        return cost, torch.tensor((0, *COUNTS), device=self.device)[which]
+            quantile = schedule(count, self.method.failure_probability)[0][1]
+            needed = torch.where(waiting, chi_square_exceeds(count, room * quantile / rest), 0.0).sum(1)
+            cost = count * self.price + needed
+            bound = torch.where(waiting, margin / (known + rest * (count / quantile)).sqrt() / target, math.inf)
+            rows = (left - count).clamp(0, self.n - 1).unsqueeze(1)
+            promise = bound.sort(1).values.gather(1, rows).squeeze(1).clamp(max=1.0)
+            promise = torch.where(cost <= left, 1.0, promise.nan_to_num(0.0))
+            promises.append(torch.where(left >= count, promise, -1.0))
+            costs.append(cost)
+        promise, cost = torch.stack(promises, 1), torch.stack(costs, 1)
+        cost = torch.where(promise == promise.amax(1, keepdim=True), cost, math.inf)
+        which = cost.argmin(1)
+        counts = torch.tensor((0, *COUNTS), device=self.device)
+        return promise.amax(1), cost.amin(1), counts[which]
 
     def prepare(self) -> Tensor:
-        """Builds the bases and returns the plans: the first rounds' probe counts [E], 0 where rows are cheaper."""
+        """Builds the bases and returns the plans: the first rounds' counts of probes [E], 0 where rows are cheaper."""
         scale = reference.vector_norm(self.early_rows, 2.0).amax(1)
         usable = torch.isfinite(scale) & torch.isfinite(self.margin).all(1)
         self.lower[~usable] = math.nan
-        self.sound &= usable
         self.unit = torch.where(usable & (scale > 0), scale, 1.0)
         everyone = torch.arange(len(usable), device=self.device)
-        worthwhile = usable & (self.undecided(everyone).sum(1) > WORTHWHILE)
-        e = everyone[worthwhile & (self._left(everyone) > self.early.shape[1] + COUNTS[0])]
         plan = torch.zeros_like(self.prediction)
-        if not len(e) or not self.span(e, self.early_rows[e]):
+        worthwhile = usable & (self.undecided(everyone).sum(1) > WORTHWHILE)
+        e = everyone[worthwhile & (self._left(everyone) >= self.early.shape[1] + PILOTS + 1 + COUNTS[0])]
+        if not len(e):
             return plan
-        self.check(e, self.early[e], self.early_rows[e])
-        known = self.differences(e, self.components[e]).square().sum(1)
-        energy = (self.weights(e) * known).sum(1)
-        active = torch.arange(len(e), device=self.device)
+        try:
+            self.span(e, self.early_rows[e])
+        except NoJVPError as error:
+            warnings.warn(f"{error}; taking every row", stacklevel=2)
+            return plan
+        self.piloted[e] = self.products(e, self.pilots.expand(len(e), -1, -1))
+        active = e[self.trust(e)]
+        fall = torch.full_like(self.unit, FIRST_FALL)
         for step in range(MAX_STEPS + 1):
             self.price = self.passes.price()
-            a = e[active]
-            if step:
-                newest = self.differences(a, self.components[a, -BLOCK:]).square().sum(1) / BLOCK
-                gained = (self.weights(a) * newest).sum(1)
-                energy[active] += BLOCK * gained
-                rest = TAIL * gained
-                cost_now, count = self.forecast(a, rest / energy[active])
-                plan[a] = count
-                # A step takes its share off the tail; look several steps ahead, for the gain may come late.
-                more = torch.zeros_like(active, dtype=torch.bool)
-                for steps in AHEAD:
-                    left = rest * (1 - BLOCK / TAIL) ** steps
-                    cost_then, _ = self.forecast(a, left / (energy[active] + rest - left))
-                    more |= cost_then + steps * BLOCK * (1 + self.price) < cost_now
-                affordable = self._left(a) > BLOCK * 2 + count.clamp(min=COUNTS[0])
-                active = active[more & affordable]
+            promise_now, cost_now, plan[active] = self.forecast(active, torch.ones_like(self.unit[active]))
+            better = torch.zeros_like(active, dtype=torch.bool)
+            for steps in AHEAD:
+                promise, cost, _ = self.forecast(active, fall[active] ** steps)
+                cheaper = cost + steps * BLOCK * (1 + self.price) < cost_now
+                affordable = self._left(active) >= cost + steps * BLOCK * 2
+                better |= affordable & ((promise > promise_now) | ((promise == promise_now) & cheaper))
+            active = active[better]
             if step == MAX_STEPS or not len(active):
                 break
-            a = e[active]
-            newest = self.components[a, -BLOCK:] if step else self.components[a, :BLOCK]
-            mixture = self.weights(a).square().unsqueeze(1) * self.differences(a, newest)
-            cotangents = torch.zeros_like(mixture).scatter_(
-                2, self.prediction[a].view(-1, 1, 1).expand_as(mixture[:, :, :1]), mixture.sum(2, keepdim=True)
-            )
-            cotangents = cotangents - mixture
-            largest = cotangents.abs().amax(2, keepdim=True)
-            cotangents = cotangents / torch.where(largest > 0, largest, 1.0)
-            self.vjps[a] += BLOCK
-            rows = self.passes.vjp(a, cotangents.to(self.passes.logits.dtype))
-            self.sound[a] &= ~rows.isnan().flatten(1).any(1)
-            self.span(a, rows)
+            before = self._average(active, self.outside(active))
+            self.widen(active)
+            fall[active] = (self._average(active, self.outside(active)) / before).nan_to_num(0.0).clamp(max=0.97)
+        e = e[plan[e] > 0]
+        plan[e[~self.trust(e)]] = 0
+        self.compare(e[plan[e] > 0])
         return plan
+
+    # Rounding, known before the first probe.
+
+    def trust(self, e: Tensor) -> Tensor:
+        """Sets η of examples e by the rows known so far, and tells for which of them JVPs can be used at all, [e]."""
+        if not len(e):
+            return e > 0
+        seen = self.disagreement(e, self.early[e], self.early_rows[e])
+        self.eta[e] = torch.maximum(self.eta[e], SPARE * seen)
+        trusted = self.eta[e] <= UNSTABLE
+        if not bool(trusted.all()):
+            warnings.warn(
+                f"model: {int((~trusted).sum())} of {len(e)} examples have gradients that differ by up to {seen.max():.1e} of "
+                "themselves between a backward and a forward-mode pass; they are finished with exact rows",
+                stacklevel=2,
+            )
+        return trusted
+
+    def compare(self, e: Tensor) -> None:
+        """Compares one JVP along a random combination of all directions so far with the combination of their products."""
+        if not len(e):
+            return
+        scale = 1 / math.sqrt(self.passes.dimension)
+        directions = torch.cat((self.basis[e], scale * self.pilots.expand(len(e), -1, -1)), 1)
+        values = torch.cat((self.components[e], scale * self.piloted[e]), 1)
+        mixture = torch.from_numpy(stream(self.method.seed, "combination").standard_normal((1, directions.shape[1])))
+        mixture = (mixture / mixture.norm()).to(self.device)
+        products = self.products(e, mixture @ directions)
+        size = (self.components[e].square().sum(1) + self.residual(e).square().mean(1)).sqrt()
+        self.odd[e] = (products - mixture @ values).squeeze(1).abs() > self.slack(e, size)
+
+    def slack(self, e: Tensor, size: Tensor) -> Tensor:
+        """How far the products of every class may be off [e, n], from about ‖g_j‖ [e, n]."""
+        typical = size.square().mean(1, keepdim=True).sqrt()
+        return self.eta[e].unsqueeze(1) * torch.maximum(size, typical)
 
     # Step 3: the probes.
 
     def draw(self, count: int) -> None:
-        """At least count probes [count, D], drawn one by one: the same whatever is asked for first."""
-        while len(self.probes) < count:
-            probe = torch.randn(1, self.passes.dimension, dtype=torch.float64, generator=self.generator)
-            self.probes = torch.cat((self.probes, probe.to(self.device)))
+        """At least count probes [count, D]: the same whatever is asked for first."""
+        if count > len(self.probes):
+            self.probes = torch.cat((self.probes, self.normals(self.generator, count - len(self.probes))))
 
-    def probe(self, e: Tensor, first: int) -> None:
-        """All rounds of the plan that begins with `first` probes, for examples e."""
-        plan = schedule(first, self.method.failure_probability, self.n)
+    def probe(self, plan: Tensor) -> None:
+        """Draws the rounds that the plan lays down, int64 [E], for each example as long as they are worth it."""
+        e = (plan > 0).nonzero().squeeze(1)
+        rounds = [schedule(first, self.method.failure_probability) for first in plan[e].tolist()]
+        table = torch.tensor(rounds, dtype=torch.float64, device=self.device).view(len(e), len(ROUNDS), 2)
+        counts, quantiles = table[:, :, 0].long(), table[:, :, 1]
+        stage = torch.zeros_like(e)
         known = self.differences(e, self.components[e]).square().sum(1)
         length = self.components[e].square().sum(1)
         sums, squares = torch.zeros_like(known), torch.zeros_like(known)
         done = 0
-        for round_, (count, quantile) in enumerate(plan):
-            afford = self._left(e) >= count - done
-            if not bool(afford.all()):
-                known, length, sums, squares, e = (v[afford] for v in (known, length, sums, squares, e))
+        while True:
+            end = counts.gather(1, stage.unsqueeze(1)).squeeze(1)
+            go = self._left(e) >= end - done
+            e, end, stage, counts, quantiles, known, length, sums, squares = (
+                value[go] for value in (e, end, stage, counts, quantiles, known, length, sums, squares)
+            )
             if not len(e):
-                break
-            self.draw(count)
-            size = max(1, self.passes.pairs // len(e))
-            for part in torch.split(self.probes[done:count], size):
-                basis = self.basis[e]
-                shadow = part @ basis.mT
-                directions = part - shadow @ basis
-                products = self.passes.jvp(e, directions)
-                assert products is not None  # the basis has gone through
-                values = products.double() / self.unit[e].view(-1, 1, 1)
+                return
+            upto = int(end.min())
+            self.draw(upto)
+            for part in torch.split(self.probes[done:upto], max(1, self.passes.pairs // len(e))):
+                shadow = part @ self.basis[e].mT
+                values = self.products(e, part - shadow @ self.basis[e])
+                self._record(e, done, values, shadow)
                 sums += self.differences(e, values).square().sum(1)
                 squares += values.square().sum(1)
-                self._record(e, done, values, shadow)
                 done += len(part)
-            self.jvps[e] += count - int(self.counts[e[0]])
-            self.counts[e] = count
-            scale = (length + squares / count).sqrt()
-            margin = self.margin[e] / self.unit[e].unsqueeze(1)
-            upper = upper_norms(known, sums, scale, self.prediction[e], count, quantile, self.eta)
-            self.lower[e] = torch.maximum(
-                self.lower[e], reference.ratios(self.margin[e], upper * self.unit[e].unsqueeze(1))
+            self.drawn[e] = done
+            at = end == done
+            quantile = quantiles[at].gather(1, stage[at].unsqueeze(1))
+            self.bound(e[at], known[at], sums[at], (length[at] + squares[at] / done).sqrt(), done, quantile)
+            go = torch.ones_like(at)
+            go[at] = self.worth_more(e[at], known[at], sums[at], done, counts[at], quantiles[at], stage[at])
+            stage = stage + at
+            go &= stage < len(ROUNDS)
+            e, stage, counts, quantiles, known, length, sums, squares = (
+                value[go] for value in (e, stage, counts, quantiles, known, length, sums, squares)
             )
-            self.sound[e] &= ~upper.isnan().any(1)
-            if round_ + 1 == len(plan):
-                break
-            likely = margin / (known + sums / count).sqrt()
-            seen = self.seen[e]
-            target = torch.minimum(self.best[e] / self.unit[e], torch.where(seen, math.inf, likely).amin(1)).unsqueeze(
-                1
-            )
-            now = (~seen & ~(self.lower[e] / self.unit[e].unsqueeze(1) >= target)).sum(1).double()
-            later = [
-                (more - count) * self.price
-                + (~seen & ~(margin / (known + sums / count * (more / its)).sqrt() >= target)).sum(1)
-                for more, its in plan[round_ + 1 :]
-            ]
-            go = (torch.stack(later, 1).amin(1) < now) & self.undecided(e).any(1)
-            known, length, sums, squares, e = (v[go] for v in (known, length, sums, squares, e))
+
+    def bound(self, e: Tensor, known: Tensor, sums: Tensor, size: Tensor, count: int, quantile: Tensor) -> None:
+        """Raises the lower bounds of the ratios of examples e by a round of `count` probes. `size`: about ‖g_j‖, [e, n]."""
+        upper = upper_norms(known, sums, self.slack(e, size), self.prediction[e], count, quantile)
+        lower = reference.ratios(self.margin[e], upper * self.unit[e].unsqueeze(1))
+        self.lower[e] = torch.maximum(self.lower[e], torch.where(self.odd[e], 0.0, lower))
+
+    def worth_more(
+        self, e: Tensor, known: Tensor, sums: Tensor, done: int, counts: Tensor, quantiles: Tensor, stage: Tensor
+    ) -> Tensor:
+        """Whether some later round is expected to save more exact rows than its probes cost, [e]."""
+        margin, waiting = self.margin[e] / self.unit[e].unsqueeze(1), ~self.seen[e]
+        likely = torch.where(waiting, margin / (known + sums / done).sqrt(), math.inf).amin(1)
+        target = torch.minimum(self.best[e], likely).unsqueeze(1)
+        now = (waiting & ~(self.lower[e] >= target)).sum(1).double()
+        later = torch.full_like(now, math.inf)
+        for round_ in range(1, counts.shape[1]):
+            count, quantile = counts[:, round_].double(), quantiles[:, round_]
+            bound = margin / (known + sums * (count / done / quantile).unsqueeze(1)).sqrt()
+            cost = (count - done) * self.price + (waiting & ~(bound >= target)).sum(1)
+            later = torch.where(stage < round_, torch.minimum(later, cost), later)
+        return (later < now) & self.undecided(e).any(1)
 
     def _record(self, e: Tensor, start: int, values: Tensor, shadow: Tensor) -> None:
+        """Keeps the products with the probes from number `start` on, for `check`."""
         stop = start + values.shape[1]
         if stop > self.probed.shape[1]:
             E, more = len(self.probed), stop - self.probed.shape[1]
@@ -396,6 +522,9 @@ class _Search:
 
     def finish(self) -> None:
         """Exact rows, the smallest lower bound first (the smallest margin among equals), as long as any may matter."""
+        probed = (self.drawn > 0).nonzero().squeeze(1)
+        if len(probed):
+            self.check(probed, self.early[probed], self.early_rows[probed])
         e = torch.arange(len(self.prediction), device=self.device)
         while True:
             waiting = self.undecided(e)
@@ -403,34 +532,29 @@ class _Search:
             e, waiting = e[keep], waiting[keep]
             if not len(e):
                 return
-            count = int(torch.minimum(waiting.sum(1), self._left(e)).min())
-            count = min(count, max(1, 2 * self.passes.pairs // len(e)))
+            # A few at a time, for the next row may decide; but all that have no bound have to be seen.
+            unbounded = (waiting & ~(self.lower[e] > 0)).sum(1)
+            count = torch.maximum(unbounded, waiting.sum(1).clamp(max=ROWS))
+            most = min(int(torch.minimum(count, self._left(e)).min()), max(ROWS, 2 * self.passes.pairs // len(e)))
             by_margin = self.margin[e].sort(stable=True, dim=1).indices
             by_class = torch.arange(self.n, device=self.device).expand_as(by_margin)
             order = torch.where(self.lower[e].isnan().any(1, keepdim=True), by_class, by_margin)
             key = torch.where(waiting, self.lower[e].nan_to_num(-math.inf), math.inf).gather(1, order)
-            self.evaluate(e, order.gather(1, key.sort(stable=True, dim=1).indices[:, :count]))
+            self.evaluate(e, order.gather(1, key.sort(stable=True, dim=1).indices[:, :most]))
 
 
 def certify(passes: Passes, method: Certified, backend: str = "auto") -> Certificate:
     """Runs the algorithm of this module on a group of E >= 1 examples; see there for why `certified` may be believed."""
     search = _Search(passes, method, backend)
-    plan = search.prepare()
-    for first in COUNTS:
-        if bool((plan == first).any()):
-            search.probe((plan == first).nonzero().squeeze(1), first)
-    probed = (search.counts > 0).nonzero().squeeze(1)
-    if len(probed):
-        search.check(probed, search.early[probed], search.early_rows[probed])
+    search.probe(search.prepare())
     search.finish()
-    everyone = torch.arange(len(plan), device=search.device)
     best = search.best
-    bound = torch.minimum(best, torch.where(search.seen, math.inf, search.lower).amin(1))
+    everyone = torch.arange(len(best), device=search.device)
     return Certificate(
         winners=search.nearest.winners,
         pair=search.nearest.pair,
         vjps=search.vjps,
         jvps=search.jvps,
-        certified=search.sound & ~best.isnan() & ~search.undecided(everyone).any(1),
-        lower_bound=torch.where(search.sound | best.isnan(), bound, 0.0),
+        certified=~best.isnan() & ~search.undecided(everyone).any(1),
+        lower_bound=torch.minimum(best, torch.where(search.seen, math.inf, search.lower).amin(1)),
     )
