@@ -1,4 +1,4 @@
-"""analyze: the whole of DESIGN section 2 for a model, streaming its Jacobian instead of holding it."""
+"""analyze: every quantity of docs/design.md, "Quantities", for a model, whose Jacobian is streamed and never held."""
 
 from dataclasses import fields, replace
 from typing import Any

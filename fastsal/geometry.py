@@ -1,4 +1,4 @@
-"""margin_geometry: everything DESIGN calls the system, from one Jacobian in one pass."""
+"""margin_geometry: every quantity of docs/design.md, "Quantities", from one Jacobian in one pass."""
 
 from dataclasses import dataclass
 from typing import Any

@@ -1,0 +1,177 @@
+"""The guides are true: their links lead somewhere, the symbols they name exist, and code cites sections that are there."""
+
+import ast
+import re
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+GUIDES = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/*.md")])
+DESIGN = ROOT / "docs" / "design.md"
+CODE_SUFFIXES = {".py", ".h", ".cpp", ".cu", ".cuh"}
+LINK = re.compile(r"!?\[((?:[^\[\]]|\[[^\]]*\])*)\]\(([^()\s]+)\)")
+
+each_guide = pytest.mark.parametrize("guide", GUIDES, ids=lambda path: path.relative_to(ROOT).as_posix())
+
+
+def prose(path):
+    """The text of a guide without its blocks of code, line for line."""
+    fences = re.compile(r"^```.*?^```", re.M | re.S)
+    return fences.sub(lambda block: "\n" * block[0].count("\n"), path.read_text(encoding="utf-8"))
+
+
+def headings(path):
+    return re.findall(r"^#+ (.+?)\s*$", prose(path), re.M)
+
+
+def anchor(heading):
+    """What GitHub calls the anchor of a heading."""
+    return re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-")
+
+
+def links(path):
+    """(line number, text, file, anchor) of every link of a guide that leads to a file of this project."""
+    for number, line in enumerate(prose(path).splitlines(), 1):
+        for text, target in LINK.findall(line):
+            if not target.startswith(("https://", "http://", "mailto:")):
+                file, _, section = target.partition("#")
+                yield number, text, (path.parent / file).resolve() if file else path, section
+
+
+def defines(path, symbol):
+    """Whether a file of Python, C++ or CUDA defines a symbol, dotted or with colons for a member of a class."""
+    text = path.read_text(encoding="utf-8")
+    if path.suffix == ".py":
+        return symbol in python_symbols(ast.parse(text))
+    *classes, name = symbol.split("::")
+    return all(re.search(rf"\b(?:struct|class) {one}\b", text) for one in classes) and (
+        re.search(rf"\b(?:struct|class) {name}\b", text) is not None or defines_function(text, name)
+    )
+
+
+def python_symbols(node, prefix=""):
+    """Functions, classes, their members, and the names that are assigned to at the top or in a class."""
+    found = set()
+    for child in node.body:
+        if isinstance(child, ast.FunctionDef | ast.ClassDef):
+            found.add(prefix + child.name)
+        if isinstance(child, ast.ClassDef):
+            found |= python_symbols(child, f"{prefix}{child.name}.")
+        targets = child.targets if isinstance(child, ast.Assign) else [getattr(child, "target", None)]
+        found |= {prefix + target.id for target in targets if isinstance(target, ast.Name)}
+    return found
+
+
+def defines_function(text, name):
+    """Whether a body follows the arguments of `name` somewhere, as it does in a definition and not in a call."""
+    for start in re.finditer(rf"\b{name}\(", text):
+        depth, at = 1, start.end()
+        while depth and at < len(text):
+            depth += {"(": 1, ")": -1}.get(text[at], 0)
+            at += 1
+        if re.match(r"\s*(const\s*)?\{", text[at:]):
+            return True
+    return False
+
+
+@each_guide
+def test_links_lead_somewhere(guide):
+    wrong = []
+    for number, text, file, section in links(guide):
+        where = f"{guide.relative_to(ROOT)}, line {number}, link {text!r}:"
+        if not file.exists():
+            wrong.append(f"{where} there is no file {file.relative_to(ROOT)}")
+        elif section and section not in map(anchor, headings(file)):
+            wrong.append(f"{where} {file.relative_to(ROOT)} has no section with the anchor #{section}")
+    assert not wrong, "\n".join(wrong)
+
+
+@each_guide
+def test_linked_symbols_exist(guide):
+    """A link with code for its text and a source file for its target names a symbol that the file defines."""
+    wrong = []
+    for number, text, file, _ in links(guide):
+        symbol = re.fullmatch(r"`([\w.:]+)`", text)
+        if symbol is None or file.suffix not in CODE_SUFFIXES or not file.exists() or file.name in text:
+            continue
+        if not defines(file, symbol[1]):
+            row, column = cell(guide, number, text, file)
+            wrong.append(
+                f"{guide.relative_to(ROOT)}, line {number}, row {row!r}, column {column!r}: "
+                f"{file.relative_to(ROOT)} does not define {symbol[1]}"
+            )
+    assert not wrong, "\n".join(wrong)
+
+
+def cells(line):
+    return [one.strip() for one in line.strip().strip("|").split("|")]
+
+
+def cell(guide, number, text, file):
+    """The first cell of a table's row and the head of the column in which a link stands; twice nothing outside tables."""
+    lines = prose(guide).splitlines()
+    if not lines[number - 1].startswith("|"):
+        return "", ""
+    top = number - 1
+    while lines[top - 1].startswith("|"):
+        top -= 1
+    row = cells(lines[number - 1])
+    column = next(k for k, one in enumerate(row) if text in one and file.name in one)
+    return row[0], cells(lines[top])[column]
+
+
+def test_every_backend_is_named_in_every_row_of_the_table_of_quantities():
+    lines = prose(ROOT / "docs" / "quantities.md").splitlines()
+    top = next(k for k, line in enumerate(lines) if cells(line)[:2] == ["quantity", "reference"])
+    head = cells(lines[top])
+    assert head == ["quantity", "reference", "CPU", "CUDA", "Triton", "test"]
+    wrong = []
+    for number, line in enumerate(lines[top + 2 :], top + 3):
+        if not line.startswith("|"):
+            break
+        row = cells(line)
+        wrong += [
+            f"docs/quantities.md, line {number}, row {row[0]!r}, column {column!r}: wants a link, got {one!r}"
+            for column, one in zip(head[1:], row[1:], strict=True)
+            if not LINK.search(one)
+        ]
+    assert not wrong, "\n".join(wrong)
+
+
+def sources():
+    """Every source file of the project, the tests and the benchmarks but this one."""
+    folders = [ROOT / name for name in ("bench", "csrc", "fastsal", "tests")]
+    files = [
+        ROOT / "setup.py",
+        *(path for folder in folders for path in folder.rglob("*") if path.suffix in CODE_SUFFIXES),
+    ]
+    return sorted(set(files) - {Path(__file__).resolve()})
+
+
+def test_cited_sections_exist():
+    """Code cites the contract as `docs/design.md, "Section"`, and in no other way."""
+    known, wrong = headings(DESIGN), []
+    for path in sources():
+        text = path.read_text(encoding="utf-8")
+        for citation in re.finditer(r"\bDESIGN\b|\bdesign\.md(?:,\s+\"([^\"]+)\")?", text):
+            where = f"{path.relative_to(ROOT)}, line {text.count(chr(10), 0, citation.start()) + 1}:"
+            if citation[1] is None:
+                wrong.append(
+                    f"{where} got {citation[0]!r}, wants docs/design.md and a section in quotes behind a comma"
+                )
+            elif citation[1] not in known:
+                wrong.append(f"{where} docs/design.md has no section {citation[1]!r}")
+    assert not wrong, "\n".join(wrong)
+
+
+def test_readme_is_short_and_fits_a_narrow_window():
+    """160 lines, five columns, and lines of code that need no scrolling at 900 pixels."""
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    lines = text.splitlines()
+    assert len(lines) <= 160
+    for number, line in enumerate(lines, 1):
+        assert not line.startswith("|") or len(cells(line)) <= 5, f"README.md, line {number}: more than five columns"
+    for block in re.findall(r"^```.*?\n(.*?)^```", text, re.M | re.S):
+        for line in block.splitlines():
+            assert len(line) <= 96, f"README.md: {line!r} has {len(line)} characters and scrolls at 900 pixels"
