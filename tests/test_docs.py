@@ -121,11 +121,10 @@ def cell(guide, number, text, file):
     return row[0], cells(lines[top])[column]
 
 
-def test_every_backend_is_named_in_every_row_of_the_table_of_quantities():
+def test_every_row_of_the_table_of_quantities_names_every_backend():
+    head = ["quantity", "reference", "CPU", "CUDA", "Triton"]
     lines = prose(ROOT / "docs" / "quantities.md").splitlines()
-    top = next(k for k, line in enumerate(lines) if cells(line)[:2] == ["quantity", "reference"])
-    head = cells(lines[top])
-    assert head == ["quantity", "reference", "CPU", "CUDA", "Triton", "test"]
+    top = next(k for k, line in enumerate(lines) if cells(line) == head)
     wrong = []
     for number, line in enumerate(lines[top + 2 :], top + 3):
         if not line.startswith("|"):
