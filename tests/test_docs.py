@@ -1,6 +1,7 @@
 """The guides are true: their links lead somewhere, the symbols they name exist, and code cites sections that are there."""
 
 import ast
+import itertools
 import re
 from pathlib import Path
 
@@ -89,18 +90,18 @@ def test_links_lead_somewhere(guide):
 
 @each_guide
 def test_linked_symbols_exist(guide):
-    """A link with code for its text and a source file for its target names a symbol that the file defines."""
-    wrong = []
+    """A link to a source file from a table, or with code for its text, names a symbol that the file defines."""
+    wrong, lines = [], prose(guide).splitlines()
     for number, text, file, _ in links(guide):
-        symbol = re.fullmatch(r"`([\w.:]+)`", text)
-        if symbol is None or file.suffix not in CODE_SUFFIXES or not file.exists() or file.name in text:
-            continue
-        if not defines(file, symbol[1]):
-            row, column = cell(guide, number, text, file)
-            wrong.append(
-                f"{guide.relative_to(ROOT)}, line {number}, row {row!r}, column {column!r}: "
-                f"{file.relative_to(ROOT)} does not define {symbol[1]}"
-            )
+        in_table = lines[number - 1].startswith("|")
+        if file.suffix in CODE_SUFFIXES and file.exists() and file.name not in text and (in_table or "`" in text):
+            symbol = text.strip("`")
+            if not defines(file, symbol):
+                row, column = cell(lines, number, text, file) if in_table else ("", "")
+                wrong.append(
+                    f"{guide.relative_to(ROOT)}, line {number}, row {row!r}, column {column!r}: "
+                    f"{file.relative_to(ROOT)} does not define {symbol}"
+                )
     assert not wrong, "\n".join(wrong)
 
 
@@ -108,33 +109,27 @@ def cells(line):
     return [one.strip() for one in line.strip().strip("|").split("|")]
 
 
-def cell(guide, number, text, file):
-    """The first cell of a table's row and the head of the column in which a link stands; twice nothing outside tables."""
-    lines = prose(guide).splitlines()
-    if not lines[number - 1].startswith("|"):
-        return "", ""
-    top = number - 1
+def cell(lines, number, text, file):
+    """The first cell of a table's row, and the head of the column in which the row has a link."""
+    row, top = cells(lines[number - 1]), number - 1
     while lines[top - 1].startswith("|"):
         top -= 1
-    row = cells(lines[number - 1])
-    column = next(k for k, one in enumerate(row) if text in one and file.name in one)
+    column = next(k for k, one in enumerate(row) if f"[{text}]" in one and file.name in one)
     return row[0], cells(lines[top])[column]
 
 
-def test_every_row_of_the_table_of_quantities_names_every_backend():
+def test_every_row_of_the_tables_of_quantities_names_every_backend():
     head = ["quantity", "reference", "CPU", "CUDA", "Triton"]
     lines = prose(ROOT / "docs" / "quantities.md").splitlines()
-    top = next(k for k, line in enumerate(lines) if cells(line) == head)
-    wrong = []
-    for number, line in enumerate(lines[top + 2 :], top + 3):
-        if not line.startswith("|"):
-            break
-        row = cells(line)
-        wrong += [
-            f"docs/quantities.md, line {number}, row {row[0]!r}, column {column!r}: wants a link, got {one!r}"
-            for column, one in zip(head[1:], row[1:], strict=True)
-            if not LINK.search(one)
-        ]
+    tops = [k for k, line in enumerate(lines) if cells(line) == head]
+    wrong = [
+        f"docs/quantities.md, line {number}, row {row[0]!r}, column {column!r}: wants a link, got {one!r}"
+        for top in tops
+        for number, row in enumerate(map(cells, itertools.takewhile(lambda line: line, lines[top + 2 :])), top + 3)
+        for column, one in zip(head[1:], row[1:], strict=True)
+        if not LINK.search(one)
+    ]
+    assert len(tops) == 2
     assert not wrong, "\n".join(wrong)
 
 
