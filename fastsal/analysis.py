@@ -1,4 +1,4 @@
-"""The model level: every quantity of a model and a batch, from a Jacobian that is streamed and never held."""
+"""analyze: every quantity of docs/design.md, "Quantities", for a model, whose Jacobian is streamed and never held."""
 
 from dataclasses import fields, replace
 from typing import Any

@@ -1,4 +1,4 @@
-"""The tensor level: every quantity of a batch from its logits, its Jacobian and its inputs, in one pass over the Jacobian."""
+"""margin_geometry: every quantity of docs/design.md, "Quantities", from one Jacobian in one pass."""
 
 from dataclasses import dataclass
 from typing import Any

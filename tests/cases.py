@@ -1,6 +1,6 @@
 """Inputs, truth and comparison that the tests of every backend share.
 
-The truth is written from DESIGN section 2 alone, one example and one class at a time, in numpy.longdouble: its
+The truth is written from docs/design.md, "Quantities", alone, one example and one class at a time, in numpy.longdouble: its
 exponents hold the square of any float64, so that no scaling is needed, and its 64-bit mantissa leaves float64 results
 their 1e-13.
 """
@@ -70,7 +70,7 @@ def out_dtype(dtype: torch.dtype) -> torch.dtype:
 
 
 def tolerance(dtype: torch.dtype) -> float:
-    """DESIGN section 2, in units of each quantity's own scale."""
+    """docs/design.md, "Accuracy": in units of each quantity's own scale."""
     return 1e-13 if dtype == torch.float64 else 1e-6
 
 
@@ -85,7 +85,7 @@ def inputs(
 
 
 class Truth(NamedTuple):
-    """Values and their scales (the yardsticks of DESIGN's accuracy), each a long double array [B] or [B, ...]."""
+    """Values and their scales (docs/design.md, "Accuracy"), each a long double array [B] or [B, ...]."""
 
     values: dict[str, Any]
     scales: dict[str, Any]
@@ -109,7 +109,7 @@ def vector_norm(v: Any, q: float) -> Any:
 
 
 def ratio(margin: Any, distance: Any) -> Any:
-    """The ordered rules of DESIGN section 2 (and of its section 3 for a negative margin)."""
+    """The ordered rules of docs/design.md, "Edge cases"."""
     if np.isnan(margin) or np.isnan(distance):
         return np.nan
     if margin == 0:
@@ -265,7 +265,7 @@ def assert_geometry(result: Any, logits: Tensor, jacobian: Tensor, x: Tensor, p:
     for b, (got, want) in enumerate(
         zip(result.runner_up.tolist(), truth.values["runner_up"].astype(int).tolist(), strict=True)
     ):
-        if got != want:  # DESIGN leaves the choice open between ratios that differ by less than 2e-6
+        if got != want:  # docs/design.md, "Accuracy": between ratios that differ by less than 2e-6 the choice is open
             assert truth.ratios[b, got] <= truth.ratios[b, want] * (1 + 2e-6), f"runner_up {got}, wants {want}"
     truth = geometry_truth(logits, jacobian, x, p, result.runner_up)
     tol = tolerance(jacobian.dtype)

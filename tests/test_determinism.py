@@ -1,6 +1,7 @@
 """An example's results depend on its own logits, Jacobian and x alone: the same bits whatever surrounds them.
 
-DESIGN section 2 asks it of one backend at one SIMD level, so the levels are compared with the truth, not with each other.
+docs/design.md, "Determinism", asks it of one backend at one SIMD level, so that levels are compared with the truth, not with
+each other.
 """
 
 import contextlib

@@ -1,4 +1,4 @@
-"""Every example in a docstring of the installed package runs, and every one of the README; public docstrings are complete."""
+"""Every example in a docstring of the installed package runs, and every one of the guides; public docstrings are complete."""
 
 import dataclasses
 import doctest
@@ -14,6 +14,7 @@ import fastsal
 
 NATIVE = ("fastsal._cpu", "fastsal._cuda")
 MODULES = ["fastsal", *(module.name for module in pkgutil.walk_packages(fastsal.__path__, "fastsal."))]
+ROOT = Path(__file__).resolve().parent.parent
 
 
 @pytest.mark.parametrize("name", [name for name in MODULES if name not in NATIVE and not name.endswith("__main__")])
@@ -47,7 +48,18 @@ def test_every_parameter_and_field_is_described(thing):
         assert sections == ["Args:", "Returns:", "Raises:", "Example:"]
 
 
+@pytest.mark.parametrize("guide", sorted(ROOT.glob("docs/*.md")), ids=lambda path: path.name)
+def test_guides(guide):
+    """The sessions of a guide, which say what comes out."""
+    assert doctest.testfile(str(guide), module_relative=False).failed == 0
+
+
+def test_toy_theory_is_among_the_examples():
+    assert doctest.testfile(str(ROOT / "docs" / "quantities.md"), module_relative=False).attempted > 5
+
+
 def test_readme():
-    results = doctest.testfile(str(Path(__file__).resolve().parent.parent / "README.md"), module_relative=False)
-    assert results.attempted > 5
-    assert results.failed == 0
+    """The README's Python, from first to last in one session."""
+    blocks = re.findall(r"^```python\n(.*?)^```", (ROOT / "README.md").read_text(encoding="utf-8"), re.M | re.S)
+    assert len(blocks) == 2
+    exec("".join(blocks), {})

@@ -304,7 +304,7 @@ def test_empty_batch(target):
 @settings(derandomize=True, max_examples=150, deadline=None)
 @given(inputs=cases.special_inputs())
 def test_special_values(target, norm, inputs):
-    """Zeros, extremes, infinities, NaN and equal rows anywhere, against the ordered rules of `cases.ratio`."""
+    """Zeros, extremes, infinities, NaN and equal rows anywhere, against the rules of docs/design.md, "Edge cases"."""
     check(target, *inputs, norm)
 
 
