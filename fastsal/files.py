@@ -6,7 +6,7 @@ import os
 import traceback
 from collections.abc import Iterator
 from pathlib import Path
-from types import ModuleType, TracebackType
+from types import ModuleType
 from typing import IO
 
 import torch
@@ -22,6 +22,14 @@ class CommandError(Exception):
     """What the user has to put right, in one line; a command ends with status 2."""
 
 
+def one_line(error: BaseException) -> str:
+    """What was raised, by foreign code, and where in that code: one line, cut where it is long."""
+    text = " ".join(f"{type(error).__name__}: {error}".split())
+    text = text if len(text) <= 500 else f"{text[:500]} ..."
+    frames = [frame for frame in traceback.extract_tb(error.__traceback__) if not frame.filename.startswith(_OTHERS)]
+    return text + (f" ({frames[-1].filename}:{frames[-1].lineno})" if frames else "")
+
+
 class Blame:
     """Whatever is raised inside, by the user's own files and code, becomes a `CommandError` that names `what` and the place.
 
@@ -34,14 +42,10 @@ class Blame:
     def __enter__(self) -> None:
         return None
 
-    def __exit__(self, kind: object, error: BaseException | None, where: TracebackType | None) -> None:
+    def __exit__(self, kind: object, error: BaseException | None, where: object) -> None:
         if isinstance(error, CommandError) or not isinstance(error, Exception | SystemExit):
             return
-        text = " ".join(f"{type(error).__name__}: {error}".split())
-        text = text if len(text) <= 500 else f"{text[:500]} ..."
-        frames = [frame for frame in traceback.extract_tb(where) if not frame.filename.startswith(_OTHERS)]
-        place = f" ({frames[-1].filename}:{frames[-1].lineno})" if frames else ""
-        raise CommandError(f"{self.what}: {text}{place}") from error
+        raise CommandError(f"{self.what}: {one_line(error)}") from error
 
 
 def extra(name: str, install: str = "'fastsal[demo]'") -> ModuleType:
@@ -63,13 +67,30 @@ def check_output(path: Path, endings: tuple[str, ...]) -> None:
 
 
 @contextlib.contextmanager
-def replacing(path: Path) -> Iterator[IO[bytes]]:
-    """A file beside `path` to write into, renamed to it at the end; whatever interrupts leaves nothing behind."""
+def whole_file(path: Path) -> Iterator[IO[bytes]]:
+    """A file beside `path` to write into, renamed to it at the end, so that `path` is never there in part.
+
+    Whatever interrupts leaves nothing behind, except SIGKILL and a loss of power, which may leave the file beside. Once this
+    has ended, a loss of power does not undo it: the file and its folder are on the disk.
+    """
     beside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    with Blame(f"--out {path}"):
-        try:
-            with beside.open("wb") as file:
-                yield file
-            beside.replace(path)
-        finally:
-            beside.unlink(missing_ok=True)
+    try:
+        with beside.open("wb") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        beside.replace(path)
+    finally:
+        beside.unlink(missing_ok=True)
+    folder = os.open(path.parent, os.O_RDONLY)
+    try:
+        os.fsync(folder)
+    finally:
+        os.close(folder)
+
+
+@contextlib.contextmanager
+def replacing(path: Path) -> Iterator[IO[bytes]]:
+    """`whole_file` for the file that a command's --out names: an error becomes one line that says so."""
+    with Blame(f"--out {path}"), whole_file(path) as file:
+        yield file
