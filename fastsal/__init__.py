@@ -3,6 +3,7 @@
 from fastsal import plot
 from fastsal.adversarial import Adversarial, deepfool
 from fastsal.analysis import analyze
+from fastsal.datasets import evaluate
 from fastsal.geometry import Geometry, margin_geometry
 from fastsal.methods import Candidates, Certified, Exact
 from fastsal.ops import info
@@ -18,6 +19,7 @@ __all__ = [
     "PairwiseMargins",
     "analyze",
     "deepfool",
+    "evaluate",
     "info",
     "margin_geometry",
     "pairwise_margins",

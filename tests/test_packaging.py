@@ -171,7 +171,7 @@ class TestInstalled:
             "before = set(sys.modules)\n"
             "import fastsal\n"
             "new = {name.split('.')[0] for name in set(sys.modules) - before}\n"
-            "print(torch.cuda.is_initialized(), new & {'foolbox', 'matplotlib', 'safetensors', 'scipy', 'sklearn', 'tqdm'})"
+            "print(torch.cuda.is_initialized(), new & {'foolbox', 'matplotlib', 'pyarrow', 'safetensors', 'scipy', 'sklearn', 'tqdm'})"
         )
         result = run_python("-W", "error", "-c", code)
         assert (result.stdout, result.stderr) == ("False set()\n", "")
@@ -192,6 +192,7 @@ LAYERS = [
     "__init__",
     "plot",
     "adversarial",
+    "datasets",
     "analysis",
     "methods",
     "passes",
