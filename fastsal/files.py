@@ -56,14 +56,14 @@ def extra(name: str, install: str = "'fastsal[demo]'") -> ModuleType:
         raise CommandError(f"{error}; pip install {install}") from error
 
 
-def check_output(path: Path, endings: tuple[str, ...]) -> None:
+def check_output(path: Path, endings: tuple[str, ...], option: str = "--out") -> None:
     """Says now, not after the work, that a file cannot be written."""
     if path.suffix not in endings:
-        raise CommandError(f"--out {path}: the ending decides the format, wants {' or '.join(endings)}")
+        raise CommandError(f"{option} {path}: the ending decides the format, wants {' or '.join(endings)}")
     if path.is_dir():
-        raise CommandError(f"--out {path}: is a folder")
+        raise CommandError(f"{option} {path}: is a folder")
     if not os.access(path.parent, os.W_OK):
-        raise CommandError(f"--out {path}: cannot write into the folder {path.parent}")
+        raise CommandError(f"{option} {path}: cannot write into the folder {path.parent}")
 
 
 @contextlib.contextmanager

@@ -1,19 +1,23 @@
 """Plots of `Geometry` results: any quantity against another, homogeneity, saliency maps. Needs matplotlib, on first use only.
 
 Every function draws on the axes it is given, or on new ones, and returns them. Colours can be told apart by colour-blind
-readers. Results come one at a time, or as a mapping from a name (which the legend shows) to each.
+readers. Results come one at a time, or as a mapping from a name (which the legend shows) to each; each is a `Geometry`, or the
+folder that `fastsal.evaluate` wrote.
 """
 
 import importlib
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 from torch import Tensor
 
+from fastsal.datasets import load
 from fastsal.geometry import Geometry
 
-Results = Geometry | Mapping[str, Geometry]
+Result = Geometry | str | Path
+Results = Result | Mapping[str, Result]
 Values = np.ndarray[Any, np.dtype[np.float64]]
 Quantity = (
     str | Any
@@ -43,17 +47,23 @@ def _array(value: Any) -> Values:
     return array
 
 
+def _named(results: Results, name: str = "") -> dict[str, Geometry]:
+    """Every result by its name, read where it is a folder; one alone has this name."""
+    named = dict(results) if isinstance(results, Mapping) else {name: results}
+    return {name: one if isinstance(one, Geometry) else load(one) for name, one in named.items()}
+
+
 def _values(results: Results, quantity: Quantity) -> dict[str, Values]:
     """The quantity of every result, by the result's name."""
-    named = {"": results} if isinstance(results, Geometry) else dict(results)
+    named = _named(results)
     if isinstance(quantity, str):
         if quantity not in LABELS:
             raise ValueError(f"quantity: got {quantity!r}, wants the values themselves or one of {list(LABELS)}")
         values = {name: _array(getattr(result, quantity)) for name, result in named.items()}
-    elif isinstance(results, Geometry):
-        values = {"": _array(quantity)}
-    else:
+    elif isinstance(results, Mapping):
         values = {name: _array(quantity[name]) for name in named}
+    else:
+        values = {"": _array(quantity)}
     for name, result in named.items():
         if values[name].shape != tuple(result.prediction.shape):
             raise ValueError(
@@ -102,7 +112,7 @@ def scatter(
 ) -> Any:
     """A point for every example: one quantity against another, on logarithmic axes where every value is positive.
 
-    results: a `Geometry`, or a mapping from names to several.
+    results: a `Geometry`, the folder of `fastsal.evaluate`, or a mapping from names to several.
     x, y: names of scalars of `Geometry`, or values of your own, such as the distances that `fastsal.deepfool` found: [B] for
         one result, a mapping from the same names for several.
     diagonal: draw where both are equal; by default where both are lengths in units of x.
@@ -226,7 +236,7 @@ def saliency_grid(x: Tensor, results: Results, *, columns: int = 8, figure: Any 
     >>> fastsal.plot.saliency_grid(images, fastsal.analyze(model, images, keep_saliency=True)).shape
     (2, 4)
     """
-    named = {"saliency g": results} if isinstance(results, Geometry) else dict(results)
+    named = _named(results, "saliency g")
     columns = min(columns, len(x))
     maps = {}
     for name, result in named.items():

@@ -1,4 +1,4 @@
-"""evaluate: `analyze` for every example of a data set, by one process or several, into a folder of results that survives kills.
+"""Whole data sets: `evaluate` runs `analyze` on every example, on one process or several, into a folder that survives kills.
 
 Batch b holds the examples from b · batch_size on, whoever analyses it and whatever is done already, so that the finished table
 does not depend on how the work was shared or interrupted. Processes share through torch.distributed: the first lists what is
@@ -188,7 +188,11 @@ def load(folder: str | Path) -> Geometry:
     found = shards.shards(Path(folder))
     if not found:
         raise ValueError(f"results: {folder} holds no results of fastsal.evaluate")
-    columns = shards.read(found)
+    return as_geometry(shards.read(found))
+
+
+def as_geometry(columns: Columns) -> Geometry:
+    """A table of results as a `Geometry`, without distances and saliency maps."""
     method = next((str(name) for name in columns["method"] if name), "")
     probability = columns["failure_probability"]
     known = probability[~np.isnan(probability)]

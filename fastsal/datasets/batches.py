@@ -112,7 +112,7 @@ class Analysis:
                 with torch.no_grad():
                     return x, x.dtype, call(self.model, x).shape[1], label != NO_CLASS
             except Exception as error:
-                problem = f"on x of shape {tuple(x.shape)}: {one_line(error)}"
+                problem = f"model: on x of shape {tuple(x.shape)}: {one_line(error)}"
         raise RuntimeError(problem)
 
     def _analyze(self, x: Tensor) -> Geometry:
@@ -146,7 +146,7 @@ class Analysis:
 
     def _complaints(self, batch: Batch, x: Tensor, error: Exception) -> dict[int, str]:
         """Why the examples that the model cannot take alone cannot be analysed; raises where that explains nothing."""
-        where = f"examples {batch.indices[0]} to {batch.indices[-1]}: {one_line(error)}"
+        where = f"model: examples {batch.indices[0]} to {batch.indices[-1]}: {one_line(error)}"
         if isinstance(error, RuntimeError) and is_out_of_memory(error):
             raise RuntimeError(f"{where}; a smaller batch size or chunk size needs less memory") from error
         each = {index: self._complaint(one.unsqueeze(0)) for index, one in zip(batch.readable, x, strict=True)}

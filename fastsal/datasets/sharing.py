@@ -3,7 +3,6 @@
 import contextlib
 import importlib
 import importlib.util
-import math
 import sys
 import time
 import uuid
@@ -122,13 +121,14 @@ class Work:
         self, team: Team, missing: list[int], batches: Batches, save: Callable[[Columns], None], save_every: float
     ) -> None:
         self.team, self.missing, self.batches, self.save, self.save_every = team, missing, batches, save, save_every
-        self.pace = math.inf  # seconds a batch
+        self.pace = 0.0  # seconds a batch, as soon as one is done
         self.waiting: list[Columns] = []
 
     def _deal(self) -> Iterator[int]:
         left = len(self.missing)
         while True:
-            size = max(1, min(int(self.save_every / 2 / self.pace), left // (2 * self.team.size)))
+            wanted = self.save_every / 2 / self.pace if self.pace else 1
+            size = max(1, int(min(wanted, left // (2 * self.team.size))))
             end = self.team.count("dealt", size)
             yield from self.missing[end - size : end]
             left = len(self.missing) - end
