@@ -171,7 +171,8 @@ class TestInstalled:
             "before = set(sys.modules)\n"
             "import fastsal\n"
             "new = {name.split('.')[0] for name in set(sys.modules) - before}\n"
-            "print(torch.cuda.is_initialized(), new & {'foolbox', 'matplotlib', 'pyarrow', 'safetensors', 'scipy', 'sklearn', 'tqdm'})"
+            "heavy = {'foolbox', 'matplotlib', 'pyarrow', 'safetensors', 'scipy', 'sklearn', 'tqdm'}\n"
+            "print(torch.cuda.is_initialized(), new & heavy)"
         )
         result = run_python("-W", "error", "-c", code)
         assert (result.stdout, result.stderr) == ("False set()\n", "")
