@@ -85,6 +85,7 @@ class Bar:
         tqdm = None
         if shown and team.rank == 0 and importlib.util.find_spec("tqdm") is not None:
             tqdm = importlib.import_module("tqdm").tqdm
+        self.before = done
         self.bar = tqdm and tqdm(total=total, initial=done, unit="example")
 
     def __enter__(self) -> "Bar":
@@ -95,9 +96,9 @@ class Bar:
             self.bar.close()
 
     def reach(self, done: int) -> None:
-        """Shows that this many examples are done."""
+        """Shows that this run has done so many examples."""
         if self.bar:
-            self.bar.update(done - self.bar.n)
+            self.bar.update(self.before + done - self.bar.n)
 
 
 class _Sampler:
@@ -141,7 +142,6 @@ class Work:
             self.batches, batch_size=None, sampler=_Sampler(self._deal), num_workers=workers, collate_fn=_same
         )
         saved = start = time.monotonic()
-        finished = bar.bar.n if bar.bar else 0
         try:
             for done, batch in enumerate(loader, 1):
                 self.waiting.append(analysis.table(batch))
@@ -151,7 +151,7 @@ class Work:
                 if now - saved >= self.save_every or rows >= HELD_ROWS:
                     self.flush()
                     saved = time.monotonic()
-                bar.reach(finished + self.team.count("done", len(batch.indices)))
+                bar.reach(self.team.count("done", len(batch.indices)))
         finally:
             self.flush()
 

@@ -8,8 +8,8 @@ import numpy as np
 
 from fastsal.reference import SCALARS
 
-# A table of results: a column [N] for each scalar of Geometry, besides `index`, and perhaps `y` (the true class), `name` and
-# `error`, which is "" for an example that was analysed. The others hold NaN, -1, False and "".
+# A table of results: a column [N] for each scalar of Geometry, `index`, perhaps `name` and `y` (the true class), and `error`, ""
+# for an example that was analysed. Where it is not "", the scalars are NaN, -1, False or "".
 Columns = dict[str, np.ndarray[Any, Any]]
 NO_CLASS = -1
 PRINTED = (
@@ -45,11 +45,19 @@ class Group:
 
 @dataclass(frozen=True)
 class Example:
-    """One example of a table: its index, its name (or ""), its ρ̃, and what kept it from being analysed (or "")."""
+    """An example of a table: its index, its name (or "") and its ρ̃."""
 
     index: int
     name: str
     linearized_robustness: float
+
+
+@dataclass(frozen=True)
+class Failure:
+    """An example that was not analysed: its index, its name (or ""), and what went wrong."""
+
+    index: int
+    name: str
     error: str
 
 
@@ -78,7 +86,7 @@ class Summary:
     all: Group
     by_class: dict[int, Group]
     least_robust: tuple[Example, ...]
-    failures: tuple[Example, ...]
+    failures: tuple[Failure, ...]
 
     def __str__(self) -> str:
         return "\n".join(_lines(self))
@@ -110,20 +118,15 @@ def _by_class(columns: Columns, rows: np.ndarray[Any, Any]) -> dict[int, Group]:
     return {int(y): _group(columns, part) for y, part in zip(found, parts, strict=True) if y != NO_CLASS}
 
 
-def _examples(columns: Columns, rows: np.ndarray[Any, Any]) -> tuple[Example, ...]:
-    blank = np.full(len(columns["index"]), "", dtype=object)
-    name, error = columns.get("name", blank), columns.get("error", blank)
-    rho = columns["linearized_robustness"]
-    return tuple(Example(int(columns["index"][i]), str(name[i]), float(rho[i]), str(error[i])) for i in rows[:LISTED])
-
-
 def summarize(columns: Columns, shape: tuple[int, ...], classes: int, norm: str) -> Summary:
     """The summary of a table whose rows are in the order of their index."""
-    N = len(columns["index"])
-    failed = columns["error"] != "" if "error" in columns else np.zeros(N, dtype=bool)
+    index = columns["index"].tolist()
+    N = len(index)
+    failed = columns["error"] != ""
     rows = np.flatnonzero(~failed)
-    rho = columns["linearized_robustness"][rows]
-    nearest = rows[np.argsort(rho, kind="stable")]  # NaN comes last
+    rho = columns["linearized_robustness"]
+    nearest = rows[np.argsort(rho[rows], kind="stable")]  # NaN comes last
+    names = columns.get("name", np.full(N, "", dtype=object))
 
     def mean(name: str) -> float:
         return float(columns[name][rows].mean()) if len(rows) else float("nan")
@@ -141,12 +144,12 @@ def summarize(columns: Columns, shape: tuple[int, ...], classes: int, norm: str)
         jvps=mean("jvps"),
         all=_group(columns, rows),
         by_class=_by_class(columns, rows),
-        least_robust=_examples(columns, nearest),
-        failures=_examples(columns, np.flatnonzero(failed)),
+        least_robust=tuple(Example(index[i], names[i], float(rho[i])) for i in nearest[:LISTED]),
+        failures=tuple(Failure(index[i], names[i], columns["error"][i]) for i in np.flatnonzero(failed)[:LISTED]),
     )
 
 
-def _called(example: Example) -> str:
+def _called(example: Example | Failure) -> str:
     return f"{example.index} ({example.name})" if example.name else str(example.index)
 
 
