@@ -8,8 +8,8 @@ import numpy as np
 
 from fastsal.reference import SCALARS
 
-# A table of results: a column [N] for each scalar of Geometry, `index`, perhaps `name` and `y` (the true class), and `error`, ""
-# for an example that was analysed. Where it is not "", the scalars are NaN, -1, False or "".
+# A table of results: a column [N] for each scalar of Geometry, `index`, perhaps `name` and `y` (the true class), and `error`,
+# which is "" for an example that was analysed. For the others the scalars are NaN, -1, False or "".
 Columns = dict[str, np.ndarray[Any, Any]]
 NO_CLASS = -1
 PRINTED = (
