@@ -66,6 +66,15 @@ def record(shard: Path) -> Record:
     return found
 
 
+def changes(before: Record, now: Record) -> str:
+    """What differs between two records, by name."""
+    return "; ".join(
+        f"{name} was {before.get(name)!r}, is {now.get(name)!r}"
+        for name in sorted({*before, *now})
+        if before.get(name) != now.get(name)
+    )
+
+
 def finished(folder: Path, made_from: Record) -> list[Path]:
     """The shards of a folder after a check that all were made from the same; ValueError says what differs."""
     found = shards(folder)
@@ -76,13 +85,8 @@ def finished(folder: Path, made_from: Record) -> list[Path]:
         end = span(shard).stop
         before = record(shard)["made_from"]
         if before != made_from:
-            changed = [
-                f"{name} was {before.get(name)!r}, is {made_from.get(name)!r}"
-                for name in sorted({*before, *made_from})
-                if before.get(name) != made_from.get(name)
-            ]
             raise ValueError(
-                f"out: {folder} holds results of something else: {'; '.join(changed)}; wants another folder"
+                f"out: {folder} holds results of something else: {changes(before, made_from)}; wants another folder"
             )
     return found
 
