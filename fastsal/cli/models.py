@@ -86,7 +86,8 @@ def _named(name: str, weights: str | None) -> Loaded:
     make = _timm if library == "timm" else _torchvision
     hint = "; --weights FILE needs no download" if weights is None else ""
     try:
-        with Blame(f"--model {name}"):
+        with Blame(f"--model {name}"), torch.random.fork_rng([]):
+            torch.manual_seed(0)  # untrained networks are the same in every process, and when a run goes on
             model, transform, mean, std = make(module, network, weights is None)
     except CommandError as error:
         raise CommandError(f"{error}{hint}") from error

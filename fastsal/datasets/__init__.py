@@ -118,7 +118,8 @@ def evaluate(
         first, finished = team.decided(survey)
         if first != origin:
             raise ValueError(
-                f"process {team.rank} was given something else than process 0: {origin} instead of {first}"
+                f"process {team.rank} of {team.size} was given something else than the first one (random weights, perhaps): "
+                f"{shards.changes(first, origin)}"
             )
         if share is None:
             held.enter_context(shards.locked(folder, alone=False))

@@ -37,10 +37,9 @@ class Team:
         try:
             yield
         except RuntimeError as error:
-            reason = str(error).partition("\n")[0]
             raise RuntimeError(
-                f"process {self.rank} of {self.size}: another process of this run has ended ({reason}); what was saved is in "
-                "the folder: call again in the same way, with any number of processes, and the work goes on"
+                f"process {self.rank} of {self.size}: another process of this run has ended; what was saved is in the folder: "
+                "call again in the same way, with any number of processes, and the work goes on"
             ) from error
 
     def _from_first(self, value: Any) -> Any:
