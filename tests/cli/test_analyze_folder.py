@@ -172,9 +172,8 @@ class TestBadExamples:
             status, text, err = run(model="Careful", data="bad.npz", out=out)
             assert status == 1
             assert "not analysed, their rows are null: 2 of 21 examples, 4, 7; the column error says why\n" in text
-            assert [line[:59] for line in err.splitlines()] == [
-                f"fastsal analyze: warning: example {i}: ArithmeticError: too b" for i in (4, 7)
-            ]
+            for i, line in zip((4, 7), err.splitlines(), strict=True):
+                assert line.startswith(f"fastsal analyze: warning: example {i}: ArithmeticError: too bright (")
         with open("bad.csv", newline="") as file:
             rows = list(csv.DictReader(file))
         filled = {name for name, value in rows[4].items() if value}
