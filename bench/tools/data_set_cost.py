@@ -49,7 +49,7 @@ class Photographs(Dataset[Any]):
     def __init__(self, examples: int) -> None:
         from sklearn.datasets import load_sample_images
 
-        self.images = [torch.from_numpy(image).permute(2, 0, 1) / 255 for image in load_sample_images().images]
+        self.images = [torch.tensor(image).permute(2, 0, 1) / 255 for image in load_sample_images().images]
         self.examples = examples
 
     def __len__(self) -> int:

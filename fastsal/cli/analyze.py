@@ -37,7 +37,7 @@ from torch import distributed as dist
 
 from fastsal import plot
 from fastsal.cli import inputs, models
-from fastsal.cli.options import positive
+from fastsal.cli.options import natural, positive
 from fastsal.datasets import as_geometry, evaluate, in_memory, shards
 from fastsal.datasets.batches import MISSING
 from fastsal.datasets.summary import Columns, Summary
@@ -93,7 +93,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--batch-size", type=positive, default=64, help="examples at once; default: %(default)s")
     parser.add_argument("--chunk-size", type=positive, help="classes at once; default: chosen by device")
     parser.add_argument("--backend", default="auto", help="see fastsal info; default: auto")
-    parser.add_argument("--workers", type=_from_zero, default=0, help="processes that read ahead; default: 0")
+    parser.add_argument("--workers", type=natural, default=0, help="processes that read ahead; default: 0")
     parser.add_argument(
         "--save-every",
         type=_from_zero,
@@ -240,7 +240,7 @@ def run(arguments: argparse.Namespace) -> int:
         options: dict[str, Any] = {
             name: getattr(arguments, name) for name in ("norm", "method", "batch_size", "chunk_size", "backend")
         }
-        options |= {"workers": int(arguments.workers), "names": getattr(data, "names", None)}
+        options |= {"workers": arguments.workers, "names": getattr(data, "names", None)}
         with _processes(device) as first:
             try:
                 if folder:
@@ -255,7 +255,7 @@ def run(arguments: argparse.Namespace) -> int:
             if arguments.plot is not None:
                 _picture(arguments.plot, arguments.out if folder else as_geometry(columns))
             _say(summary, [text for text in (note, loaded.note) if text], arguments)
-    return 1 if summary.failed else 0
+    return 1 if first and summary.failed else 0  # torchrun ends all where one has another status than 0
 
 
 @contextlib.contextmanager
@@ -271,7 +271,14 @@ def _from_here() -> Iterator[None]:
 
 @contextlib.contextmanager
 def _short_warnings() -> Iterator[None]:
-    """Warnings as one line each, without a line of source."""
+    """Warnings as one line each, without a line of source, and each text once."""
+    said = set()
+
+    def show(message: Warning | str, *_: Any, **__: Any) -> None:
+        if str(message) not in said:
+            print(f"fastsal analyze: warning: {message}", file=sys.stderr)
+        said.add(str(message))
+
     with warnings.catch_warnings():
-        warnings.showwarning = lambda message, *_, **__: print(f"fastsal analyze: warning: {message}", file=sys.stderr)
+        warnings.showwarning = show
         yield

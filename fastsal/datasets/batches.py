@@ -140,13 +140,19 @@ class Analysis:
                 errors |= found
                 readable = [index for index in readable if index not in found]
                 if readable:
-                    result = self._analyze(x[[batch.readable.index(index) for index in readable]])
+                    try:
+                        result = self._analyze(x[[batch.readable.index(index) for index in readable]])
+                    except Exception as again:
+                        raise RuntimeError(self._where(batch, again)) from again
         self._warn(errors)
         return self._columns(batch, readable, result, errors)
 
+    def _where(self, batch: Batch, error: Exception) -> str:
+        return f"model: examples {batch.indices[0]} to {batch.indices[-1]}: {one_line(error)}"
+
     def _complaints(self, batch: Batch, x: Tensor, error: Exception) -> dict[int, str]:
         """Why the examples that the model cannot take alone cannot be analysed; raises where that explains nothing."""
-        where = f"model: examples {batch.indices[0]} to {batch.indices[-1]}: {one_line(error)}"
+        where = self._where(batch, error)
         if isinstance(error, RuntimeError) and is_out_of_memory(error):
             raise RuntimeError(f"{where}; a smaller batch size or chunk size needs less memory") from error
         each = {index: self._complaint(one.unsqueeze(0)) for index, one in zip(batch.readable, x, strict=True)}

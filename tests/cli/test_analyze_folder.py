@@ -167,10 +167,10 @@ class TestBadExamples:
     def test_status_1_and_gaps(self, run):
         x = np.load("x.npz")["x"]
         x[[4, 7], 0, 0, 0] = 101
-        np.savez("bad.npz", x=x, y=np.arange(21) % 3)
+        np.savez("dim.npz", x=x, y=np.arange(21) % 3)
         for out in ("results", "bad.csv", "bad.npz", "bad.parquet"):
-            status, text, err = run(model="Careful", data="bad.npz", out=out)
-            assert status == 1
+            status, text, err = run(model="Careful", data="dim.npz", out=out)
+            assert status == 1, err
             assert "not analysed, their rows are null: 2 of 21 examples, 4, 7; the column error says why\n" in text
             for i, line in zip((4, 7), err.splitlines(), strict=True):
                 assert line.startswith(f"fastsal analyze: warning: example {i}: ArithmeticError: too bright (")
@@ -183,7 +183,7 @@ class TestBadExamples:
         with np.load("bad.npz") as file:
             assert np.flatnonzero(np.isnan(file["bound"])).tolist() == [4, 7]
             assert np.flatnonzero(file["error"] != "").tolist() == [4, 7]
-        status, out, _ = run("--json", model="Careful", data="bad.npz")
+        status, out, _ = run("--json", model="Careful", data="dim.npz")
         assert (status, json.loads(out)["failed"]) == (1, 2)
 
     def test_json_says_what_is_not_finite(self, run):
@@ -254,7 +254,8 @@ class TestImages:
             ),
             ({"image_size": 15}, "on x of shape (1, 3, 15, 15): RuntimeError: mat1 and mat2"),
             ({"image_size": 0}, "argument --image-size: got '0', wants a whole number from 1"),
-            ({"workers": -1}, "argument --workers: got '-1', wants a number from 0"),
+            ({"workers": -1}, "argument --workers: got '-1', wants a whole number from 0"),
+            ({"save_every": -1}, "argument --save-every: got '-1', wants a number from 0"),
             ({"weights": "random"}, "--weights random: is for timm:NAME and torchvision:NAME"),
             ({"mean": "1 2", "std": "1 2 3"}, "--std: got 3 numbers, wants as many as --mean, 2"),
             ({"std": "0"}, "--std: got 0, wants what to divide by"),

@@ -171,6 +171,14 @@ class TestTable:
         with pytest.raises(ValueError, match=r"results: .* holds no results"):
             load(tmp_path / "empty")
 
+    def test_progress_where_it_is_wanted(self, model, data, tmp_path, capsys):
+        evaluate(model, data, tmp_path)
+        shards.shards(tmp_path)[0].unlink()
+        assert capsys.readouterr() == ("", "")
+        evaluate(model, data, tmp_path, progress=True)
+        out, err = capsys.readouterr()
+        assert (out, "37/45" in err, "45/45" in err, "example/s" in err) == ("", True, True, True)
+
     def test_callables(self, model, data, tmp_path):
         evaluate(model.layers.forward, data, tmp_path / "bound")
         evaluate(model, data, tmp_path / "module")
@@ -410,24 +418,31 @@ class TestResume:
         assert [shards.span(path) for path in shards.shards(tmp_path)] == [range(16)]
 
     def test_killed_at_any_moment(self, data, tmp_path):
-        """SIGKILL, again and again, at random moments of a run that writes all the time."""
+        """SIGKILL, again and again, one time in four as the run starts, else soon after it has written something."""
         want = evaluate(Network(), data, tmp_path / "want", batch_size=2)
-        kills, seed = 0, random.randrange(1 << 32)
-        moments = random.Random(seed)
+        moments = random.Random(seed := random.randrange(1 << 32))
+        out, kills = tmp_path / "out", 0
+        out.mkdir()
         fork = multiprocessing.get_context("fork")
-        while kills < 200:
+        while len(shards.shards(out)) < 20:
+            before = len(shards.shards(out))
             child = fork.Process(
-                target=evaluate, args=(Network(0.003), data, tmp_path / "out"), kwargs={"batch_size": 2}, daemon=True
+                target=evaluate, args=(Network(0.002), data, out), kwargs={"batch_size": 2}, daemon=True
             )
             child.start()
-            child.join(moments.uniform(0, 0.15))
+            if moments.random() < 0.25:
+                time.sleep(moments.uniform(0, 0.1))
+            else:
+                while child.exitcode is None and len(shards.shards(out)) == before:
+                    time.sleep(0.0005)
+                time.sleep(moments.uniform(0, 0.02))
             if child.exitcode is not None:
                 assert child.exitcode == 0
                 break
             os.kill(child.pid, signal.SIGKILL)
             child.join()
             kills += 1
-        assert evaluate(Network(), data, tmp_path / "out", batch_size=2) == want, seed
-        assert kills >= 3, seed
-        assert_same(table(tmp_path / "out"), table(tmp_path / "want"))
-        assert not [path for path in (tmp_path / "out").iterdir() if path.suffix == ".tmp"]
+        assert kills, seed
+        assert evaluate(Network(), data, out, batch_size=2) == want, seed
+        assert_same(table(out), table(tmp_path / "want"))
+        assert not [path for path in out.iterdir() if path.suffix == ".tmp"]

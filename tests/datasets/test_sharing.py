@@ -25,6 +25,8 @@ from torch import nn
 class Slow(nn.Linear):
     def forward(self, x):
         time.sleep(0.02 if "RANK" in os.environ else 0)
+        if (x > 100).any():
+            raise ArithmeticError("too large")
         return super().forward(x)
 
 def make():
@@ -132,6 +134,7 @@ def test_torchrun_with_a_process_killed_and_another_number_afterwards(torchrun, 
     (tmp_path / "slow.py").write_text(MODEL)
     rng = np.random.default_rng(0)
     x, y = rng.standard_normal((203, 2, 3)).astype(np.float32), np.arange(203) % 4
+    x[[17, 201], 0, 0] = 1000
     np.savez(tmp_path / "x.npz", x=x, y=y)
     results = tmp_path / "results"
 
@@ -151,8 +154,9 @@ def test_torchrun_with_a_process_killed_and_another_number_afterwards(torchrun, 
 
     run = torchrun(3, "--json")
     out, err = run.communicate(timeout=120)
-    assert run.returncode == 0, err
+    assert run.returncode == 1, err  # two examples are bad
     summary = json.loads(out)  # once, from the first process
+    assert [one["index"] for one in summary["failures"]] == [17, 201]
     for path, content in finished.items():
         assert path.read_bytes() == content
     spans = [shards.span(path) for path in shards.shards(results)]
@@ -164,7 +168,8 @@ def test_torchrun_with_a_process_killed_and_another_number_afterwards(torchrun, 
     finally:
         sys.path.remove(str(tmp_path))
         os.remove("pid.None")
-    columns, want = fastsal.datasets.in_memory(model, Pairs(x, y), batch_size=4)
+    with pytest.warns(UserWarning, match="too large"):
+        columns, want = fastsal.datasets.in_memory(model, Pairs(x, y), batch_size=4)
     got = shards.read(shards.shards(results))
     assert list(got) == list(columns)
     for name, values in columns.items():
