@@ -90,7 +90,7 @@ def whole_file(path: Path) -> Iterator[IO[bytes]]:
 
 
 @contextlib.contextmanager
-def replacing(path: Path) -> Iterator[IO[bytes]]:
-    """`whole_file` for the file that a command's --out names: an error becomes one line that says so."""
-    with Blame(f"--out {path}"), whole_file(path) as file:
+def replacing(path: Path, option: str = "--out") -> Iterator[IO[bytes]]:
+    """`whole_file` for the file that an option of a command names: an error becomes one line that says so."""
+    with Blame(f"{option} {path}"), whole_file(path) as file:
         yield file

@@ -148,7 +148,11 @@ def overhead(arguments: argparse.Namespace) -> None:
         )
     own: dict[str, float] = {}
     for (file, _, _), (_, _, own_time, _, _) in pstats.Stats(profile).stats.items():  # type: ignore[attr-defined]
-        where = "fastsal's Python" if f"{os.sep}fastsal{os.sep}" in file else "torch, kernels, built-in functions"
+        where = (
+            "fastsal's Python, operators on tensors included"
+            if f"{os.sep}fastsal{os.sep}" in file
+            else "torch, kernels, built-in functions"
+        )
         if "pyarrow" in file or f"torch{os.sep}utils{os.sep}data" in file or "shutil" in file:
             where = "loader and Parquet"
         own[where] = own.get(where, 0.0) + own_time

@@ -210,7 +210,7 @@ def _say(summary: Summary, notes: list[str], arguments: argparse.Namespace) -> N
 def _picture(path: Path, geometry: Any) -> None:
     figure = extra("matplotlib.figure").Figure(layout="constrained")
     plot.scatter(geometry, ax=figure.subplots())
-    with replacing(path) as file:
+    with replacing(path, "--plot") as file:
         figure.savefig(file, format=path.suffix.removeprefix("."), dpi=150)
 
 
@@ -222,6 +222,8 @@ def _check(arguments: argparse.Namespace) -> bool:
         extra("matplotlib.figure")
     if out.suffix and not arguments.out.endswith(os.sep) and not (out.is_dir() and out.suffix not in FILES):
         check_output(out, FILES)
+        if out.suffix == ".parquet":
+            extra("pyarrow.parquet", "'fastsal[dataset]'")
         return False
     if out.exists() and not out.is_dir():
         raise CommandError(f"--out {out}: is a file; a name without an ending is taken for a folder")
