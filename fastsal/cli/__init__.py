@@ -44,7 +44,10 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Runs one command and returns its exit status: 0, 1 (check: out of tolerance), 2 (bad input), 130 (Ctrl-C)."""
+    """Runs one command and returns its exit status: 0, 1 (check: out of tolerance; analyze: a bad example), 2, 130 (Ctrl-C).
+
+    2 means that nothing could be done, and one line on standard error says why.
+    """
     parser = _parser()
     try:
         arguments = parser.parse_args(argv)

@@ -185,6 +185,12 @@ def load(folder: str | Path) -> Geometry:
     """The results in a folder that `evaluate` wrote, or is writing, as one `Geometry` on the CPU, in the order of their index.
 
     Examples that were not analysed are NaN, with prediction -1. It has no `distances` and no saliency maps.
+
+    >>> import tempfile, torch, fastsal
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     _ = fastsal.evaluate(torch.nn.Linear(6, 3), torch.rand(20, 6), folder)
+    ...     fastsal.datasets.load(folder).linearized_robustness.shape
+    torch.Size([20])
     """
     found = shards.shards(Path(folder))
     if not found:
