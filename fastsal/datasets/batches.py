@@ -63,7 +63,7 @@ class Batches(Dataset[Batch]):
         """x [*S] and the true class, or NO_CLASS, of one example."""
         item = self.data[index]
         parts = item if isinstance(item, tuple | list) else (item,)
-        x = torch.from_numpy(parts[0]) if isinstance(parts[0], np.ndarray) else parts[0]
+        x = torch.tensor(parts[0]) if isinstance(parts[0], np.ndarray) else parts[0]
         validation.floating("x", x)
         if self.shape is not None and x.shape != self.shape:
             raise ValueError(f"x: got shape {tuple(x.shape)}, wants that of the other examples, {self.shape}")
