@@ -7,6 +7,7 @@ and `fastsal` on the command line.
 from fastsal import plot
 from fastsal.adversarial import Adversarial, deepfool
 from fastsal.analysis import analyze
+from fastsal.datasets import evaluate
 from fastsal.geometry import Geometry, margin_geometry
 from fastsal.methods import Candidates, Certified, Exact
 from fastsal.ops import info
@@ -22,6 +23,7 @@ __all__ = [
     "PairwiseMargins",
     "analyze",
     "deepfool",
+    "evaluate",
     "info",
     "margin_geometry",
     "pairwise_margins",

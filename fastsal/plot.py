@@ -1,20 +1,24 @@
 """Plots of `Geometry` results: one quantity against another, homogeneity, saliency maps. Needs matplotlib, on first use only.
 
-Results come one at a time, or as a mapping from a name, which the legend shows, to each. A quantity is the name of a scalar of
-`Geometry`, or values of your own: [B] for one result, a mapping from the same names for several. Every function draws on the
-axes that it is given, or on new ones, and returns them. The colours can be told apart by colour-blind readers.
+Results come one at a time, or as a mapping from a name, which the legend shows, to each. A result is a `Geometry`, or the
+folder that `fastsal.evaluate` wrote. A quantity is the name of a scalar of `Geometry`, or values of your own: [B] for one
+result, a mapping from the same names for several. Every function draws on the axes that it is given, or on new ones, and
+returns them. The colours can be told apart by colour-blind readers.
 """
 
 import importlib
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 from torch import Tensor
 
+from fastsal.datasets import load
 from fastsal.geometry import Geometry
 
-Results = Geometry | Mapping[str, Geometry]
+Result = Geometry | str | Path
+Results = Result | Mapping[str, Result]
 Values = np.ndarray[Any, np.dtype[np.float64]]
 Quantity = str | Any  # the name of a scalar of Geometry, or values
 
@@ -43,17 +47,23 @@ def _array(value: Any) -> Values:
     return array
 
 
+def _named(results: Results, name: str = "") -> dict[str, Geometry]:
+    """Every result by its name, read where it is a folder; one alone has this name."""
+    named = dict(results) if isinstance(results, Mapping) else {name: results}
+    return {name: one if isinstance(one, Geometry) else load(one) for name, one in named.items()}
+
+
 def _values(results: Results, quantity: Quantity) -> dict[str, Values]:
     """The values of a quantity, by the name of each result."""
-    named = {"": results} if isinstance(results, Geometry) else dict(results)
+    named = _named(results)
     if isinstance(quantity, str):
         if quantity not in LABELS:
             raise ValueError(f"quantity: got {quantity!r}, wants the values themselves or one of {list(LABELS)}")
         values = {name: _array(getattr(result, quantity)) for name, result in named.items()}
-    elif isinstance(results, Geometry):
-        values = {"": _array(quantity)}
-    else:
+    elif isinstance(results, Mapping):
         values = {name: _array(quantity[name]) for name in named}
+    else:
+        values = {"": _array(quantity)}
     for name, result in named.items():
         if values[name].shape != tuple(result.prediction.shape):
             raise ValueError(
@@ -103,7 +113,7 @@ def scatter(
     """Draws a point for every example, on logarithmic axes where every value is positive.
 
     Args:
-        results: A `Geometry`, or a mapping from names to several.
+        results: A `Geometry`, the folder of `fastsal.evaluate`, or a mapping from names to several.
         x: The quantity along x.
         y: The quantity along y.
         diagonal: Whether to draw the line where both are equal; None draws it where both are lengths in units of x.
@@ -171,7 +181,7 @@ def medians(
     Every result is a point, and a line joins them in their order. NaN is left out.
 
     Args:
-        results: A `Geometry`, or a mapping from names to several.
+        results: A `Geometry`, the folder of `fastsal.evaluate`, or a mapping from names to several.
         x: The quantity along x.
         y: The quantity along y.
         label: The line's, in the legend.
@@ -223,7 +233,7 @@ def homogeneity(results: Results, x: Quantity = "linearized_robustness", *, ax: 
     A homogeneity of 1 means Ψ = ⟨x, ∇Ψ⟩. Where the binarised logit has it, alignment and linearised robustness coincide.
 
     Args:
-        results: A `Geometry`, or a mapping from names to several.
+        results: A `Geometry`, the folder of `fastsal.evaluate`, or a mapping from names to several.
         x: The quantity along x.
         ax: The matplotlib axes to draw on.
 
@@ -275,7 +285,7 @@ def saliency_grid(x: Tensor, results: Results, *, columns: int = 8, figure: Any 
         >>> fastsal.plot.saliency_grid(images, fastsal.analyze(model, images, keep_saliency=True)).shape
         (2, 4)
     """
-    named = {"saliency g": results} if isinstance(results, Geometry) else dict(results)
+    named = _named(results, "saliency g")
     columns = min(columns, len(x))
     maps = {}
     for name, result in named.items():

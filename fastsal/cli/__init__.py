@@ -50,7 +50,8 @@ def main(argv: list[str] | None = None) -> int:
         argv: The words behind `fastsal`; None takes those of the process.
 
     Returns:
-        The exit status: 0, 1 where `check` finds a result out of tolerance, 2 for bad input, 130 for Ctrl-C.
+        The exit status: 0, 1 where `check` finds a result out of tolerance or `analyze` a bad example, 130 for Ctrl-C, and 2
+        where nothing could be done, for which one line on standard error says why.
     """
     parser = _parser()
     try:

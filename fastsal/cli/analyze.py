@@ -1,49 +1,63 @@
-"""measure how far every example of a data file is from a model's decision boundary, and how its saliency map aligns
+"""measure how far every example of a data set is from a model's decision boundary, and how its saliency map aligns
 
+  fastsal analyze --model timm:resnet50 --data folder:photographs --out results/
   fastsal analyze --model mypackage.models:make_net --weights net.safetensors --data test.npz --out results.csv
+  torchrun --nproc-per-node 4 -m fastsal analyze --model timm:resnet50 --data folder:photographs --out results/
 
-The results have one row per example: every scalar of fastsal.Geometry, and how it was obtained. Distances are in units of
-the data as stored; to measure them in pixels, put the normalisation into the model. Alignment, offset and homogeneity
-depend on where the origin of the data is (mean-centred or not). Nothing is ever unpickled.
+The results have one row per example: every scalar of fastsal.Geometry, and how it was obtained. An --out without an ending is a
+folder, into which results go as they are found: a run that was stopped, in whatever way, goes on when the same command is given
+again, and torchrun shares the work between processes. A file is written at the end. An example that cannot be read or analysed
+is named and left empty, and the exit status is 1; it is 0 where all went well, and 2 where nothing could be done.
+
+A network of timm's or torchvision's brings its own size and normalisation, and the latter becomes a part of the model, so that
+distances are in pixels in [0, 1]. For a model of your own, distances are in units of the data as the model takes them; --mean
+and --std put a normalisation in front of it. Alignment, offset and homogeneity depend on where the origin of the data is
+(mean-centred or not). Nothing is ever unpickled.
 """
 
 import argparse
 import contextlib
 import csv
 import dataclasses
-import importlib
-import importlib.util
+import datetime
 import io
+import json
+import math
 import os
-import pickle
 import sys
 import warnings
 from collections.abc import Iterator
-from operator import attrgetter
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
+from torch import distributed as dist
 
-from fastsal.analysis import analyze
-from fastsal.cli.options import positive
+from fastsal import plot
+from fastsal.cli import inputs, models
+from fastsal.cli.options import natural, positive
+from fastsal.datasets import as_geometry, evaluate, in_memory, shards
+from fastsal.datasets.batches import MISSING
+from fastsal.datasets.summary import Columns, Summary
 from fastsal.files import Blame, CommandError, check_output, extra, replacing
-from fastsal.geometry import Geometry
 from fastsal.linearization import call
 from fastsal.methods import METHODS
 
-QUANTITIES = (
-    "linearized_robustness",
-    "alignment",
-    "binarized_alignment",
-    "bound",
-    "homogeneity",
-    "binarized_homogeneity",
-)
-MANY_CLASSES = 50  # passes, from where on the certified method can pay
-Columns = dict[str, np.ndarray[Any, Any]]
+FILES = (".csv", ".npz", ".parquet")
+PICTURES = (".pdf", ".png", ".svg")
+
+
+def _from_zero(text: str) -> float:
+    """An option's number from 0, for argparse."""
+    try:
+        value = float(text)
+    except ValueError:
+        value = -1.0
+    if not 0 <= value < math.inf:
+        raise argparse.ArgumentTypeError(f"got {text!r}, wants a number from 0")
+    return value
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -51,186 +65,199 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--model",
         required=True,
-        metavar="PACKAGE.MODULE:NAME",
-        help="a torch.nn.Module, or what returns one when called without arguments; looked up from the current folder too",
+        metavar="NAME",
+        help="timm:NAME, torchvision:NAME, or package.module:name of a torch.nn.Module or of what returns one when called "
+        "without arguments, looked up from the current folder too",
     )
     parser.add_argument(
-        "--weights", type=Path, help=".safetensors, or a torch file that holds a state_dict and no more"
+        "--weights",
+        metavar="FILE",
+        help=".safetensors, or a torch file that holds a state_dict and no more; default: timm's or torchvision's own, which "
+        "they download once ('random': untrained), or what your code loads",
     )
     parser.add_argument(
         "--data",
         required=True,
-        type=Path,
-        help=".npy, or .npz with the array x (or a single array) and perhaps the true classes y",
+        help="folder:PATH of images, .npy, or .npz with the array x (or a single array) and perhaps the true classes y",
     )
-    parser.add_argument("--out", required=True, type=Path, help="where the results go: .csv or .npz")
+    parser.add_argument(
+        "--out", required=True, help="where the results go: a folder, or a file ending with .csv, .npz or .parquet"
+    )
     parser.add_argument("--method", choices=METHODS, default="exact", help="default: %(default)s, every class")
     parser.add_argument(
         "--norm", choices=("2", "1", "inf"), default="2", help="of the perturbation (gradients: its dual); default: 2"
     )
-    parser.add_argument("--device", default="cpu", help="of model and data, such as cuda or cuda:1; default: cpu")
+    parser.add_argument(
+        "--device", default="cpu", help="of model and data, such as cuda or cuda:1; default: cpu. torchrun: a GPU each"
+    )
     parser.add_argument("--batch-size", type=positive, default=64, help="examples at once; default: %(default)s")
     parser.add_argument("--chunk-size", type=positive, help="classes at once; default: chosen by device")
     parser.add_argument("--backend", default="auto", help="see fastsal info; default: auto")
+    parser.add_argument("--workers", type=natural, default=0, help="processes that read ahead; default: 0")
+    parser.add_argument(
+        "--save-every",
+        type=_from_zero,
+        default=30.0,
+        metavar="SECONDS",
+        help="how much work a kill may cost, into a folder; default: %(default)g",
+    )
+    parser.add_argument("--image-size", type=positive, help="pixels of a side, for images and a model of your own")
+    parser.add_argument("--mean", type=float, nargs="+", help="of the channels, for a model of your own; default: none")
+    parser.add_argument("--std", type=float, nargs="+", help="of the channels, likewise")
+    parser.add_argument("--plot", type=Path, metavar="FILE", help="a picture of ρ̃ and α: .pdf, .png or .svg")
+    parser.add_argument("--json", action="store_true", help="print the summary as JSON, with every quantity and class")
 
 
-def _model(name: str) -> nn.Module:
-    """The module `package.module:name`, or what it returns, in evaluation mode."""
-    module_name, colon, attribute = name.partition(":")
-    if not (module_name and colon and attribute):
-        raise CommandError(f"--model {name}: wants package.module:name")
-    with Blame(f"--model {name}"):
-        found = attrgetter(attribute)(importlib.import_module(module_name))
-        model = found if isinstance(found, nn.Module) or not callable(found) else found()
-    if not isinstance(model, nn.Module):
-        raise CommandError(f"--model {name}: gives {type(model).__name__}, wants a torch.nn.Module")
-    return model.eval()
-
-
-def _load_weights(model: nn.Module, path: Path) -> None:
-    with Blame(f"--weights {path}"):
-        if path.suffix == ".safetensors":
-            state = extra("safetensors.torch").load_file(path)
-        else:
-            try:
-                state = torch.load(path, map_location="cpu", weights_only=True)
-            except pickle.UnpicklingError:
+def _device(name: str) -> torch.device:
+    """The device, which under torchrun is the GPU of this process's own where GPUs are wanted."""
+    with Blame(f"--device {name}"):
+        device = torch.device(name)
+        local = os.environ.get("LOCAL_RANK")
+        if name == "cuda" and local is not None:
+            if int(local) >= torch.cuda.device_count():
                 raise CommandError(
-                    f"--weights {path}: is no torch file of tensors alone; save model.state_dict(), or a .safetensors file"
-                ) from None
-        if not isinstance(state, dict):
-            raise CommandError(f"--weights {path}: holds {type(state).__name__}, wants a state_dict")
-        model.load_state_dict(state)
+                    f"--device {name}: process {local} of this machine finds {torch.cuda.device_count()} GPUs, wants one each"
+                )
+            device = torch.device("cuda", int(local))
+            torch.cuda.set_device(device)
+        torch.empty(0, device=device)
+    return device
 
 
-def _data(path: Path) -> tuple[np.ndarray[Any, Any], np.ndarray[Any, Any] | None]:
-    """x [N, *S] (a .npy stays on disk until read) and the true classes y [N] or None."""
-    with Blame(f"--data {path}"):
-        found = np.load(path, mmap_mode="r", allow_pickle=False)
-        y = None
-        if isinstance(found, np.lib.npyio.NpzFile):
-            names = [name for name in found.files if name != "y"]
-            if "x" not in names and len(names) != 1:
-                raise CommandError(f"--data {path}: holds {found.files}, wants x, or a single array (besides y)")
-            x = found["x" if "x" in names else names[0]]
-            y = found["y"] if "y" in found.files else None
-        else:
-            x = found
-    if x.dtype.kind != "f" or x.dtype.itemsize > 8:
-        raise CommandError(
-            f"--data {path}: x is {x.dtype}, wants float16, float32 or float64, scaled as the model was trained"
-        )
-    if x.ndim < 1 or 0 in x.shape:
-        raise CommandError(f"--data {path}: x has shape {x.shape}, wants [N, ...] with at least one example")
-    if y is not None and (y.dtype.kind not in "iu" or y.shape != x.shape[:1]):
-        raise CommandError(
-            f"--data {path}: y has shape {y.shape} and is {y.dtype}, wants a whole number for each of {len(x)} examples"
-        )
-    return x, y
+@contextlib.contextmanager
+def _processes(device: torch.device) -> Iterator[bool]:
+    """Joins the other processes that torchrun started, where it did. Yields whether this is the first."""
+    if int(os.environ.get("WORLD_SIZE", "1")) < 2:
+        yield True
+        return
+    if os.environ.get("LOCAL_WORLD_SIZE") == os.environ["WORLD_SIZE"]:  # all on this machine: nothing leaves it
+        os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo0" if sys.platform == "darwin" else "lo")
+    with Blame("torchrun"):
+        # A process waits for the others for as long as a batch of theirs takes, and one that dies is noticed without a limit.
+        backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
+        dist.init_process_group(backend, timeout=datetime.timedelta(days=1))
+    try:
+        yield dist.get_rank() == 0
+    finally:
+        dist.destroy_process_group()
 
 
-def _progress(steps: range) -> Any:
-    """The steps, with a bar where a person is watching."""
-    if not sys.stderr.isatty() or importlib.util.find_spec("tqdm") is None:
-        return contextlib.nullcontext(steps)
-    return importlib.import_module("tqdm").tqdm(steps, unit="batch")
+def _data(arguments: argparse.Namespace, loaded: models.Loaded) -> tuple[inputs.Arrays | inputs.Images, str]:
+    """The data, and what is to be said about them."""
+    dtype = next((p.dtype for p in loaded.model.parameters() if p.is_floating_point()), None)
+    if not arguments.data.startswith(inputs.FOLDER):
+        data = inputs.arrays(Path(arguments.data))
+        changed = dtype is not None and str(dtype) != f"torch.{data.x.dtype}"
+        return data, f"x is {data.x.dtype} in the file and was analysed in the model's {dtype}" if changed else ""
+    transform = loaded.transform
+    if transform is None:
+        if arguments.image_size is None:
+            raise CommandError("--image-size: is missing; a model of your own does not say how large its images are")
+        transform = inputs.Square(arguments.image_size)
+    elif arguments.image_size is not None:
+        raise CommandError(f"--image-size: {arguments.model} brings its own")
 
+    def classes(x: Tensor) -> int:
+        with Blame(f"--model {arguments.model} on x of shape {tuple(x.shape)}"), torch.no_grad():
+            return call(loaded.model, x.to(dtype)).shape[1]
 
-def _columns(result: Geometry) -> Columns:
-    """Everything that is one value an example, provenance included."""
-    B = result.prediction.shape[0]
-    columns = {}
-    for field in dataclasses.fields(result):
-        value = getattr(result, field.name)
-        if isinstance(value, Tensor) and value.dim() == 1:
-            columns[field.name] = value.cpu().numpy()
-        elif isinstance(value, str | float):
-            columns[field.name] = np.full(B, value)
-    return columns
+    return inputs.images(Path(arguments.data.removeprefix(inputs.FOLDER)), transform, classes)
 
 
 def _write(path: Path, columns: Columns) -> None:
+    """A table into one file. Where an example was not analysed, .csv and .parquet leave a gap, .npz the values of `Columns`."""
+    failed = columns["error"] != ""
+    if not failed.any() and path.suffix != ".parquet":
+        columns = {name: column for name, column in columns.items() if name != "error"}
     with replacing(path) as file:
         if path.suffix == ".npz":
-            np.savez(file, **columns)  # type: ignore[arg-type]
+            texts = {name: column.astype(str) for name, column in columns.items() if column.dtype.kind == "O"}
+            np.savez(file, **columns | texts)
+            return
+        if path.suffix == ".parquet":
+            shards.arrow().parquet.write_table(shards.table(columns, {}), file)
             return
         text = io.TextIOWrapper(file, encoding="utf-8", newline="", write_through=True)
         writer = csv.writer(text)
         writer.writerow(columns)
-        writer.writerows(zip(*(column.tolist() for column in columns.values()), strict=True))
+        cells = {name: column.tolist() for name, column in columns.items()}
+        for name in cells.keys() & MISSING.keys():
+            cells[name] = [None if gap else value for gap, value in zip(failed, cells[name], strict=True)]
+        writer.writerows(zip(*cells.values(), strict=True))
         text.detach()
 
 
-def quartiles(values: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
-    """Lower quartile, median and upper quartile of values that are not NaN; always three of the values themselves."""
-    known = values[~np.isnan(values)]
-    return np.quantile(known, [0.25, 0.5, 0.75], method="inverted_cdf") if known.size else np.full(3, np.nan)
+def _plain(value: Any) -> Any:
+    """A value as JSON can say it: NaN as null, infinities as text."""
+    if isinstance(value, dict):
+        return {key: _plain(entry) for key, entry in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(entry) for entry in value]
+    if isinstance(value, float) and not math.isfinite(value):
+        return None if math.isnan(value) else str(value)
+    return value
 
 
-def _summary(columns: Columns, y: np.ndarray[Any, Any] | None, n: int, norm: str) -> Iterator[str]:
-    yield f"{'':24}{'quartile':>14}{'median':>14}{'quartile':>14}"
-    for name in QUANTITIES:
-        lost = int(np.isnan(columns[name]).sum())
-        numbers = "".join(f"{value:14.6g}" for value in quartiles(columns[name]))
-        yield f"{name:24}{numbers}" + (f"   ({lost} NaN left out)" if lost else "")
-    if y is not None:
-        yield f"accuracy {np.mean(columns['prediction'] == y):.4f}"
-    passes = [f"{columns[name].mean():.4g} {kind}" for name, kind in (("vjps", "backward"), ("jvps", "forward-mode"))]
-    yield f"passes per example: {' and '.join(passes)}, for n = {n} classes"
-    method = columns["method"][0]
-    if method == "candidates":
-        yield "candidates: linearized_robustness is an upper bound, from the highest logits only"
-    if method == "certified":
-        yield f"certified: {int(columns['certified'].sum())} of {len(columns['certified'])} examples"
-    if method == "exact" and norm == "2" and columns["vjps"].mean() >= MANY_CLASSES:
-        yield (
-            "hint: --method certified finds the same minimum, except with a probability of 1e-6 an example, in fewer passes "
-            "where classes are many (the README has figures)"
-        )
+def _say(summary: Summary, notes: list[str], arguments: argparse.Namespace) -> None:
+    if arguments.json:
+        about = {"model": arguments.model, "data": arguments.data, "out": arguments.out, "notes": notes}
+        print(json.dumps(_plain(about | dataclasses.asdict(summary)), indent=1, ensure_ascii=False))
+        return
+    print(summary)
+    print("\n".join([*notes, f"wrote {arguments.out}"]))
+
+
+def _picture(path: Path, geometry: Any) -> None:
+    figure = extra("matplotlib.figure").Figure(layout="constrained")
+    plot.scatter(geometry, ax=figure.subplots())
+    with replacing(path, "--plot") as file:
+        figure.savefig(file, format=path.suffix.removeprefix("."), dpi=150)
+
+
+def _check(arguments: argparse.Namespace) -> bool:
+    """Says now, not after the work, what cannot be written. Returns whether the results go into a folder."""
+    out = Path(arguments.out)
+    if arguments.plot is not None:
+        check_output(arguments.plot, PICTURES, "--plot")
+        extra("matplotlib.figure")
+    if out.suffix and not arguments.out.endswith(os.sep) and not (out.is_dir() and out.suffix not in FILES):
+        check_output(out, FILES)
+        if out.suffix == ".parquet":
+            extra("pyarrow.parquet", "'fastsal[dataset]'")
+        return False
+    if out.exists() and not out.is_dir():
+        raise CommandError(f"--out {out}: is a file; a name without an ending is taken for a folder")
+    return True
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Analyses the whole file, writes the results, prints a summary."""
-    check_output(arguments.out, (".csv", ".npz"))
+    """Analyses every example, writes the results, prints a summary."""
+    folder = _check(arguments)
     with _from_here(), _short_warnings():
-        x, y = _data(arguments.data)
-        model = _model(arguments.model)
-        if arguments.weights is not None:
-            _load_weights(model, arguments.weights)
+        device = _device(arguments.device)
+        loaded = models.load(arguments.model, arguments.weights, arguments.mean, arguments.std)
+        data, note = _data(arguments, loaded)
         with Blame(f"--device {arguments.device}"):
-            device = torch.device(arguments.device)
-            model.to(device)
-        dtype = next((p.dtype for p in model.parameters() if p.is_floating_point()), None)
-
-        def batch(start: int, stop: int) -> Tensor:
-            part = x[start:stop]
-            return torch.from_numpy(part.astype(part.dtype.newbyteorder("="))).to(device, dtype)
-
-        with Blame(f"--model {arguments.model} on x of shape {(1, *x.shape[1:])}"), torch.no_grad():
-            n = call(model, batch(0, 1)).shape[1]
-        parts = []
-        with _progress(range(0, len(x), arguments.batch_size)) as steps:
-            for start in steps:
-                stop = min(start + arguments.batch_size, len(x))
-                with Blame(f"--model {arguments.model}, examples {start} to {stop - 1} of {arguments.data}"):
-                    result = analyze(
-                        model,
-                        batch(start, stop),
-                        norm=arguments.norm,
-                        method=arguments.method,
-                        chunk_size=arguments.chunk_size,
-                        backend=arguments.backend,
-                    )
-                parts.append(_columns(result))
-    columns = {"index": np.arange(len(x))}
-    columns |= {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
-    _write(arguments.out, columns)
-    print(f"{len(x)} examples of shape {x.shape[1:]}, {n} classes, norm {arguments.norm}, method {arguments.method}")
-    if dtype is not None and str(dtype) != f"torch.{x.dtype}":
-        print(f"x is {x.dtype} in the file and was analysed in the model's {dtype}")
-    print("\n".join(_summary(columns, y, n, arguments.norm)))
-    print(f"wrote {arguments.out}")
-    return 0
+            loaded.model.to(device)
+        options: dict[str, Any] = {
+            name: getattr(arguments, name) for name in ("norm", "method", "batch_size", "chunk_size", "backend")
+        }
+        options |= {"workers": arguments.workers, "names": getattr(data, "names", None)}
+        with _processes(device) as first:
+            try:
+                if folder:
+                    summary = evaluate(loaded.model, data, arguments.out, save_every=arguments.save_every, **options)
+                else:
+                    columns, summary = in_memory(loaded.model, data, **options)
+            except (ImportError, OSError, RuntimeError, TypeError, ValueError) as error:
+                raise CommandError(" ".join(str(error).split())) from error
+        if first:
+            if not folder:
+                _write(Path(arguments.out), columns)
+            if arguments.plot is not None:
+                _picture(arguments.plot, arguments.out if folder else as_geometry(columns))
+            _say(summary, [text for text in (note, loaded.note) if text], arguments)
+    return 1 if first and summary.failed else 0  # torchrun ends all where one has another status than 0
 
 
 @contextlib.contextmanager
@@ -246,7 +273,14 @@ def _from_here() -> Iterator[None]:
 
 @contextlib.contextmanager
 def _short_warnings() -> Iterator[None]:
-    """Warnings as one line each, without a line of source."""
+    """Warnings as one line each, without a line of source, and each text once."""
+    said = set()
+
+    def show(message: Warning | str, *_: Any, **__: Any) -> None:
+        if str(message) not in said:
+            print(f"fastsal analyze: warning: {message}", file=sys.stderr)
+        said.add(str(message))
+
     with warnings.catch_warnings():
-        warnings.showwarning = lambda message, *_, **__: print(f"fastsal analyze: warning: {message}", file=sys.stderr)
+        warnings.showwarning = show
         yield

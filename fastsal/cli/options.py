@@ -3,6 +3,13 @@
 import argparse
 
 
+def natural(text: str) -> int:
+    """An option's whole number from 0, for argparse."""
+    if not text.isdecimal():
+        raise argparse.ArgumentTypeError(f"got {text!r}, wants a whole number from 0")
+    return int(text)
+
+
 def positive(text: str) -> int:
     """Reads an option that is a whole number from 1, for argparse."""
     if not text.isdecimal() or int(text) < 1:

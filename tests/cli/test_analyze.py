@@ -283,7 +283,7 @@ BAD = [
     ({"model": "torch.nn:ReLU"}, "model: returned shape (1, 2, 3), wants logits [B, n]"),
     ({"model": "broken"}, "LookupError: no such configuration ("),
     ({"model": "leaves"}, "SystemExit: 0"),
-    ({"model": "failing", "batch_size": 10}, "examples 10 to 19 of x.npy: ArithmeticError: late ("),
+    ({"model": "failing", "batch_size": 10}, "examples 10 to 19: ArithmeticError: late ("),
     ({"weights": "missing.pt"}, "--weights missing.pt: FileNotFoundError"),
     ({"weights": "pickled.pt"}, "--weights pickled.pt: is no torch file of tensors alone"),
     ({"weights": "garbage.pt"}, "--weights garbage.pt: "),
