@@ -1,6 +1,6 @@
 """fastsal: linearised robustness, saliency alignment and the bound that ties them, at the hardware's limit."""
 
-from fastsal import plot
+from fastsal import losses, plot
 from fastsal.adversarial import Adversarial, deepfool
 from fastsal.analysis import analyze
 from fastsal.geometry import Geometry, margin_geometry
@@ -19,6 +19,7 @@ __all__ = [
     "analyze",
     "deepfool",
     "info",
+    "losses",
     "margin_geometry",
     "pairwise_margins",
     "plot",
