@@ -171,10 +171,32 @@ class TestInstalled:
             "before = set(sys.modules)\n"
             "import fastsal\n"
             "new = {name.split('.')[0] for name in set(sys.modules) - before}\n"
-            "print(torch.cuda.is_initialized(), new & {'foolbox', 'matplotlib', 'safetensors', 'scipy', 'sklearn', 'tqdm'})"
+            "heavy = {'captum', 'foolbox', 'matplotlib', 'safetensors', 'scipy', 'sklearn', 'torchattacks', 'tqdm'}\n"
+            "print(torch.cuda.is_initialized(), new & heavy, 'fastsal.integrations' in sys.modules)"
         )
         result = run_python("-W", "error", "-c", code)
-        assert (result.stdout, result.stderr) == ("False set()\n", "")
+        assert (result.stdout, result.stderr) == ("False set() False\n", "")
+
+    def test_integrations_without_their_libraries(self, run_python):
+        code = (
+            "import sys\n"
+            "for name in ('foolbox', 'torchattacks', 'captum'):\n"
+            "    sys.modules[name] = None\n"
+            "    try:\n"
+            "        __import__(f'fastsal.integrations.{name}')\n"
+            "    except ImportError as error:\n"
+            "        print(error)"
+        )
+        result = run_python("-c", code)
+        assert result.stderr == ""
+        assert result.stdout.splitlines() == [
+            f"fastsal.integrations.{name} needs {name}, which is not installed: pip install {install}"
+            for name, install in (
+                ("foolbox", "foolbox"),
+                ("torchattacks", "--no-deps torchattacks"),
+                ("captum", "captum"),
+            )
+        ]
 
 
 def test_readme_starts_with_the_two_commands():
@@ -189,8 +211,10 @@ LAYERS = [
     "__main__",
     "cli",
     "study",
+    "integrations",
     "__init__",
     "plot",
+    "losses",
     "adversarial",
     "analysis",
     "methods",

@@ -22,10 +22,10 @@ from fastsal.adversarial import walk
 from fastsal.integrations import Logits, peer
 
 with peer("foolbox", "foolbox"):
+    import foolbox
     from eagerpy.astensor import astensor, astensor_
     from foolbox.attacks import deepfool
     from foolbox.attacks.base import get_criterion, raise_if_kwargs, verify_input_bounds
-    from foolbox.criteria import TargetedMisclassification
     from foolbox.models.base import Model
 
 __all__ = ["L2DeepFoolAttack", "LinfDeepFoolAttack"]
@@ -38,7 +38,9 @@ STABILITY = 1e-4  # foolbox's: how much farther than the linearised boundary a s
 def _is_targeted(criterion: object) -> bool:
     """Whether the criterion, or a part of one that was joined by `&`, asks for a certain class."""
     parts = [value for name, value in vars(criterion).items() if name in ("a", "b")]
-    return isinstance(criterion, TargetedMisclassification) or any(_is_targeted(part) for part in parts)
+    return isinstance(criterion, foolbox.criteria.TargetedMisclassification) or any(
+        _is_targeted(part) for part in parts
+    )
 
 
 def _logits_and_network(model: Model, x: Tensor) -> tuple[Tensor, nn.Module | None]:
