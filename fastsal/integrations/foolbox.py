@@ -151,28 +151,8 @@ class L2DeepFoolAttack(_DeepFool, deepfool.L2DeepFoolAttack):
 class LinfDeepFoolAttack(_DeepFool, deepfool.LinfDeepFoolAttack):
     """DeepFool for the largest change of an entry: the walk to the nearest linearised boundary, until the criterion holds.
 
-    The arguments are those of `foolbox.attacks.LinfDeepFoolAttack`, and `method`.
-
-    Args:
-        steps: The most steps to take.
-        candidates: How many of the input's highest logits a step considers, the predicted class among them; None for all.
-        overshoot: How much farther than the linearised boundary to go.
-        loss: "logits" or "crossentropy", which come to the same here.
-        method: "candidates" (default) for those above; "exact" for all classes, or any method of `fastsal.analyze` that serves
-            the norm.
-
-    Raises:
-        ValueError: A targeted criterion, a model in training mode or one that mixes the examples of a batch, and whatever
-            foolbox raises.
-
-    >>> import foolbox, torch
-    >>> linear = torch.nn.Linear(2, 3, bias=False).requires_grad_(False)
-    >>> _ = linear.weight.copy_(torch.tensor([[1.0, 0.0], [-1.0, 0.0], [0.0, 2.0]]))
-    >>> model, x = foolbox.PyTorchModel(linear, bounds=(0, 9)), torch.tensor([[3.0, 4.0]])
-    >>> attack = LinfDeepFoolAttack()
-    >>> perturbed, _, success = attack(model, x, torch.tensor([2]), epsilons=None)
-    >>> success.tolist(), round((perturbed - x).abs().max().item(), 3)
-    ([True], 1.7)
+    The arguments are those of `foolbox.attacks.LinfDeepFoolAttack`, and `method`, which may not be "certified". All else is as in
+    `L2DeepFoolAttack`; the example there comes out as ([True], 1.7) here.
     """
 
     norm = math.inf
