@@ -4,7 +4,7 @@ Three layers: `margin_geometry` and `pairwise_margins` work on logits and their 
 and `fastsal` on the command line.
 """
 
-from fastsal import plot
+from fastsal import losses, plot
 from fastsal.adversarial import Adversarial, deepfool
 from fastsal.analysis import analyze
 from fastsal.datasets import evaluate
@@ -25,6 +25,7 @@ __all__ = [
     "deepfool",
     "evaluate",
     "info",
+    "losses",
     "margin_geometry",
     "pairwise_margins",
     "plot",

@@ -1,14 +1,15 @@
 """Adversarial perturbations: DeepFool, which takes the step that ρ̃ measures until the prediction changes."""
 
+import copy
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from fastsal import validation
-from fastsal.analysis import analyze
-from fastsal.linearization import Model, call, check_evaluation_mode, check_input, recording
+from fastsal import methods, reference, validation
+from fastsal.linearization import Linearization, Model, call, check_evaluation_mode, check_input, linearize, recording
 from fastsal.methods import Method
 
 HALVINGS = 16
@@ -69,6 +70,37 @@ def to_boundary(model: Model, x: Tensor, adversarial: Tensor, reference: Tensor)
     return at(high)
 
 
+def nearest_boundary(
+    graph: Linearization,
+    own: Tensor,
+    norm: float,
+    method: Method,
+    *,
+    among: Tensor | None = None,
+    chunk_size: int | None = None,
+    backend: str = "auto",
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The nearest linearised boundary of given classes, which need not be the predicted ones.
+
+    own: int64 [B], the class c of every example. among: bool [B, n], the classes that count, or None for all.
+    Returns the class j ≠ c for which |Ψᶜ − Ψʲ| / ‖g_c − g_j‖_q is smallest, int64 [B], and in float64 that distance [B]
+    and the row g_c − g_j [B, D].
+
+    A method finds the boundaries of the class with the highest score. As scores it is given −|Ψᶜ − Ψʲ|, which have the
+    margins wanted; c is lifted by next to nothing, over the classes that tie with it.
+    """
+    column = own.unsqueeze(1)
+    margin = (graph.logits.gather(1, column) - graph.logits).abs()
+    scores = -margin if among is None else (-margin).masked_fill(~among, -math.inf)
+    folded = copy.copy(graph)
+    folded.logits = scores.scatter(1, column, torch.finfo(scores.dtype).tiny)
+    selection = method.select(folded, norm, chunk_size, backend)
+    other, pair = selection.winners[:, 1], selection.pair.double()
+    row = pair[:, 0] - pair[:, 1]
+    length = reference.vector_norm(row, reference.dual(norm))
+    return other, reference.ratios(margin.double().gather(1, other.unsqueeze(1)).squeeze(1), length), row
+
+
 def _step(length: Tensor, row: Tensor, norm: float) -> Tensor:
     """The perturbation, of p-norm `length` [b], whose inner product with row [b, D] is the lowest."""
     scaled = row / row.abs().amax(1, keepdim=True)  # no square overflows
@@ -80,6 +112,61 @@ def _step(length: Tensor, row: Tensor, norm: float) -> Tensor:
         direction = torch.zeros_like(row).scatter_(1, largest, direction.gather(1, largest))
     step: Tensor = -length.unsqueeze(1) * direction
     return step
+
+
+def walk(
+    model: Model,
+    start: Tensor,
+    own: Tensor,
+    norm: float,
+    method: Method,
+    *,
+    finished: Callable[[Tensor, Tensor], Tensor],
+    length: Callable[[Tensor, Tensor], Tensor],
+    max_steps: int,
+    overshoot: float,
+    bounds: tuple[float, float] = (-math.inf, math.inf),
+    among: Tensor | None = None,
+    chunk_size: int | None = None,
+    backend: str = "auto",
+) -> tuple[Tensor, Tensor]:
+    """DeepFool's iteration, from start [B, *S], B >= 1, out of the classes own, int64 [B].
+
+    A step goes to the nearest linearised boundary of the class at the current point, `nearest_boundary`, and a little
+    farther: length(its distance float64 [b], point [b, *S]) says how far. The sum of the steps is lengthened by `overshoot`
+    and clipped to `bounds`. Examples for which finished(points [B, *S], logits [B, n]) holds stay where they are and cost
+    nothing any more, and so do those without a way out (zero gradients, NaN).
+
+    Returns where the examples are in the end, in the dtype of start, and how many steps each took, int64 [B].
+    """
+    found, total = start.clone(), torch.zeros_like(start, dtype=torch.float64)
+    steps, active = torch.zeros_like(own), torch.arange(len(own), device=own.device)
+    with linearize(model, start) as graph:
+        validation.warn_probabilities(graph.logits)
+        logits = graph.logits.clone()
+        for step in range(max_steps):
+            if step:
+                with graph.same_precision():
+                    graph = Linearization(model, found[active].requires_grad_())
+                logits[active] = graph.logits
+            going = ~finished(found, logits)[active]
+            if not going.any():
+                break
+            if not going.all():
+                active, graph = active[going], graph.at(going.nonzero().squeeze(1))
+            steps[active] += 1
+            counted = None if among is None else among[active]
+            _, distance, row = nearest_boundary(
+                graph, own[active], norm, method, among=counted, chunk_size=chunk_size, backend=backend
+            )
+            movable = distance.isfinite() & (row != 0).any(1) & row.isfinite().all(1)
+            active, distance, row = active[movable], distance[movable], row[movable]
+            if not len(active):
+                break
+            total[active] += _step(length(distance, found[active]), row, norm).view_as(total[active])
+            moved = start[active].double() + (1 + overshoot) * total[active]
+            found[active] = moved.to(start.dtype).clamp(*bounds)
+    return found, steps
 
 
 def deepfool(
@@ -146,44 +233,36 @@ def deepfool(
         raise ValueError(f"overshoot: got {overshoot!r}, wants a number >= 0")
     if labels is not None and (labels.shape != x.shape[:1] or labels.is_floating_point()):
         raise ValueError(f"labels: got {labels.dtype} of shape {tuple(labels.shape)}, wants integers [B] = [{len(x)}]")
+    chosen = methods.resolve(method, p)
+    validation.chunk_size(chunk_size)
     with recording(model, x), torch.no_grad():
-        start = x.detach().clone()
-        prediction = classes(model, start) if len(x) else torch.zeros(0, dtype=torch.int64, device=x.device)
-        target = prediction if labels is None else labels.to(prediction)
-        found, total = start.clone(), torch.zeros_like(start, dtype=torch.float64)
-        steps = torch.zeros_like(prediction)
-        active = (prediction == target).nonzero().squeeze(1)
-        for _ in range(max_steps):
-            if not len(active):
-                break
-            geometry = analyze(
+        found = start = x.detach().clone()
+        reached = prediction = classes(model, start) if len(x) else torch.zeros(0, dtype=torch.int64, device=x.device)
+        success, steps = torch.zeros_like(prediction, dtype=torch.bool), torch.zeros_like(prediction)
+        if len(x):
+            target = prediction if labels is None else labels.to(prediction)
+
+            def beyond(distance: Tensor, point: Tensor) -> Tensor:
+                # On the boundary itself the step is empty: go one rounding error of x farther, to the other side of it.
+                tiny = torch.finfo(x.dtype).eps * distances(point, torch.zeros_like(point), p)
+                return torch.maximum(distance, tiny)
+
+            found, steps = walk(
                 model,
-                found[active],
-                norm=p,
-                method=method,
+                start,
+                target,
+                p,
+                chosen,
+                finished=lambda points, logits: logits.argmax(1) != target,
+                length=beyond,
+                max_steps=max_steps,
+                overshoot=overshoot,
                 chunk_size=chunk_size,
                 backend=backend,
-                keep_saliency=True,
             )
-            steps[active] += 1
-            row = geometry.binarized_saliency
-            assert row is not None
-            length = geometry.linearized_robustness.double()
-            # On the boundary itself the step is empty. One rounding error of x farther lies the other side.
-            tiny = torch.finfo(x.dtype).eps * distances(found[active], torch.zeros_like(found[active]), p)
-            going = length.isfinite() & (row.flatten(1) != 0).any(1) & row.flatten(1).isfinite().all(1)
-            active, row, length = active[going], row[going].double(), torch.maximum(length, tiny)[going]
-            total[active] += _step(length, row.flatten(1), p).view_as(row)
-            found[active] = (start[active].double() + (1 + overshoot) * total[active]).to(x.dtype)
-            if len(active):
-                active = active[classes(model, found[active]) == target[active]]
-        if len(x):
             success = (classes(model, found) != target) & found.flatten(1).isfinite().all(1)
-            found = torch.where(
-                success.view(-1, *(1,) * (x.dim() - 1)), to_boundary(model, start, found, target), start
-            )
+            column = (-1, *(1,) * (x.dim() - 1))
+            found = torch.where(success.view(column), to_boundary(model, start, found, target), start)
             reached = classes(model, found)
-        else:
-            success, reached = prediction.bool(), prediction
         distance = torch.where(success, distances(found, start, p), math.inf).to(validation.output_dtype(x.dtype))
     return Adversarial(found, distance, success, prediction, reached, steps)

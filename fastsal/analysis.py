@@ -87,8 +87,7 @@ def analyze(
     """
     p = validation.norm(norm)
     chosen = methods.resolve(method, p)
-    if chunk_size is not None and (not isinstance(chunk_size, int) or chunk_size < 1):
-        raise ValueError(f"chunk_size: got {chunk_size!r}, wants None or an integer >= 1")
+    validation.chunk_size(chunk_size)
     check_input(x)
     B = x.shape[0]
     empty = B == 0  # one example of zeros tells the number of classes, and is dropped at the end

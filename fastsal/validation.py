@@ -19,6 +19,12 @@ def norm(value: Any) -> float:
         raise ValueError(f"norm: got {value!r}, wants 2, 1, math.inf or 'inf' (the p of the perturbation)") from None
 
 
+def chunk_size(value: Any) -> None:
+    """Raises unless value is None or a number of classes."""
+    if value is not None and (not isinstance(value, int) or value < 1):
+        raise ValueError(f"chunk_size: got {value!r}, wants None or an integer >= 1")
+
+
 def output_dtype(dtype: torch.dtype) -> torch.dtype:
     """float64 for float64 inputs, float32 for all others."""
     return torch.float64 if dtype == torch.float64 else torch.float32

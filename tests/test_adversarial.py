@@ -7,7 +7,9 @@ import torch
 from torch import nn
 
 import fastsal
-from fastsal.adversarial import HALVINGS, deepfool
+from fastsal import methods
+from fastsal.adversarial import HALVINGS, deepfool, nearest_boundary
+from fastsal.linearization import linearize
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -194,6 +196,7 @@ class TestEdges:
             ({"overshoot": math.nan}, "overshoot: got nan"),
             ({"labels": torch.zeros(3)}, r"labels: got torch.float32 of shape \(3,\), wants integers \[B\] = \[40\]"),
             ({"norm": 3}, "norm: got 3"),
+            ({"chunk_size": 0}, "chunk_size: got 0, wants None or an integer >= 1"),
             ({"method": "fast"}, "method: got 'fast'"),
             ({"method": "certified", "norm": 1}, "wants 2"),
         ],
@@ -206,3 +209,62 @@ class TestEdges:
     def test_training_mode(self):
         with pytest.raises(ValueError, match="in training mode"):
             deepfool(nn.Sequential(nn.Dropout(0.5), nn.Linear(3, 2)), torch.randn(2, 3))
+
+
+class TestNearestBoundary:
+    """Of any class, against its definition on the whole Jacobian."""
+
+    def jacobian(self, model, x):
+        rows = [torch.autograd.functional.jacobian(lambda z: model(z.unsqueeze(0))[0], one).flatten(1) for one in x]
+        return model(x).detach(), torch.stack(rows)
+
+    def want(self, logits, jacobian, own, norm, among=None):
+        e = torch.arange(len(own))
+        difference = jacobian[e, own].unsqueeze(1) - jacobian
+        distance = (logits[e, own].unsqueeze(1) - logits).abs() / torch.linalg.vector_norm(
+            difference, DUAL[norm], dim=2
+        )
+        distance[e, own] = math.inf
+        if among is not None:
+            distance[~among] = math.inf
+        other = distance.argmin(1)
+        return other, distance[e, other], difference[e, other]
+
+    @pytest.mark.parametrize("norm", NORMS)
+    @pytest.mark.parametrize("classes", [2, 7, 60])
+    def test_of_any_class(self, norm, classes):
+        model, x = network(20, classes=classes)
+        logits, jacobian = self.jacobian(model, x)
+        own = torch.where(torch.arange(40) % 2 == 0, logits.argmax(1), torch.arange(40) % classes)
+        chosen = [methods.Exact(), methods.Exact(memory_limit=0), methods.Candidates(classes - 1)]
+        if norm == 2:
+            chosen.append(methods.Certified())
+        for method in chosen:
+            with linearize(model, x) as graph:
+                got = nearest_boundary(graph, own, norm, method)
+                assert torch.equal(graph.logits, logits)  # left as they were
+            for mine, right in zip(got, self.want(logits, jacobian, own, norm), strict=True):
+                torch.testing.assert_close(mine, right, rtol=1e-10, atol=1e-12)
+
+    @pytest.mark.parametrize("norm", NORMS)
+    def test_among_some_classes(self, norm):
+        model, x = network(21, classes=12)
+        logits, jacobian = self.jacobian(model, x)
+        own = torch.arange(40) % 12
+        among = torch.rand(40, 12) < 0.4
+        among[:, :2] = True
+        for method in (methods.Exact(), methods.Candidates(11)):
+            with linearize(model, x) as graph:
+                got = nearest_boundary(graph, own, norm, method, among=among)
+            for mine, right in zip(got, self.want(logits, jacobian, own, norm, among), strict=True):
+                torch.testing.assert_close(mine, right, rtol=1e-10, atol=1e-12)
+
+    @pytest.mark.parametrize("own", [0, 1, 2])
+    def test_ties(self, own):
+        """Three equal logits: whichever class it is, the distance to another is 0."""
+        weight = torch.eye(4, dtype=torch.float64)
+        with linearize(lambda z: z @ weight, torch.tensor([[1.0, 1.0, 1.0, 0.5]]).double()) as graph:
+            other, distance, row = nearest_boundary(graph, torch.tensor([own]), 2.0, methods.Exact())
+        assert other.item() == (1 if own == 0 else 0)
+        assert distance.item() == 0
+        assert torch.equal(row[0], weight[own] - weight[other.item()])

@@ -174,11 +174,33 @@ class TestInstalled:
             "before = set(sys.modules)\n"
             "import fastsal\n"
             "new = {name.split('.')[0] for name in set(sys.modules) - before}\n"
-            "heavy = {'foolbox', 'matplotlib', 'pyarrow', 'safetensors', 'scipy', 'sklearn', 'tqdm'}\n"
-            "print(torch.cuda.is_initialized(), new & heavy)"
+            "heavy = {'captum', 'foolbox', 'matplotlib', 'pyarrow', 'safetensors'}\n"
+            "heavy |= {'scipy', 'sklearn', 'torchattacks', 'tqdm'}\n"
+            "print(torch.cuda.is_initialized(), new & heavy, 'fastsal.integrations' in sys.modules)"
         )
         result = run_python("-W", "error", "-c", code)
-        assert (result.stdout, result.stderr) == ("False set()\n", "")
+        assert (result.stdout, result.stderr) == ("False set() False\n", "")
+
+    def test_integrations_without_their_libraries(self, run_python):
+        code = (
+            "import sys\n"
+            "for name in ('foolbox', 'torchattacks', 'captum'):\n"
+            "    sys.modules[name] = None\n"
+            "    try:\n"
+            "        __import__(f'fastsal.integrations.{name}')\n"
+            "    except ImportError as error:\n"
+            "        print(error)"
+        )
+        result = run_python("-c", code)
+        assert result.stderr == ""
+        assert result.stdout.splitlines() == [
+            f"fastsal.integrations.{name} needs {name}, which is not installed: pip install {install}"
+            for name, install in (
+                ("foolbox", "foolbox"),
+                ("torchattacks", "--no-deps torchattacks"),
+                ("captum", "captum"),
+            )
+        ]
 
 
 def test_readme_starts_with_the_two_commands():

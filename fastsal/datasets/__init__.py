@@ -56,46 +56,57 @@ def evaluate(
 ) -> Summary:
     """`analyze` for every example of a data set, into a folder of Parquet shards; called again, it goes on where it was.
 
-    model: as for `analyze`; a module is used where its parameters are, and x is moved there and takes their dtype.
-    data: a map-style `torch.utils.data.Dataset` of x [*S], or of (x, true class), the same each time it is read; or x [N, *S].
-    out: the folder, made where it is missing. A row for each example: `index`, `name` and `y` where given, the scalars of
-        `Geometry`, and `error`, null but for an example that could not be read or analysed, where the others are null.
-        `fastsal.datasets.load(out)` gives it back as one `Geometry`; any reader of Parquet reads it.
-    norm, method, chunk_size, backend: as for `analyze`.
-    batch_size: examples that are analysed together. Results may differ in the last bits with it, so it belongs to the table.
-    workers: processes that read the data ahead; 0 (default) reads in this one.
-    save_every: seconds between shards: what a kill costs at most, besides the batch in hand.
-    names: of the examples, such as their files, for the table and for messages.
-    progress: whether to show a bar (with tqdm); None (default) does where a person watches.
-
-    Returns a `fastsal.datasets.Summary`: quartiles of every quantity, for all and for each true class, accuracy, the share
-    certified, passes, and the ten least robust examples.
-
     Every shard is written beside, synced and renamed, so that whenever the process is killed, SIGKILL included, the same call
-    goes on from the last shard. Another model (its text, parameters and buffers; only the name of a callable that is no
-    module), data (their length and a sample), option, kind of device or version of fastsal raises ValueError, which says what
-    changed. The batches depend on nothing but `batch_size`, and with the same number of threads so does the table, value for
-    value, for any number of kills and processes. ("certified" decides by measured prices of passes: their number, and through
-    it the last bits, may differ from run to run.)
+    goes on from the last shard. The batches depend on nothing but `batch_size`, and with the same number of threads so does the
+    table, value for value, for any number of kills and processes. ("certified" decides by measured prices of passes: their
+    number, and through it the last bits, may differ from run to run.)
 
     Where `torch.distributed` is initialised, all processes call this alike and share the work, each with its own copy of the
     model; all get the summary. When one dies the others raise RuntimeError, and a later call with any number goes on.
 
-    Raises ValueError or TypeError for arguments, OSError when the disk is full (what was finished stays), and RuntimeError
-    where the model fails as such: on examples that it took before, for want of memory, or on a batch of examples that it
-    takes one at a time.
+    Args:
+        model: As for `analyze`. A module is used where its parameters are, and x is moved there and takes their dtype.
+        data: A map-style `torch.utils.data.Dataset` of x [*S], or of (x, true class), the same each time it is read; or the
+            tensor x [N, *S].
+        out: The folder, made where it is missing. A row for each example: `index`, `name` and `y` where given, the scalars of
+            `Geometry`, and `error`, null but for an example that could not be read or analysed, where the others are null.
+            `fastsal.datasets.load(out)` gives it back as one `Geometry`; any reader of Parquet reads it.
+        norm: As for `analyze`.
+        method: As for `analyze`.
+        batch_size: How many examples are analysed together. Results may differ in the last bits with it, so it belongs to the
+            table.
+        chunk_size: As for `analyze`.
+        backend: As for `analyze`.
+        workers: How many processes read the data ahead; with 0 (default) this one reads.
+        save_every: Seconds between shards: what a kill costs at most, besides the batch in hand.
+        names: Names of the examples, such as their files, for the table and for messages.
+        progress: Whether to show a bar (with tqdm); None (default) does where a person watches.
 
-    >>> import tempfile, torch, fastsal
-    >>> _ = torch.manual_seed(0)
-    >>> data = torch.utils.data.TensorDataset(torch.rand(100, 6), torch.arange(100) % 3)
-    >>> model = torch.nn.Linear(6, 3)
-    >>> with tempfile.TemporaryDirectory() as folder:
-    ...     summary = fastsal.evaluate(model, data, folder)
-    ...     geometry = fastsal.datasets.load(folder)
-    >>> torch.equal(geometry.runner_up, fastsal.analyze(model, data.tensors[0]).runner_up)
-    True
-    >>> summary.examples, summary.certified, sorted(summary.by_class)
-    (100, 1.0, [0, 1, 2])
+    Returns:
+        A `fastsal.datasets.Summary`: quartiles of every quantity, for all and for each true class, accuracy, the share
+        certified, passes, and the ten least robust examples.
+
+    Raises:
+        ValueError: An argument is out of its range; or the folder holds results of another model (its text, parameters and
+            buffers; only the name of a callable that is no module), data (their length and a sample), option, kind of device
+            or version of fastsal, and the message says what changed.
+        TypeError: An argument has the wrong type.
+        OSError: The disk is full. What was finished stays.
+        RuntimeError: The model fails as such: on examples that it took before, for want of memory, or on a batch of examples
+            that it takes one at a time. Or another process of this run has ended.
+
+    Example:
+        >>> import tempfile, torch, fastsal
+        >>> _ = torch.manual_seed(0)
+        >>> data = torch.utils.data.TensorDataset(torch.rand(100, 6), torch.arange(100) % 3)
+        >>> model = torch.nn.Linear(6, 3)
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     summary = fastsal.evaluate(model, data, folder)
+        ...     geometry = fastsal.datasets.load(folder)
+        >>> torch.equal(geometry.runner_up, fastsal.analyze(model, data.tensors[0]).runner_up)
+        True
+        >>> summary.examples, summary.certified, sorted(summary.by_class)
+        (100, 1.0, [0, 1, 2])
     """
     if not isinstance(save_every, int | float) or not save_every >= 0:
         raise ValueError(f"save_every: got {save_every!r}, wants seconds from 0")

@@ -63,7 +63,7 @@ def _why_not(head: nn.Module, calls: list[tuple[nn.Module, Tensor, Tensor]], gra
     if not inputs.dtype == output.dtype == weight.dtype == graph.x.dtype:
         return "it works in another precision than x"
     if output.numel() != graph.logits.numel() or not torch.equal(
-        output.detach().reshape(graph.logits.shape), graph.logits
+        output.detach().reshape(graph.logits.shape), graph.graph_logits.detach()
     ):
         return "its output is not the logits, bit for bit"
     return ""
