@@ -19,6 +19,7 @@ os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 # place, lacks the native modules.
 if not list((ROOT / "fastsal").glob("_cpu.*")):
     sys.path[:] = [folder for folder in sys.path if Path(folder).resolve() != ROOT]
+sys.path.append(str(ROOT))  # for bench; last, so that fastsal stays the installed one
 
 
 @pytest.fixture(scope="module")

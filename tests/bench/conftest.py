@@ -1,12 +1,7 @@
-"""The suite, importable, and work so small that it takes no time."""
-
-import sys
-from pathlib import Path
+"""Work so small that it takes no time."""
 
 import pytest
 import torch
-
-sys.path.append(str(Path(__file__).resolve().parents[2]))  # last: fastsal stays the installed one
 
 from bench.cases import tensor
 from bench.suite import core
