@@ -197,11 +197,22 @@ def load(folder: str | Path) -> Geometry:
 
     Examples that were not analysed are NaN, with prediction -1. It has no `distances` and no saliency maps.
 
-    >>> import tempfile, torch, fastsal
-    >>> with tempfile.TemporaryDirectory() as folder:
-    ...     _ = fastsal.evaluate(torch.nn.Linear(6, 3), torch.rand(20, 6), folder)
-    ...     fastsal.datasets.load(folder).linearized_robustness.shape
-    torch.Size([20])
+    Args:
+        folder: The folder.
+
+    Returns:
+        The `Geometry`, its tensors [N] for the N examples that are there.
+
+    Raises:
+        ValueError: The folder holds no results.
+        ImportError: pyarrow is missing.
+
+    Example:
+        >>> import tempfile, torch, fastsal
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     _ = fastsal.evaluate(torch.nn.Linear(6, 3), torch.rand(20, 6), folder)
+        ...     fastsal.datasets.load(folder).linearized_robustness.shape
+        torch.Size([20])
     """
     found = shards.shards(Path(folder))
     if not found:

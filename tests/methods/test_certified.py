@@ -185,8 +185,11 @@ class TestProbes:
         torch.testing.assert_close(basis @ basis.T, torch.eye(len(basis), dtype=torch.float64), atol=1e-12, rtol=0.0)
         spanned = torch.linalg.qr(torch.cat((basis, calls[1])).T).Q
         torch.testing.assert_close(combination @ spanned @ spanned.T, combination, atol=1e-12, rtol=0.0)
-        assert (probes @ basis.T).abs().max() < 1e-10
-        assert probes.norm(dim=1).min() > math.sqrt(200 - len(basis)) / 2
+        assert torch.equal(
+            calls[1], torch.from_numpy(certify.stream(0, "pilots").standard_normal((certify.PILOTS, 200)))
+        )
+        fresh = torch.from_numpy(certify.stream(0, "probes").standard_normal((len(probes), 200)))
+        torch.testing.assert_close(probes, fresh - fresh @ basis.T @ basis, atol=1e-12, rtol=0.0)
 
 
 class Recorded(Matrices):
@@ -274,6 +277,15 @@ class TestRounding:
         assert found.certified.all()
         assert (found.vjps == 300).all()
         assert torch.equal(found.winners[:, 1], distances(logits, rows).argmin(1))
+
+    def test_a_class_whose_products_disagree_gets_no_bound(self):
+        logits, rows = problem(4, 300, 100)
+        search = certify._Search(Matrices(logits, rows), Certified(), "reference")
+        plan = search.prepare()
+        search.odd[:, ::3] = True
+        search.probe(plan)
+        assert (search.lower[:, ::3] == 0).all()
+        assert (search.lower[search.margin > 0] > 0).float().mean() > 0.5
 
     def test_a_class_whose_own_gradient_cancels_is_evaluated(self):
         """Two layers in float32; one class has large weights that cancel to 1e-4, so that its products lose four digits."""
