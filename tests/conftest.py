@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 
@@ -53,3 +55,25 @@ def run_python(tmp_path: Path) -> Callable[..., subprocess.CompletedProcess[str]
         )
 
     return run
+
+
+@pytest.fixture(scope="session")
+def torchvision() -> ModuleType:
+    """torchvision, of which the tests need data sets and models alone.
+
+    A build for CUDA does not load its compiled operators beside a torch for CPUs, and then fails on their names.
+    """
+    import torch
+
+    pytest.importorskip("PIL")
+    if importlib.util.find_spec("torchvision") is None:
+        pytest.skip("torchvision is not installed")
+    try:
+        import torchvision.datasets
+    except RuntimeError:
+        names = torch.library.Library("torchvision", "FRAGMENT")
+        for name in ("nms", "qnms"):
+            names.define(f"{name}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
+        import torchvision.datasets
+        import torchvision.models
+    return torchvision

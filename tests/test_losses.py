@@ -11,16 +11,10 @@ import fastsal
 from fastsal import losses
 from fastsal.linearization import Linearization
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 NORMS = [2, 1, math.inf]
 DUAL = {2: 2, 1: math.inf, math.inf: 1}
-
-
-@pytest.fixture(autouse=True)
-def _one_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 def network(seed, classes=5, dtype=torch.float64):

@@ -15,6 +15,8 @@ import fastsal
 from fastsal.cli import inputs, main, models
 from fastsal.datasets import load, shards
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 MODELS = """
 import torch
 from torch import nn
@@ -36,15 +38,6 @@ class Careful(nn.Module):
             raise ArithmeticError("too bright")
         return self.net(x)
 """
-
-
-@pytest.fixture(autouse=True)
-def _one_thread():
-    """Everything here is small: a second thread would only wait, for long on a busy machine."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture
@@ -87,19 +80,6 @@ def photographs(tmp_path):
             Image.fromarray(pixels[..., 0] if slot % 2 else pixels).save(path)
 
     return make
-
-
-@pytest.fixture
-def torchvision():
-    """torchvision. A build for CUDA does not find the names of its compiled operators beside a torch for CPUs."""
-    try:
-        import torchvision.models
-    except RuntimeError:
-        names = torch.library.Library("torchvision", "FRAGMENT")
-        for name in ("nms", "qnms"):
-            names.define(f"{name}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
-        import torchvision.models
-    return torchvision
 
 
 class TestOut:

@@ -25,16 +25,9 @@ import fastsal
 from fastsal.datasets import in_memory, load, shards
 from fastsal.datasets.batches import MISSING
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 N, BATCH = 45, 8
-
-
-@pytest.fixture(autouse=True)
-def _one_thread():
-    """Everything here is small, and processes are forked."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture

@@ -21,11 +21,8 @@ class Digits:
 
 
 @pytest.fixture(autouse=True)
-def _one_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+def _one_thread(one_thread):
+    """All tests here are of small operations."""
 
 
 @pytest.fixture(scope="session")

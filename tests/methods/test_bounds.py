@@ -5,28 +5,17 @@ import math
 import mpmath
 import pytest
 import torch
+from chance import REJECT, chance_at_least
 
 from fastsal.methods import bounds
 from fastsal.methods.bounds import chi_square_exceeds, chi_square_quantile, schedule, upper_norms
 from fastsal.methods.certified import COUNTS
-
-REJECT = 1e-6  # of a true hypothesis; the seeds are fixed
 
 
 def probability_below(count, x):
     """P(χ²_count ≤ x) to forty digits."""
     with mpmath.workdps(40):
         return mpmath.gammainc(mpmath.mpf(count) / 2, 0, mpmath.mpf(x) / 2, regularized=True)
-
-
-def chance_at_least(failures, trials, probability):
-    """P(Binomial(trials, probability) >= failures), by Chernoff's bound: an upper bound, so that rejecting is safe."""
-    rate = failures / trials
-    if rate <= probability:
-        return 1.0
-    part = rate * math.log(rate / probability)
-    rest = (1 - rate) * math.log((1 - rate) / (1 - probability)) if rate < 1 else 0.0
-    return math.exp(-trials * (part + rest))
 
 
 class TestQuantile:

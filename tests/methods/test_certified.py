@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from chance import REJECT, chance_at_least
 from torch import nn
 
 import fastsal.methods.certified as certify
@@ -19,8 +20,6 @@ from fastsal.passes import ModelPasses, NoJVPError
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
-REJECT = 1e-6  # of a true hypothesis, by any of the statistics tests; the seeds are fixed
-
 
 def problem(E, n, D, seed=0, decay=0.5, common=3.0, dtype=torch.float64):
     """Jacobians with a common part and singular values that decay; margins that are bunched."""
@@ -31,16 +30,6 @@ def problem(E, n, D, seed=0, decay=0.5, common=3.0, dtype=torch.float64):
     logits = torch.randn(E, n, generator=generator, dtype=torch.float64)
     logits[torch.arange(E), torch.randint(n, (E,), generator=generator)] += 8.0
     return logits.to(dtype), rows.to(dtype)
-
-
-def chance_at_least(failures, trials, probability):
-    """P(Binomial(trials, probability) >= failures), by Chernoff's bound: an upper bound, so that rejecting is safe."""
-    rate = failures / trials
-    if rate <= probability:
-        return 1.0
-    part = rate * math.log(rate / probability)
-    rest = (1 - rate) * math.log((1 - rate) / (1 - probability)) if rate < 1 else 0.0
-    return math.exp(-trials * (part + rest))
 
 
 class TestGuarantee:

@@ -1,9 +1,6 @@
 """Data, a finished study and torchvision for the tests of the study."""
 
-import importlib.util
-
 import pytest
-import torch
 from study.small import GRID
 
 from fastsal.cli import main
@@ -41,23 +38,3 @@ def study(tmp_path_factory):
     out = tmp_path_factory.mktemp("study")
     assert main(["study", *GRID, "--out", str(out)]) == 0
     return out
-
-
-@pytest.fixture(scope="session")
-def torchvision():
-    """torchvision, of which the study needs data sets and models alone.
-
-    A build for CUDA does not load its compiled operators beside a torch for CPUs, and then fails on their names.
-    """
-    pytest.importorskip("PIL")
-    if importlib.util.find_spec("torchvision") is None:
-        pytest.skip("torchvision is not installed")
-    try:
-        import torchvision.datasets
-    except RuntimeError:
-        names = torch.library.Library("torchvision", "FRAGMENT")
-        for name in ("nms", "qnms"):
-            names.define(f"{name}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
-        import torchvision.datasets
-        import torchvision.models
-    return torchvision
