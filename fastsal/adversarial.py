@@ -82,12 +82,21 @@ def nearest_boundary(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The nearest linearised boundary of given classes, which need not be the predicted ones.
 
-    own: int64 [B], the class c of every example. among: bool [B, n], the classes that count, or None for all.
-    Returns the class j ≠ c for which |Ψᶜ − Ψʲ| / ‖g_c − g_j‖_q is smallest, int64 [B], and in float64 that distance [B]
-    and the row g_c − g_j [B, D].
-
     A method finds the boundaries of the class with the highest score. As scores it is given −|Ψᶜ − Ψʲ|, which have the
     margins wanted; c is lifted by next to nothing, over the classes that tie with it.
+
+    Args:
+        graph: The model's forward pass at B examples.
+        own: The class c of every example, int64 [B].
+        norm: The norm p of a perturbation.
+        method: How to find the boundary.
+        among: The classes that count, bool [B, n]; None for all.
+        chunk_size: As in `analyze`.
+        backend: As in `analyze`.
+
+    Returns:
+        The class j ≠ c for which |Ψᶜ − Ψʲ| / ‖g_c − g_j‖_q is smallest, int64 [B], and in float64 that distance [B] and the
+        row g_c − g_j [B, D].
     """
     column = own.unsqueeze(1)
     margin = (graph.logits.gather(1, column) - graph.logits).abs()
@@ -130,14 +139,28 @@ def walk(
     chunk_size: int | None = None,
     backend: str = "auto",
 ) -> tuple[Tensor, Tensor]:
-    """DeepFool's iteration, from start [B, *S], B >= 1, out of the classes own, int64 [B].
+    """Walks out of given classes by DeepFool's iteration.
 
-    A step goes to the nearest linearised boundary of the class at the current point, `nearest_boundary`, and a little
-    farther: length(its distance float64 [b], point [b, *S]) says how far. The sum of the steps is lengthened by `overshoot`
-    and clipped to `bounds`. Examples for which finished(points [B, *S], logits [B, n]) holds stay where they are and cost
-    nothing any more, and so do those without a way out (zero gradients, NaN).
+    A step goes to the class's nearest linearised boundary at the current point, `nearest_boundary`, and a little farther. An
+    example that is finished, or without a way out (zero gradients, NaN), stays where it is and costs nothing any more.
 
-    Returns where the examples are in the end, in the dtype of start, and how many steps each took, int64 [B].
+    Args:
+        model: As in `analyze`.
+        start: Where the examples begin, [B, *S] with B >= 1.
+        own: The class that each is to leave, int64 [B].
+        norm: The norm p of a perturbation.
+        method: How to find the nearest boundary.
+        finished: Which examples are through, bool [B], from the current points [B, *S] and their logits [B, n].
+        length: How far to step, float64 [b], from the boundaries' distances, float64 [b], and the points [b, *S].
+        max_steps: How many steps to take at most.
+        overshoot: By how much the sum of the steps is lengthened.
+        bounds: The box that the points are clipped to.
+        among: As in `nearest_boundary`.
+        chunk_size: As in `analyze`.
+        backend: As in `analyze`.
+
+    Returns:
+        Where the examples are in the end, in the dtype of `start`, and how many steps each took, int64 [B].
     """
     found, total = start.clone(), torch.zeros_like(start, dtype=torch.float64)
     steps, active = torch.zeros_like(own), torch.arange(len(own), device=own.device)
