@@ -1,7 +1,5 @@
-"""Passes through a model at chosen examples: vector-Jacobian products, Jacobian-vector products, and what they cost."""
+"""Passes through a model at chosen examples: vector-Jacobian products and Jacobian-vector products."""
 
-import math
-import time
 from collections.abc import Callable
 from typing import Protocol
 
@@ -28,9 +26,6 @@ class Passes(Protocol):
     def jvp(self, examples: Tensor, directions: Tensor) -> Tensor:
         """Multiplies the Jacobians with directions [e, k, D]: [e, k, n]. Raises NoJVPError where the model cannot."""
 
-    def price(self) -> float:
-        """Roughly how many VJPs a JVP costs."""
-
 
 class ModelPasses:
     """The `Passes` of a model at some examples, int64 [E], of a recorded batch.
@@ -47,16 +42,10 @@ class ModelPasses:
         default = 256 if examples.device.type == "cpu" else 1024
         self.pairs = default if chunk_size is None else chunk_size * len(examples)
         self._ways = [self._forward_mode, self._double_backward]
-        self._seconds = [math.inf, math.inf]  # of a VJP, of a JVP: the quickest so far
 
     def _record(self, examples: Tensor) -> None:
         own = self._own[examples]
         self._held, self._graph = examples, self._base if len(own) == len(self._base.logits) else self._base.at(own)
-
-    def price(self) -> float:
-        """The price of a JVP in VJPs, rounded to a power of two so that a repeated run takes the same decisions."""
-        vjp, jvp = self._seconds
-        return 2.0 ** min(2, max(-1, round(math.log2(jvp / vjp)))) if math.inf > jvp else 1.0
 
     def vjp(self, examples: Tensor, cotangents: Tensor) -> Tensor:
         if 2 * len(examples) <= len(self._held) or not bool(torch.isin(examples, self._held).all()):
@@ -85,19 +74,8 @@ class ModelPasses:
 
     def _chunks(self, run: Callable[[Tensor], Tensor], stack: Tensor, size: int) -> list[Tensor]:
         results: list[Tensor] = []
-        in_parts(stack, size, lambda part: results.append(self._timed(run, part)))
+        in_parts(stack, size, lambda part: results.append(run(part)))
         return results
-
-    def _timed(self, run: Callable[[Tensor], Tensor], part: Tensor) -> Tensor:
-        if part.is_cuda:
-            torch.cuda.synchronize(part.device)
-        start = time.perf_counter()
-        result = run(part)
-        if part.is_cuda:
-            torch.cuda.synchronize(part.device)
-        kind = int(run != self._vjp)
-        self._seconds[kind] = min(self._seconds[kind], (time.perf_counter() - start) / (len(part) * part.shape[1]))
-        return result
 
     def _vjp(self, cotangents: Tensor) -> Tensor:
         return self._graph.vjp(cotangents)

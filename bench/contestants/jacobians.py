@@ -28,9 +28,6 @@ class Matrices:
     def jvp(self, examples: Tensor, directions: Tensor) -> Tensor:
         return directions.to(self.jacobian.dtype) @ self.jacobian[examples].mT
 
-    def price(self) -> float:
-        return 1.0
-
 
 def distances(logits: Tensor, jacobian: Tensor) -> Tensor:
     """m_j / ‖Δ_j‖ of every class [E, n] in float64, +inf at the prediction."""

@@ -58,8 +58,7 @@ def evaluate(
 
     Every shard is written beside, synced and renamed, so that whenever the process is killed, SIGKILL included, the same call
     goes on from the last shard. The batches depend on nothing but `batch_size`, and with the same number of threads so does the
-    table, value for value, for any number of kills and processes. ("certified" decides by measured prices of passes: their
-    number, and through it the last bits, may differ from run to run.)
+    table, value for value, for any number of kills and processes.
 
     Where `torch.distributed` is initialised, all processes call this alike and share the work, each with its own copy of the
     model; all get the summary. When one dies the others raise RuntimeError, and a later call with any number goes on.

@@ -31,7 +31,7 @@ rounding of the products; neither depends on a probe.
   passed over only in favour of a lower class). `lower_bound` is the least of the best ratio and the L_j of the classes that
   were not evaluated: one of them is ρ̃ or the L_{j*} ≤ ρ̃.
 - That argument uses nothing but the bounds of j*, laid down beforehand. When to stop, whether to use a round at all, which
-  class to evaluate next and every price are free to depend on the probes.
+  class to evaluate next are free to depend on the probes.
 
 Every example sees the same probes (a private stream, the seed alone decides). The theorem is about one example, its logits and
 Jacobian being fixed; that two examples fail together is possible, that either fails is no likelier for it. In return an
@@ -168,7 +168,6 @@ class _Search:
         self.seen = torch.zeros_like(logits, dtype=torch.bool).scatter_(1, self.prediction.unsqueeze(1), True)
         self.lower = torch.zeros_like(self.margin)
         self.vjps, self.jvps = torch.zeros_like(self.prediction), torch.zeros_like(self.prediction)
-        self.price = 1.0
         everyone = torch.arange(E, device=self.device)
         self.vjps += 1
         anchor = self._rows(everyone, self.prediction.unsqueeze(1))
@@ -350,7 +349,7 @@ class _Search:
         for count in COUNTS:
             quantile = schedule(count, self.method.failure_probability)[0][1]
             needed = torch.where(waiting, chi_square_exceeds(count, room * quantile / rest), 0.0).sum(1)
-            cost = count * self.price + needed
+            cost = count + needed
             bound = torch.where(waiting, margin / (known + rest * (count / quantile)).sqrt() / target, math.inf)
             rows = (left - count).clamp(0, self.n - 1).unsqueeze(1)
             promise = bound.sort(1).values.gather(1, rows).squeeze(1).clamp(max=1.0)
@@ -384,14 +383,14 @@ class _Search:
         active = e[self.trust(e)]
         fall = torch.full_like(self.unit, FIRST_FALL)
         for step in range(MAX_STEPS + 1):
-            self.price = self.passes.price()
             promise_now, cost_now, plan[active] = self.forecast(active, torch.ones_like(self.unit[active]))
             better = torch.zeros_like(active, dtype=torch.bool)
             for steps in AHEAD:
                 promise, cost, _ = self.forecast(active, fall[active] ** steps)
-                cheaper = cost + steps * BLOCK * (1 + self.price) < cost_now
-                affordable = self._left(active) >= cost + steps * BLOCK * 2
-                better |= affordable & ((promise > promise_now) | ((promise == promise_now) & cheaper))
+                cost += steps * BLOCK * 2
+                better |= (cost <= self._left(active)) & (
+                    (promise > promise_now) | ((promise == promise_now) & (cost < cost_now))
+                )
             active = active[better]
             if step == MAX_STEPS or not len(active):
                 break
@@ -503,7 +502,7 @@ class _Search:
         for round_ in range(1, counts.shape[1]):
             count, quantile = counts[:, round_].double(), quantiles[:, round_]
             bound = margin / (known + sums * (count / done / quantile).unsqueeze(1)).sqrt()
-            cost = (count - done) * self.price + (waiting & ~(bound >= target)).sum(1)
+            cost = (count - done) + (waiting & ~(bound >= target)).sum(1)
             later = torch.where(stage < round_, torch.minimum(later, cost), later)
         return (later < now) & self.undecided(e).any(1)
 
