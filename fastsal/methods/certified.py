@@ -39,9 +39,9 @@ example's probes depend on nothing else in the batch, nor on earlier calls.
 
 Rounding. The theorem holds if the products of class j with the basis, and with the probes in the root mean square, are off by
 slack_j at most, and those of i* by slack_{i*} (`bounds.upper_norms`). The slack is fixed before a probe is drawn: it is η
-times ‖g_j‖ or the root mean square of all classes' norms, whichever is larger, and η is the largest disagreement between a
-row that was taken exactly and its JVPs, relative to the row, with a factor to spare. One JVP along a random combination of
-all directions so far is compared with the same combination of their products: a class where the two differ by more than its
+times ‖g_j‖ or the root mean square of all classes' norms, whichever is larger, and η is the largest disagreement, in the same
+units, between a row that was taken exactly and its JVPs, with a factor to spare. One JVP along a random combination of all
+directions so far is compared with the same combination of their products: a class where the two differ by more than its
 slack, say one whose own gradient cancels, gets no bound, so that its row is taken. Afterwards every row that is evaluated is
 compared with the JVPs of its class in float64. An example where they differ by more than η keeps no bound: it is finished
 with exact rows.
@@ -183,6 +183,7 @@ class _Search:
         self.shadow = self.margin.new_zeros(E, 0, 0)  # the probes' components in the basis
         self.drawn = torch.zeros_like(self.prediction)  # how many probes
         self.eta = torch.full_like(self.margin[:, 0], SPARE * torch.finfo(logits.dtype).eps)
+        self.typical = torch.zeros_like(self.margin[:, 0])  # about the root mean square of all ‖g_j‖
         self.odd = torch.zeros_like(self.seen)  # classes whose products disagree among themselves
         # The highest other logits, the lowest class first among equals. The early rows are checked once there are probes.
         others = reference.other_classes(self.prediction, self.n)
@@ -250,9 +251,10 @@ class _Search:
             self.lower[e] = torch.where((good | (self.drawn[e] == 0)).unsqueeze(1), self.lower[e], 0.0)
 
     def disagreement(self, e: Tensor, classes: Tensor, rows: Tensor) -> Tensor:
-        """How far rows [e, c, D] are from the JVPs of their classes, relative to the rows: [e], the largest over the classes.
+        """How far rows [e, c, D] are from the JVPs of their classes, in the units of η: [e], the largest over the classes.
 
-        The larger of two figures: the norm over the basis, and the root mean square over the pilots and the probes.
+        The larger of two figures: the norm over the basis, and the root mean square over the pilots and the probes; relative to
+        the norm of the row, or to the typical one where that is larger.
         """
         rows = rows.double() / self.unit[e].view(-1, 1, 1)
         inside = rows @ self.basis[e].mT
@@ -269,7 +271,8 @@ class _Search:
         count = PILOTS + self.drawn[e].view(-1, 1, 1)
         along = torch.where(torch.arange(PILOTS + s, device=self.device) < count, along, 0.0).square().sum(2)
         square = torch.maximum(gap(inside, self.components).square().sum(2), along / count.squeeze(2))
-        return torch.where(square == 0, 0.0, (square / rows.square().sum(2)).sqrt()).amax(1)
+        size = torch.maximum(rows.square().sum(2).sqrt(), self.typical[e].unsqueeze(1))
+        return torch.where(square == 0, 0.0, square.sqrt() / size).amax(1)
 
     # Step 1: the basis.
 
@@ -380,6 +383,7 @@ class _Search:
             warnings.warn(f"{error}; taking every row", stacklevel=2)
             return plan
         self.piloted[e] = self.products(e, self.pilots.expand(len(e), -1, -1))
+        self.typical[e] = self.sizes(e).square().mean(1).sqrt()
         active = e[self.trust(e)]
         fall = torch.full_like(self.unit, FIRST_FALL)
         for step in range(MAX_STEPS + 1):
@@ -410,14 +414,15 @@ class _Search:
             return e > 0
         seen = self.disagreement(e, self.early[e], self.early_rows[e])
         self.eta[e] = torch.maximum(self.eta[e], SPARE * seen)
-        trusted = self.eta[e] <= UNSTABLE
-        if not bool(trusted.all()):
+        unstable = self.eta[e] > UNSTABLE
+        if bool(unstable.any()):
             warnings.warn(
-                f"model: {int((~trusted).sum())} of {len(e)} examples have gradients that differ by up to {seen.max():.1e} of "
-                "themselves between a backward and a forward-mode pass; they are finished with exact rows",
+                f"model: {int(unstable.sum())} of {len(e)} examples have gradients that differ by up to "
+                f"{seen[unstable].max():.1e} of themselves between a backward and a forward-mode pass; they are finished with "
+                "exact rows",
                 stacklevel=2,
             )
-        return trusted
+        return ~unstable & ~seen.isnan()
 
     def compare(self, e: Tensor) -> None:
         """Compares one JVP along a random combination of all directions so far with the combination of their products."""
@@ -429,13 +434,15 @@ class _Search:
         mixture = torch.from_numpy(stream(self.method.seed, "combination").standard_normal((1, directions.shape[1])))
         mixture = (mixture / mixture.norm()).to(self.device)
         products = self.products(e, mixture @ directions)
-        size = (self.components[e].square().sum(1) + self.residual(e).square().mean(1)).sqrt()
-        self.odd[e] = (products - mixture @ values).squeeze(1).abs() > self.slack(e, size)
+        self.odd[e] = (products - mixture @ values).squeeze(1).abs() > self.slack(e, self.sizes(e))
+
+    def sizes(self, e: Tensor) -> Tensor:
+        """About ‖g_j‖ of every class [e, n], from the basis and the pilots."""
+        return (self.components[e].square().sum(1) + self.residual(e).square().mean(1)).sqrt()
 
     def slack(self, e: Tensor, size: Tensor) -> Tensor:
         """How far the products of every class may be off [e, n], from about ‖g_j‖ [e, n]."""
-        typical = size.square().mean(1, keepdim=True).sqrt()
-        return self.eta[e].unsqueeze(1) * torch.maximum(size, typical)
+        return self.eta[e].unsqueeze(1) * torch.maximum(size, self.typical[e].unsqueeze(1))
 
     # Step 3: the probes.
 

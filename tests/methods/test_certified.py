@@ -267,6 +267,23 @@ class TestRounding:
         assert (found.vjps == 300).all()
         assert torch.equal(found.winners[:, 1], distances(logits, rows).argmin(1))
 
+    def test_small_gradients_among_large_ones_do_not_count_as_disagreement(self):
+        """Half of the classes have gradients 1e-6 as large: float32 products err by what the large ones let them."""
+        logits, rows = problem(4, 300, 100, dtype=torch.float32)
+        rows[:, ::2] *= 1e-6
+        common = 1e-7 * torch.randn(rows.shape[0], 1, rows.shape[2], generator=torch.Generator().manual_seed(5))
+
+        class Common(Matrices):
+            def jvp(self, examples, directions):
+                products = super().jvp(examples, directions)
+                error = directions.to(common.dtype) @ common[examples].mT
+                return products + error * (torch.arange(products.shape[2]) % 3 - 1)
+
+        found = certify.certify(Common(logits, rows), Certified())
+        assert found.certified.all()
+        assert torch.equal(found.winners[:, 1], distances(logits, rows).argmin(1))
+        assert (found.vjps < 150).all()
+
     def test_a_class_whose_products_disagree_gets_no_bound(self):
         logits, rows = problem(4, 300, 100)
         search = certify._Search(Matrices(logits, rows), Certified(), "reference")
