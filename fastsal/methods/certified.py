@@ -346,18 +346,20 @@ class _Search:
         likely = torch.where(waiting, margin / (known + rest).sqrt(), math.inf).amin(1)
         target = torch.minimum(self.best[e], likely).unsqueeze(1)
         left = self._left(e) - 1  # `compare` takes one
-        room = (margin / target).square() - known
+        room = ((margin / target).square() - known) / rest
         whole = waiting.sum(1).double()
         promises, costs = [(whole <= left).double()], [whole]
         for count in COUNTS:
             quantile = schedule(count, self.method.failure_probability)[0][1]
-            needed = torch.where(waiting, chi_square_exceeds(count, room * quantile / rest), 0.0).sum(1)
-            cost = count + needed
-            bound = torch.where(waiting, margin / (known + rest * (count / quantile)).sqrt() / target, math.inf)
-            rows = (left - count).clamp(0, self.n - 1).unsqueeze(1)
-            promise = bound.sort(1).values.gather(1, rows).squeeze(1).clamp(max=1.0)
-            promise = torch.where(cost <= left, 1.0, promise.nan_to_num(0.0))
-            promises.append(torch.where(left >= count, promise, -1.0))
+            cost = count + torch.where(waiting, chi_square_exceeds(count, room * quantile), 0.0).sum(1)
+            promise = (left >= count).double()
+            short = cost > left
+            if bool(short.any()):
+                bound = torch.where(waiting, margin / (known + rest * (count / quantile)).sqrt() / target, math.inf)
+                rows = (left - count).clamp(0, self.n - 1).unsqueeze(1)
+                reached = bound.sort(1).values.gather(1, rows).squeeze(1).clamp(max=1.0).nan_to_num(0.0)
+                promise = torch.where(short, torch.where(left >= count, reached, -1.0), promise)
+            promises.append(promise)
             costs.append(cost)
         promise, cost = torch.stack(promises, 1), torch.stack(costs, 1)
         cost = torch.where(promise == promise.amax(1, keepdim=True), cost, math.inf)
