@@ -6,8 +6,9 @@ standard normal v these are normal with variance ‖Δ_j‖², so that the sum S
 L_j = m_j / upper(‖Δ_j‖) of its ratio; classes are evaluated exactly, by VJPs, in ascending order of L_j until the next L_j is
 no less than the best exact ratio, which then is ρ̃. What is done, for each example on its own:
 
-1. Basis. g and the gradients of the highest other logits are taken exactly, then a block Krylov range finder adds four
-   directions at a time (VJPs of class mixtures: the newest known components of the Δ_j, weighted towards small margins). A JVP
+1. Basis. g and the gradients of the highest other logits are taken exactly, then a block Krylov range finder adds six
+   directions at a time (VJPs of class mixtures: the newest known components of the Δ_j and what the pilots see outside the
+   basis, weighted towards small margins). A JVP
    along each direction of the orthonormalised basis gives every Δ_j's components in it. Two pilots, probes from a stream of
    their own that are projected anew as the basis grows, tell how much of each Δ_j lies outside; the basis stops growing when
    the expected number of passes no longer falls.
@@ -64,8 +65,8 @@ from fastsal.methods.selection import Method, Nearest, Selection
 from fastsal.passes import ModelPasses, NoJVPError, Passes
 
 TOP = 3  # highest other logits that are evaluated first and span the basis together with g
-BLOCK = 4  # range finder directions a step: as good as one at a time, in a quarter of the steps
-MAX_STEPS = 24
+BLOCK = 6  # range finder directions a step, PILOTS of them from the pilots: a pass fewer than with 4, and fewer steps
+MAX_STEPS = 16
 AHEAD = (1, 2, 4)  # how many steps the plan looks ahead: the gain may come late
 FIRST_FALL = 0.5  # what a first step is expected to leave of the energy outside the basis; later ones as the last did
 PILOTS = 2
