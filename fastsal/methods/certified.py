@@ -8,10 +8,9 @@ no less than the best exact ratio, which then is ρ̃. What is done, for each ex
 
 1. Basis. g and the gradients of the highest other logits are taken exactly, then a block Krylov range finder adds six
    directions at a time (VJPs of class mixtures: the newest known components of the Δ_j and what the pilots see outside the
-   basis, weighted towards small margins). A JVP
-   along each direction of the orthonormalised basis gives every Δ_j's components in it. Two pilots, probes from a stream of
-   their own that are projected anew as the basis grows, tell how much of each Δ_j lies outside; the basis stops growing when
-   the expected number of passes no longer falls.
+   basis, weighted towards small margins). A JVP along each direction of the orthonormalised basis gives every Δ_j's
+   components in it. Two pilots, probes from a stream of their own that are projected anew as the basis grows, tell how much
+   of each Δ_j lies outside; the basis stops growing when the expected number of passes no longer falls.
 2. Plan. From the logits, the known components and the pilots: cumulative counts of probes s_1 < … < s_6, each with its share
    of δ.
 3. Probes, projected off the basis, with cumulative sums; after each round go on, or stop, by the expected number of passes.
