@@ -557,6 +557,23 @@ class TestModels:
             found = analyze(model, x, method="certified")
         assert torch.equal(found.linearized_robustness, want.linearized_robustness)
 
+    def test_newer_precision_settings(self, run_python):
+        """torch raises when asked for the precision in its older words; η needs no words, it sees what the products do."""
+        code = """
+import torch, fastsal
+torch.manual_seed(0)
+model = torch.nn.Sequential(torch.nn.Linear(30, 40), torch.nn.GELU(), torch.nn.Linear(40, 150)).requires_grad_(False)
+x = torch.randn(5, 30)
+for precision in ("ieee", "tf32", "bf16"):
+    for backend in (torch.backends.mkldnn, torch.backends.cuda):
+        if hasattr(getattr(backend, "matmul", None), "fp32_precision"):  # from torch 2.9 on; CUDA has no bf16
+            backend.matmul.fp32_precision = "tf32" if backend is torch.backends.cuda else precision
+    exact, found = fastsal.analyze(model, x), fastsal.analyze(model, x, method="certified")
+    print(bool(found.certified.all()), torch.equal(found.runner_up, exact.runner_up))
+"""
+        result = run_python("-c", code)
+        assert (result.stdout, result.stderr) == ("True True\n" * 3, "")
+
     def test_autocast(self):
         """bfloat16 passes: η follows the precision that the model runs in."""
         model, x = make("mlp")
