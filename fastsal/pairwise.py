@@ -119,9 +119,7 @@ def pairwise_margins(
         A `PairwiseMargins`.
 
     Raises:
-        TypeError: A tensor is missing or of the wrong dtype; the message names the argument, what it got and what it wants.
-        ValueError: A shape, a stride, a device, the norm or the name of the backend is wrong; likewise.
-        RuntimeError: A backend that was named cannot run; the message says why.
+        TypeError, ValueError, RuntimeError: As `margin_geometry`, which takes the same arguments.
 
     Example:
         >>> import torch, fastsal

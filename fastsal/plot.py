@@ -194,8 +194,7 @@ def medians(
         The axes.
 
     Raises:
-        ValueError: A quantity has no such name, or not one value for each example.
-        ImportError: matplotlib is missing.
+        ValueError, ImportError: As `scatter`.
 
     Example:
         >>> import matplotlib; matplotlib.use("Agg")
