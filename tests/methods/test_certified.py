@@ -70,19 +70,17 @@ class TestGuarantee:
 
     @pytest.mark.parametrize("mutant", ["wrong tail", "undivided", "times the classes", "short probes"])
     def test_mutants_are_caught(self, monkeypatch, all_rounds, mutant):
-        right, draw = certify.schedule, certify._Search.draw
+        right, probes = certify.schedule, certify.Normals.probes
         probability = {"wrong tail": 1 - self.DELTA, "undivided": self.DELTA, "times the classes": 0.999}.get(mutant)
 
         def wrong(first, delta):
             return [(count, chi_square_quantile(count, probability)) for count, _ in right(first, delta)]
 
         def short(self, count):
-            before = len(self.probes)
-            draw(self, count)
-            self.probes[before:] *= 0.5
+            return 0.5 * probes(self, count)
 
         if probability is None:
-            monkeypatch.setattr(certify._Search, "draw", short)
+            monkeypatch.setattr(certify.Normals, "probes", short)
         else:
             monkeypatch.setattr(certify, "schedule", wrong)
         assert chance_at_least(self.misses("outside_the_basis"), self.BATCHES * self.E, self.DELTA) < REJECT
