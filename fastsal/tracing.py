@@ -76,8 +76,8 @@ class Trace:
                     return call(lambda v: torch.func.functional_call(model, values, (v,)), value.clone())
                 return call(model, value.clone())
 
-            both: tuple[Tensor, Tensor] = torch.func.jvp(logits, (x,), (direction,))
-            return both
+            both: Any = torch.func.jvp(logits, (x,), (direction,))
+            return both[0], both[1]
 
         try:
             # One fake mode for all shapes: make_fx alone would make one for every value, which takes three times as long.

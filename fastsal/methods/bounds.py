@@ -6,6 +6,8 @@ import math
 import torch
 from torch import Tensor
 
+from fastsal import ops
+
 # (count relative to the first round, share of the failure probability), fixed before any probe is drawn.
 ROUNDS = ((1.0, 0.27), (1.25, 0.22), (1.6, 0.18), (2.0, 0.14), (2.5, 0.11), (3.2, 0.08))
 # torch.special.gammainc errs by up to 2e-9 of its value; a quantile this much lower stays below the true one.
@@ -43,12 +45,15 @@ def chi_square_exceeds(count: int, x: Tensor) -> Tensor:
     return torch.where(x > 0, torch.special.erfc(normal / math.sqrt(2)) / 2, 1.0)
 
 
-def upper_norms(known: Tensor, sums: Tensor, slack: Tensor, predicted: Tensor, count: int, quantile: Tensor) -> Tensor:
-    """Upper bounds of ‖Δ_j‖ [e, n]; the one of a class that is fixed beforehand fails with the quantile's probability.
+def widened(
+    known: Tensor, sums: Tensor, slack: Tensor, predicted: Tensor, count: int, quantile: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Upper bounds of the squared Euclidean norms of the known part of Δ_j and of the rest, and the slack of Δ_j: [e, n] each.
 
-    Without rounding ‖Δ_j‖² is the known part plus S_j / quantile at most. The vector of the products of class j with the basis
-    may be off by slack_j in norm, the one with the probes by √count · slack_j, and a difference of two classes by the sum of
-    both: the triangle inequality adds them to the norms of the two vectors.
+    The second one, of a class that is fixed beforehand, fails with the quantile's probability. Without rounding these are the
+    known part itself and S_j / quantile. The vector of the products of class j with the basis may be off by slack_j in norm,
+    the one with the probes by √count · slack_j, and a difference of two classes by the sum of both: the triangle inequality
+    adds them to the norms of the two vectors.
 
     Args:
         known: The squared norm of the known part of Δ_j, [e, n].
@@ -59,4 +64,152 @@ def upper_norms(known: Tensor, sums: Tensor, slack: Tensor, predicted: Tensor, c
         quantile: The lower quantile of χ²_count, [e, 1].
     """
     both = slack + slack.gather(1, predicted.unsqueeze(1))
-    return ((known.sqrt() + both).square() + (sums.sqrt() + math.sqrt(count) * both).square() / quantile).sqrt()
+    return (known.sqrt() + both).square(), (sums.sqrt() + math.sqrt(count) * both).square() / quantile, both
+
+
+class Euclidean:
+    """What a certificate has to know of the norm that the gradients Δ_j are measured in: here the 2-norm, q = 2.
+
+    The certificate works with Δ_j / w, whose part in a basis ("known") and rest are at right angles; w = 1 here. `known` and
+    `rest` are squared Euclidean norms of these two parts, [e, n] or what broadcasts to it, `e` int64 the examples that they
+    belong to, some of those of the batch. Only `upper` has a say in what is certified; the other figures are for planning.
+    """
+
+    def __init__(self, logits: Tensor, dimension: int, backend: str) -> None:
+        """For a batch with logits [E, n], D = `dimension`, and the backend that measures rows."""
+
+    def fit(self, rows: Tensor) -> None:
+        """Chooses the weights w by the rows that are taken first: the predicted class's and a few others', [E, c, D]."""
+
+    def rows(self, e: Tensor, rows: Tensor) -> Tensor:
+        """Rows [e, c, D] divided by w, float64."""
+        return rows.double()
+
+    def directions(self, e: Tensor, directions: Tensor) -> Tensor:
+        """The directions u [e, k, D] of the JVPs for which ⟨u, Δ_j⟩ is the product of Δ_j / w with the given ones."""
+        return directions
+
+    def measure(self, e: Tensor, classes: Tensor, components: Tensor, basis: Tensor) -> bool:
+        """Measures what `upper` asks for of the known parts, for the classes marked in bool [e, n].
+
+        Args:
+            e: The examples.
+            classes: Which Δ_j to look at.
+            components: Their components in the basis, [e, r, n].
+            basis: Its directions, [e, r, D].
+
+        Returns:
+            Whether anything was measured that had not been before.
+        """
+        return False
+
+    def upper(self, e: Tensor, known: Tensor, rest: Tensor, slack: Tensor) -> Tensor:
+        """An upper bound of ‖Δ_j‖_q [e, n], where `known` and `rest` are upper bounds.
+
+        `slack` bounds the Euclidean norm of the error of the components that `measure` was given.
+        """
+        return (known + rest).sqrt()
+
+    def expected(self, e: Tensor, known: Tensor, rest: Tensor) -> Tensor:
+        """What `upper` will say."""
+        return (known + rest).sqrt()
+
+    def likely(self, e: Tensor, known: Tensor, rest: Tensor) -> Tensor:
+        """About ‖Δ_j‖_q itself."""
+        return (known + rest).sqrt()
+
+    def room(self, e: Tensor, known: Tensor, limit: Tensor) -> Tensor:
+        """The largest `rest` for which `expected` is no more than a limit; below 0 where there is none."""
+        return limit.square() - known
+
+
+class Summed(Euclidean):
+    """The 1-norm, q = 1, through weights w > 0 with Σ w² = D.
+
+    Theorem. Let Δ/w = k + r with ⟨k, r⟩ = 0, ρ = ‖Δ/w‖_2, θ the angle between Δ/w and k (tan θ = ‖r‖_2 / ‖k‖_2), and K = wk.
+    With φ = arccos(‖K‖_1 / (√D ‖k‖_2)),
+
+        ‖Δ‖_1 ≤ √D ρ cos(max(0, φ − θ)).
+
+    Proof. With t the signs of Δ, ‖Δ‖_1 = ⟨t, Δ⟩ = ⟨wt, Δ/w⟩. The length of wt is √D, that of Δ/w is ρ. The cosine of the angle
+    between wt and k is ⟨t, K⟩ / (√D ‖k‖_2) ≤ cos φ. So that angle is φ at least, and the one between wt and Δ/w is φ − θ at
+    least (the triangle inequality of angles).
+
+    Where φ > θ the bound is ‖K‖_1 + √D ‖r‖_2 sin φ: less by the factor sin φ, about 0.6 for entries that are spread like
+    normal ones, than the triangle inequality would add for the rest. Otherwise it is Cauchy and Schwarz's √D ρ.
+
+    As a function of ‖K‖_1, ‖k‖_2 and ‖r‖_2 the bound is the maximum of b + ‖r‖_2 √(D − b²/‖k‖²_2) over b ≤ ‖K‖_1 and
+    b ≤ √D ‖k‖_2. It falls with none of the three, so that upper bounds may stand for them. Where the components of k are off by
+    `slack` in norm, ‖K‖_1 is off by √D times that at most (Cauchy and Schwarz), which is added to it. The float64 products
+    and sums of K err by far less than 2⁻⁴⁰ √D ‖k‖_2, which is added too.
+
+    `upper` holds whatever w is, if w is fixed before a probe is drawn. The bound of the rest is least where w² is proportional
+    to the rest's absolute entries. These are like those of the Δ_j which are known first, and their mean, with a floor, is
+    what `fit` takes.
+    """
+
+    FLOOR = 0.2  # of w², in units of its mean: a coordinate that matters to no early class may matter to another
+    TILE = 1 << 22  # entries of known parts at a time
+
+    def __init__(self, logits: Tensor, dimension: int, backend: str) -> None:
+        self._backend, self._root = backend, math.sqrt(dimension)
+        self._sums = torch.full_like(logits, math.inf, dtype=torch.float64)  # ‖K_j‖_1, +inf until it is measured
+        self._typical = self._sums[:, :1]  # about cos φ
+        self._weights = self._sums.new_ones(len(logits), dimension)
+
+    def fit(self, rows: Tensor) -> None:
+        offset = rows[:, :1].double() - rows[:, 1:].double()
+        size = offset.abs().mean(1)
+        mean = size.mean(1, keepdim=True)
+        size = torch.where(mean > 0, size / mean, 1.0)
+        weights = (self.FLOOR + (1 - self.FLOOR) * size).sqrt()
+        self._weights = weights / weights.square().mean(1, keepdim=True).sqrt()
+        offset /= mean.unsqueeze(1)
+        length = (offset / self._weights.unsqueeze(1)).square().sum(2).sqrt()
+        self._typical = (offset.abs().sum(2) / (self._root * length)).mean(1, keepdim=True).nan_to_num(1.0)
+
+    def rows(self, e: Tensor, rows: Tensor) -> Tensor:
+        return rows.double() / self._weights[e].unsqueeze(1)
+
+    def directions(self, e: Tensor, directions: Tensor) -> Tensor:
+        return directions / self._weights[e].unsqueeze(1)
+
+    def measure(self, e: Tensor, classes: Tensor, components: Tensor, basis: Tensor) -> bool:
+        new = classes & (self._sums[e] == math.inf)
+        tile = max(1, self.TILE // basis.shape[2])
+        for slot in new.any(1).nonzero().squeeze(1).tolist():
+            for some in new[slot].nonzero().squeeze(1).split(tile):
+                known = components[slot, :, some].T @ basis[slot]
+                known *= self._weights[e[slot]]
+                zero = torch.zeros_like(known[:1])
+                self._sums[e[slot], some] = ops.row_distances(zero, known.unsqueeze(0), math.inf, self._backend)[0]
+        return bool(new.any())
+
+    def _bound(self, known: Tensor, rest: Tensor, cosine: Tensor) -> Tensor:
+        """√D ρ cos(max(0, φ − θ)), where cosine is cos φ, or above 1 where nothing is known of φ."""
+        length, whole = known.sqrt(), (known + rest).sqrt()
+        sine = ((1 - cosine) * (1 + cosine)).sqrt()
+        return self._root * torch.where(cosine * whole < length, cosine * length + sine * rest.sqrt(), whole)
+
+    def _cosine(self, e: Tensor, known: Tensor) -> Tensor:
+        """cos φ where ‖K_j‖_1 has been measured, and elsewhere the early classes' typical one."""
+        cosine = torch.where(self._sums[e] < math.inf, self._sums[e] / (self._root * known.sqrt()), self._typical[e])
+        return cosine.nan_to_num(1.0).clamp(max=1 - 1e-9)
+
+    def upper(self, e: Tensor, known: Tensor, rest: Tensor, slack: Tensor) -> Tensor:
+        return self._bound(known, rest, (self._sums[e] + self._root * slack) / (self._root * known.sqrt()) + 2.0**-40)
+
+    def expected(self, e: Tensor, known: Tensor, rest: Tensor) -> Tensor:
+        return self._bound(known, rest, self._cosine(e, known))
+
+    def likely(self, e: Tensor, known: Tensor, rest: Tensor) -> Tensor:
+        return self._root * self._cosine(e, known) * (known + rest).sqrt()
+
+    def room(self, e: Tensor, known: Tensor, limit: Tensor) -> Tensor:
+        cosine, length, limit = self._cosine(e, known), known.sqrt(), limit / self._root
+        sine = ((1 - cosine) * (1 + cosine)).sqrt()
+        straight = (limit - cosine * length) / sine
+        return torch.where(straight * cosine < length * sine, straight * straight.abs(), limit.square() - known)
+
+
+NORMS = {2.0: Euclidean, math.inf: Summed}  # by the p of the perturbation

@@ -59,7 +59,7 @@ from torch import Tensor
 
 from fastsal import reference
 from fastsal.linearization import Linearization
-from fastsal.methods.bounds import ROUNDS, chi_square_exceeds, schedule, upper_norms
+from fastsal.methods.bounds import NORMS, ROUNDS, chi_square_exceeds, schedule, widened
 from fastsal.methods.selection import Method, Nearest, Selection
 from fastsal.passes import ModelPasses, NoJVPError, Passes
 
@@ -106,7 +106,7 @@ class Certified(Method):
     """
 
     name: ClassVar = "certified"
-    norms: ClassVar = frozenset((2.0,))
+    norms: ClassVar = frozenset(NORMS)
 
     failure_probability: float = 1e-6
     max_passes: int | None = None
@@ -127,13 +127,13 @@ class Certified(Method):
 
         A group's bases, seldom over 20 float64 directions an example, are to fit a cache.
         """
-        everyone = torch.arange(len(graph.logits), device=graph.logits.device)
+        everyone = torch.arange(len(graph.leaf), device=graph.leaf.device)
         groups = torch.split(everyone, max(1, GROUP_BYTES // (8 * 20 * graph.x.shape[1])))
         normals = Normals(self.seed, graph.x.shape[1], graph.x.device)
         parts, logits = [], []
         for group in groups:
             passes = ModelPasses(graph, group, chunk_size)
-            parts.append(certify(passes, self, backend, normals))
+            parts.append(certify(passes, self, backend, norm, normals))
             logits.append(passes.logits)
         graph.logits = torch.cat(logits)
 
@@ -186,13 +186,16 @@ class Normals:
 class _Search:
     """The state of a group of E examples. Squares are in units of each example's own gradient scale, float64."""
 
-    def __init__(self, passes: Passes, method: Certified, backend: str, normals: Normals | None = None) -> None:
+    def __init__(
+        self, passes: Passes, method: Certified, backend: str, norm: float = 2.0, normals: Normals | None = None
+    ) -> None:
         self.passes, self.method = passes, method
         self.normals = normals or Normals(method.seed, passes.dimension, passes.logits.device)
         logits = passes.logits
         self.device = logits.device
         E, self.n = logits.shape
-        self.nearest = Nearest(logits, 2.0, backend)
+        self.nearest = Nearest(logits, norm, backend)
+        self.norm = NORMS[norm](logits, passes.dimension, backend)
         self.prediction, self.margin = self.nearest.prediction, self.nearest.margin
         self.seen = torch.zeros_like(logits, dtype=torch.bool).scatter_(1, self.prediction.unsqueeze(1), True)
         self.lower = torch.zeros_like(self.margin)
@@ -231,7 +234,7 @@ class _Search:
 
     def products(self, e: Tensor, directions: Tensor) -> Tensor:
         """J times directions [e, k, D], in the examples' units: [e, k, n]."""
-        products = self.passes.jvp(e, directions)
+        products = self.passes.jvp(e, self.norm.directions(e, directions))
         self.jvps[e] += directions.shape[1]
         return products.double() / self.unit[e].view(-1, 1, 1)
 
@@ -279,7 +282,7 @@ class _Search:
         The larger of two figures: the norm over the basis, and the root mean square over the pilots and the probes; relative to
         the norm of the row, or to the typical one where that is larger.
         """
-        rows = rows.double() / self.unit[e].view(-1, 1, 1)
+        rows = self.norm.rows(e, rows) / self.unit[e].view(-1, 1, 1)
         inside = rows @ self.basis[e].mT
         s = self.probed.shape[1]
         outside = rows @ torch.cat((self.pilots, self.normals.probes(s))).T
@@ -304,7 +307,7 @@ class _Search:
         basis = self.basis[e]
         directions = basis.new_zeros(rows.shape)
         for slot in range(rows.shape[1]):
-            row = rows[:, slot : slot + 1].double()
+            row = self.norm.rows(e, rows[:, slot : slot + 1])
             length = reference.vector_norm(row, 2.0).unsqueeze(2)
             row = row / torch.where(length > 0, length, 1.0)
             kept = torch.ones_like(length, dtype=torch.bool)
@@ -366,10 +369,10 @@ class _Search:
         known = self.differences(e, self.components[e]).square().sum(1) + (outside - rest)
         waiting = ~self.seen[e]
         margin = self.margin[e] / self.unit[e].unsqueeze(1)
-        likely = torch.where(waiting, margin / (known + rest).sqrt(), math.inf).amin(1)
+        likely = torch.where(waiting, margin / self.norm.likely(e, known, rest), math.inf).amin(1)
         target = torch.minimum(self.best[e], likely).unsqueeze(1)
         left = self._left(e) - 1  # `compare` takes one
-        room = ((margin / target).square() - known) / rest
+        room = self.norm.room(e, known, margin / target) / rest
         whole = waiting.sum(1).double()
         promises, costs = [(whole <= left).double()], [whole]
         for count in COUNTS:
@@ -378,7 +381,8 @@ class _Search:
             promise = (left >= count).double()
             short = cost > left
             if bool(short.any()):
-                bound = torch.where(waiting, margin / (known + rest * (count / quantile)).sqrt() / target, math.inf)
+                upper = self.norm.expected(e, known, rest * (count / quantile))
+                bound = torch.where(waiting, margin / upper / target, math.inf)
                 rows = (left - count).clamp(0, self.n - 1).unsqueeze(1)
                 reached = bound.sort(1).values.gather(1, rows).squeeze(1).clamp(max=1.0).nan_to_num(0.0)
                 promise = torch.where(short, torch.where(left >= count, reached, -1.0), promise)
@@ -392,11 +396,12 @@ class _Search:
 
     def prepare(self) -> Tensor:
         """Builds the bases and returns the plans: the first rounds' counts of probes [E], 0 where rows are cheaper."""
-        scale = reference.vector_norm(self.early_rows, 2.0).amax(1)
+        self.norm.fit(self.early_rows)
+        everyone = torch.arange(len(self.prediction), device=self.device)
+        scale = reference.vector_norm(self.norm.rows(everyone, self.early_rows), 2.0).amax(1)
         usable = torch.isfinite(scale) & torch.isfinite(self.margin).all(1)
         self.lower[~usable] = math.nan
         self.unit = torch.where(usable & (scale > 0), scale, 1.0)
-        everyone = torch.arange(len(usable), device=self.device)
         plan = torch.zeros_like(self.prediction)
         worthwhile = usable & (self.undecided(everyone).sum(1) > WORTHWHILE)
         e = everyone[worthwhile & (self._left(everyone) >= self.early.shape[1] + PILOTS + 1 + COUNTS[0])]
@@ -512,22 +517,27 @@ class _Search:
 
     def bound(self, e: Tensor, known: Tensor, sums: Tensor, size: Tensor, count: int, quantile: Tensor) -> None:
         """Raises the lower bounds of the ratios of examples e by a round of `count` probes. `size`: about ‖g_j‖, [e, n]."""
-        upper = upper_norms(known, sums, self.slack(e, size), self.prediction[e], count, quantile)
-        lower = reference.ratios(self.margin[e], upper * self.unit[e].unsqueeze(1))
-        self.lower[e] = torch.maximum(self.lower[e], torch.where(self.odd[e], 0.0, lower))
+        known, rest, slack = widened(known, sums, self.slack(e, size), self.prediction[e], count, quantile)
+        while True:
+            upper = self.norm.upper(e, known, rest, slack)
+            lower = reference.ratios(self.margin[e], upper * self.unit[e].unsqueeze(1))
+            self.lower[e] = torch.maximum(self.lower[e], torch.where(self.odd[e], 0.0, lower))
+            components = self.differences(e, self.components[e])
+            if not self.norm.measure(e, self.undecided(e), components, self.basis[e]):
+                return
 
     def worth_more(
         self, e: Tensor, known: Tensor, sums: Tensor, done: int, counts: Tensor, quantiles: Tensor, stage: Tensor
     ) -> Tensor:
         """Whether some later round is expected to save more exact rows than its probes cost, [e]."""
         margin, waiting = self.margin[e] / self.unit[e].unsqueeze(1), ~self.seen[e]
-        likely = torch.where(waiting, margin / (known + sums / done).sqrt(), math.inf).amin(1)
+        likely = torch.where(waiting, margin / self.norm.likely(e, known, sums / done), math.inf).amin(1)
         target = torch.minimum(self.best[e], likely).unsqueeze(1)
         now = (waiting & ~(self.lower[e] >= target)).sum(1).double()
         later = torch.full_like(now, math.inf)
         for round_ in range(1, counts.shape[1]):
             count, quantile = counts[:, round_].double(), quantiles[:, round_]
-            bound = margin / (known + sums * (count / done / quantile).unsqueeze(1)).sqrt()
+            bound = margin / self.norm.expected(e, known, sums * (count / done / quantile).unsqueeze(1))
             cost = (count - done) + (waiting & ~(bound >= target)).sum(1)
             later = torch.where(stage < round_, torch.minimum(later, cost), later)
         return (later < now) & self.undecided(e).any(1)
@@ -568,12 +578,14 @@ class _Search:
             self.evaluate(e, order.gather(1, key.sort(stable=True, dim=1).indices[:, :most]))
 
 
-def certify(passes: Passes, method: Certified, backend: str = "auto", normals: Normals | None = None) -> Certificate:
+def certify(
+    passes: Passes, method: Certified, backend: str = "auto", norm: float = 2.0, normals: Normals | None = None
+) -> Certificate:
     """Runs the algorithm of this module on a group of E >= 1 examples; see there for why `certified` may be believed.
 
     `normals` are those of the method's seed, where several groups share them.
     """
-    search = _Search(passes, method, backend, normals)
+    search = _Search(passes, method, backend, norm, normals)
     search.probe(search.prepare())
     search.finish()
     best = search.best
