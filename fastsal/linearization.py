@@ -322,7 +322,7 @@ def linearize(model: Model, x: Tensor, *, differentiable: bool = False) -> Itera
         graph = Linearization(model, plain if own else plain.detach().requires_grad_())
         if len(plain) > 1:
             # A few examples show a mixture as well as all do; two alone can hide the statistics of a batch.
-            few = graph if len(plain) <= 4 else Linearization(model, plain[:4].detach().clone().requires_grad_())
+            few = graph if len(plain) <= 3 else Linearization(model, plain[:3].detach().clone().requires_grad_())
             if few.mixes_examples():
                 raise ValueError(
                     "model: mixes the examples of a batch (logits[0] have a gradient with respect to x[1:]), wants each "

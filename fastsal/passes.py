@@ -44,7 +44,8 @@ class ModelPasses:
         self.logits = self._graph.logits
         self.dimension = graph.x.shape[1]
         self.pairs = self._graph.default_pairs() if chunk_size is None else chunk_size * len(examples)
-        self._ways = [self._traced, self._forward_mode, self._double_backward]
+        # Functions, not bound methods: a circle of references would keep the recorded pass until the next garbage collection.
+        self._ways = [ModelPasses._traced, ModelPasses._forward_mode, ModelPasses._double_backward]
         self._traces = Traces(self._graph, len(graph.leaf))
         self._products: TracedPasses | None = None
         self._latest: tuple[Tensor, Tensor, Tensor] | None = (
@@ -76,7 +77,7 @@ class ModelPasses:
         tangents = directions.to(self._base.x.dtype).transpose(0, 1).reshape(directions.shape[1], len(examples), *shape)
         while self._ways:
             try:
-                parts = self._chunks(lambda part: self._ways[0](examples, part), tangents, len(examples))
+                parts = self._chunks(lambda part: self._ways[0](self, examples, part), tangents, len(examples))
                 return torch.cat(parts).transpose(0, 1)
             except RuntimeError as error:
                 if is_out_of_memory(error):

@@ -38,11 +38,11 @@ def schedule(first: int, failure_probability: float) -> list[tuple[int, float]]:
     ]
 
 
-def chi_square_exceeds(count: int, x: Tensor) -> Tensor:
-    """Roughly P(χ²_count > x), elementwise, by Wilson and Hilferty's cube root. For planning: nothing is proven by it."""
+def chi_square_exceeds(count: int, root: Tensor) -> Tensor:
+    """Roughly P(χ²_count > root³) for root >= 0, by Wilson and Hilferty. For planning: nothing is proven by it."""
     spread = 2 / (9 * count)
-    normal = ((x.clamp(min=0) / count) ** (1 / 3) - (1 - spread)) / math.sqrt(spread)
-    return torch.where(x > 0, torch.special.erfc(normal / math.sqrt(2)) / 2, 1.0)
+    scale = math.sqrt(2 * spread)
+    return (1 - torch.erf(root * (count ** (-1 / 3) / scale) - (1 - spread) / scale)) / 2
 
 
 def widened(

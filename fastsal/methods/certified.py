@@ -183,6 +183,11 @@ class Normals:
         return self._probes[:count]
 
 
+def of(values: Tensor, e: Tensor) -> Tensor:
+    """The entries of values [E, ...] for examples e, ascending; not copied where these are all."""
+    return values if len(e) == len(values) else values[e]
+
+
 class _Search:
     """The state of a group of E examples. Squares are in units of each example's own gradient scale, float64."""
 
@@ -283,15 +288,15 @@ class _Search:
         the norm of the row, or to the typical one where that is larger.
         """
         rows = self.norm.rows(e, rows) / self.unit[e].view(-1, 1, 1)
-        inside = rows @ self.basis[e].mT
+        inside = rows @ of(self.basis, e).mT
         s = self.probed.shape[1]
-        outside = rows @ torch.cat((self.pilots, self.normals.probes(s))).T
+        outside = rows @ self.pilots.T
         if s:
-            outside[:, :, PILOTS:] -= inside @ self.shadow[e].mT
+            outside = torch.cat((outside, rows @ self.normals.probes(s).T - inside @ of(self.shadow, e).mT), 2)
         pick = classes.unsqueeze(1)
 
         def gap(got: Tensor, values: Tensor) -> Tensor:
-            return got - values[e].gather(2, pick.expand(-1, values.shape[1], -1)).mT
+            return got - of(values, e).gather(2, pick.expand(-1, values.shape[1], -1)).mT
 
         along = gap(outside, torch.cat((self.piloted, self.probed), 1))
         count = PILOTS + self.drawn[e].view(-1, 1, 1)
@@ -304,7 +309,7 @@ class _Search:
 
     def span(self, e: Tensor, rows: Tensor) -> None:
         """Adds rows [e, c, D] to the basis of examples e, orthonormalised, and takes the JVPs."""
-        basis = self.basis[e]
+        basis = of(self.basis, e)
         directions = basis.new_zeros(rows.shape)
         for slot in range(rows.shape[1]):
             row = self.norm.rows(e, rows[:, slot : slot + 1])
@@ -327,7 +332,7 @@ class _Search:
 
     def residual(self, e: Tensor) -> Tensor:
         """J times the pilots' parts outside the basis, [e, PILOTS, n]: no pass is needed."""
-        return self.piloted[e] - (self.pilots @ self.basis[e].mT) @ self.components[e]
+        return of(self.piloted, e) - (self.pilots @ of(self.basis, e).mT) @ of(self.components, e)
 
     def outside(self, e: Tensor) -> Tensor:
         """The pilots' estimate of the squared norm of every Δ_j's part outside the basis, [e, n]; it proves nothing."""
@@ -358,26 +363,28 @@ class _Search:
 
     # Step 2: the plan.
 
-    def forecast(self, e: Tensor, share: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def forecast(self, e: Tensor, inside: Tensor, outside: Tensor, share: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """What further passes will achieve if only `share` [e] of what is outside the basis now is outside it then.
+
+        `inside` and `outside` are the squared norms of the two parts of every Δ_j now, [e, n].
 
         Returns the lower bound that the limit of passes allows, relative to the expected ρ̃ (1 where the answer is to be had),
         the expected passes, and the first round's count of probes that attains both, 0 for exact rows alone: [e] each.
         """
-        outside = self.outside(e)
         rest = outside * share.unsqueeze(1)
-        known = self.differences(e, self.components[e]).square().sum(1) + (outside - rest)
+        known = inside + (outside - rest)
         waiting = ~self.seen[e]
         margin = self.margin[e] / self.unit[e].unsqueeze(1)
         likely = torch.where(waiting, margin / self.norm.likely(e, known, rest), math.inf).amin(1)
         target = torch.minimum(self.best[e], likely).unsqueeze(1)
         left = self._left(e) - 1  # `compare` takes one
         room = self.norm.room(e, known, margin / target) / rest
+        root = torch.where(waiting, room.nan_to_num(0.0, posinf=math.inf).clamp(min=0), math.inf).float() ** (1 / 3)
         whole = waiting.sum(1).double()
         promises, costs = [(whole <= left).double()], [whole]
         for count in COUNTS:
             quantile = schedule(count, self.method.failure_probability)[0][1]
-            cost = count + torch.where(waiting, chi_square_exceeds(count, room * quantile), 0.0).sum(1)
+            cost = count + chi_square_exceeds(count, root * quantile ** (1 / 3)).sum(1, dtype=torch.float64)
             promise = (left >= count).double()
             short = cost > left
             if bool(short.any()):
@@ -417,10 +424,11 @@ class _Search:
         active = e[self.trust(e)]
         fall = torch.full_like(self.unit, FIRST_FALL)
         for step in range(MAX_STEPS + 1):
-            promise_now, cost_now, plan[active] = self.forecast(active, torch.ones_like(self.unit[active]))
+            parts = self.differences(active, self.components[active]).square().sum(1), self.outside(active)
+            promise_now, cost_now, plan[active] = self.forecast(active, *parts, torch.ones_like(fall[active]))
             better = torch.zeros_like(active, dtype=torch.bool)
             for steps in AHEAD:
-                promise, cost, _ = self.forecast(active, fall[active] ** steps)
+                promise, cost, _ = self.forecast(active, *parts, fall[active] ** steps)
                 cost += steps * BLOCK * 2
                 better |= (cost <= self._left(active)) & (
                     (promise > promise_now) | ((promise == promise_now) & (cost < cost_now))
@@ -428,7 +436,7 @@ class _Search:
             active = active[better]
             if step == MAX_STEPS or not len(active):
                 break
-            before = self._average(active, self.outside(active))
+            before = self._average(active, parts[1][better])
             self.widen(active)
             fall[active] = (self._average(active, self.outside(active)) / before).nan_to_num(0.0).clamp(max=0.97)
         e = e[plan[e] > 0]
@@ -459,8 +467,8 @@ class _Search:
         if not len(e):
             return
         scale = 1 / math.sqrt(self.passes.dimension)
-        directions = torch.cat((self.basis[e], scale * self.pilots.expand(len(e), -1, -1)), 1)
-        values = torch.cat((self.components[e], scale * self.piloted[e]), 1)
+        directions = torch.cat((of(self.basis, e), scale * self.pilots.expand(len(e), -1, -1)), 1)
+        values = torch.cat((of(self.components, e), scale * of(self.piloted, e)), 1)
         mixture = torch.from_numpy(stream(self.method.seed, "combination").standard_normal((1, directions.shape[1])))
         mixture = (mixture / mixture.norm()).to(self.device)
         products = self.products(e, mixture @ directions)
@@ -468,7 +476,7 @@ class _Search:
 
     def sizes(self, e: Tensor) -> Tensor:
         """About ‖g_j‖ of every class [e, n], from the basis and the pilots."""
-        return (self.components[e].square().sum(1) + self.residual(e).square().mean(1)).sqrt()
+        return (of(self.components, e).square().sum(1) + self.residual(e).square().mean(1)).sqrt()
 
     def slack(self, e: Tensor, size: Tensor) -> Tensor:
         """How far the products of every class may be off [e, n], from about ‖g_j‖ [e, n]."""
@@ -483,8 +491,8 @@ class _Search:
         table = torch.tensor(rounds, dtype=torch.float64, device=self.device).view(len(e), len(ROUNDS), 2)
         counts, quantiles = table[:, :, 0].long(), table[:, :, 1]
         stage = torch.zeros_like(e)
-        known = self.differences(e, self.components[e]).square().sum(1)
-        length = self.components[e].square().sum(1)
+        known = self.differences(e, of(self.components, e)).square().sum(1)
+        length = of(self.components, e).square().sum(1)
         sums, squares = torch.zeros_like(known), torch.zeros_like(known)
         done = 0
         while True:
@@ -497,8 +505,9 @@ class _Search:
                 return
             upto = int(end.min())
             for part in torch.split(self.normals.probes(upto)[done:], max(1, self.passes.pairs // len(e))):
-                shadow = part @ self.basis[e].mT
-                values = self.products(e, part - shadow @ self.basis[e])
+                basis = of(self.basis, e)
+                shadow = part @ basis.mT
+                values = self.products(e, part - shadow @ basis)
                 self._record(e, done, values, shadow)
                 sums += self.differences(e, values).square().sum(1)
                 squares += values.square().sum(1)
@@ -522,8 +531,8 @@ class _Search:
             upper = self.norm.upper(e, known, rest, slack)
             lower = reference.ratios(self.margin[e], upper * self.unit[e].unsqueeze(1))
             self.lower[e] = torch.maximum(self.lower[e], torch.where(self.odd[e], 0.0, lower))
-            components = self.differences(e, self.components[e])
-            if not self.norm.measure(e, self.undecided(e), components, self.basis[e]):
+            components = self.differences(e, of(self.components, e))
+            if not self.norm.measure(e, self.undecided(e), components, of(self.basis, e)):
                 return
 
     def worth_more(
