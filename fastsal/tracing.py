@@ -40,8 +40,13 @@ _ZEROS = {
     _aten._new_zeros_with_same_feature_meta.default,
 }
 _COPIES = {_aten.alias.default, _aten.clone.default, _aten._to_copy.default, _aten.expand.default, _aten.view.default}
-_PRODUCTS = {_aten.mul.Tensor, torch.ops.prims.mul.default, _aten.mm.default, _aten.bmm.default}
-_SUMS = {_aten.add.Tensor, torch.ops.prims.add.default}
+_PRODUCTS = {_aten.mul.Tensor, _aten.mm.default, _aten.bmm.default}
+_PLAIN = {  # operations that vmap has no rule for, and the same with one
+    torch.ops.prims.add.default: _aten.add.Tensor,
+    torch.ops.prims.sub.default: _aten.sub.Tensor,
+    torch.ops.prims.mul.default: _aten.mul.Tensor,
+    torch.ops.prims.div.default: _aten.div.Tensor,
+}
 
 
 class UntraceableError(RuntimeError):
@@ -109,8 +114,10 @@ class Trace:
         for node in traced.graph.nodes:
             if node.op not in ("placeholder", "output"):
                 kind[node] = max((kind[used] for used in node.all_input_nodes), default=WEIGHTS)
-                if node.op == "call_function" and getattr(getattr(node.target, "_schema", None), "is_mutable", False):
+                if getattr(getattr(node.target, "_schema", None), "is_mutable", False):
                     raise UntraceableError(f"{node.target} writes to memory in place")
+                if "as_strided" in str(node.target):  # of a batch, vmap takes the strides of an example: wrong values
+                    raise UntraceableError(f"{node.target} depends on how an example is stored")
         if kind[value] != EXAMPLE or kind[tangent] != DIRECTION:
             raise UntraceableError("the traced logits do not depend on x")
 
@@ -239,16 +246,22 @@ def _simplify(traced: fx.GraphModule) -> None:
             return args[0]
         if node.target is _aten.copy.default and args[0] in zero:
             return args[1]
-        if node.target in _SUMS and not node.kwargs:
+        if node.target is _aten.add.Tensor and not node.kwargs:
             return args[0] if args[1] in zero else args[1] if args[0] in zero else None
         return None
 
     for node in traced.graph.nodes:
+        node.target = _PLAIN.get(node.target, node.target)
         if is_zero(node):
             zero.add(node)
         elif node.op == "call_function" and same(node, other := stands_for(node)):
             node.replace_all_uses_with(other)
     traced.graph.eliminate_dead_code()
+
+
+def _same(logits: Tensor, others: Tensor) -> bool:
+    """Whether the bits are the same, or both are NaN."""
+    return bool(((logits == others) | (logits.isnan() & others.isnan())).all())
 
 
 @dataclass
@@ -287,7 +300,7 @@ class Traces:
 
         Args:
             x: The examples.
-            logits: The model's logits, [e, n], where x was given to it one example at a time; None runs it.
+            logits: The model's logits there, [e, n], if they are known from a run one example at a time.
 
         Raises:
             UntraceableError: The model cannot be traced, or it does not pay yet.
@@ -296,22 +309,25 @@ class Traces:
         if entry.trace is None and (entry.examples + self._examples) * self._worth < PAYS:
             entry.examples += len(x)
             raise UntraceableError("a trace does not pay yet")
-        with torch.no_grad(), self._graph.same_precision():
-            if logits is None:
-                logits = torch.cat([call(model, one.clone()) for one in x.split(1)])
-            for _ in range(2):  # a trace that no longer fits the model is made again, once
-                if entry.hopeless:
-                    break
-                try:
+        for _ in range(2):  # a trace that no longer fits the model is made again, once
+            if entry.hopeless:
+                break
+            try:
+                with torch.no_grad(), self._graph.same_precision():
                     entry.trace = entry.trace or Trace(model, x[:1])
                     own, products = entry.trace.at(model, x)
-                    if bool(((own == logits) | (own.isnan() & logits.isnan())).all()):
-                        return products
-                except UntraceableError:
-                    entry.hopeless = entry.trace is None
-                entry.trace = None
+                if (logits is not None and _same(own, logits)) or _same(own, self._logits(x)):
+                    return products
+            except UntraceableError:
+                entry.hopeless = entry.trace is None
+            entry.trace = None
         entry.hopeless = True
         raise UntraceableError("the model cannot be traced")
+
+    def _logits(self, x: Tensor) -> Tensor:
+        """The model's logits, one example at a time, with attention computed by plain operations as in the trace."""
+        with torch.no_grad(), math_attention(), self._graph.same_precision():
+            return torch.cat([call(self._graph.model, one.clone()) for one in x.split(1)])
 
     def distrust(self) -> None:
         """Gives the trace up: its products are not those of the model."""
