@@ -246,7 +246,10 @@ class TestTheModelChanges:
         assert equals_exact(model.float(), self.x())
         assert len(eager) == 2
 
-    def test_it_dies_with_the_model(self, model):
+    def test_it_dies_with_the_model(self, eager):
+        model = Steered().eval()
+        analyze(model, self.x(), method="certified")
+        assert len(eager) == 1
         alive = weakref.ref(model)
         del model
         gc.collect()
