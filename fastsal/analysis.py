@@ -92,8 +92,8 @@ def analyze(
     B = x.shape[0]
     empty = B == 0  # one example of zeros tells the number of classes, and is dropped at the end
     with linearize(model, x.new_zeros(1, *x.shape[1:]) if empty else x, differentiable=differentiable) as graph:
-        validation.warn_probabilities(graph.logits)
         selection = chosen.select(graph, p, chunk_size, backend)
+        validation.warn_probabilities(graph.logits)
         logits, pair, flat_x = graph.logits, selection.pair, graph.x.detach()
         if differentiable:
             logits, flat_x = graph.graph_logits, graph.x

@@ -1,6 +1,7 @@
 """A model's forward pass, recorded: its logits, any rows of its Jacobian, and the checks that make both trustworthy."""
 
 import contextlib
+import functools
 import math
 import warnings
 from collections.abc import Callable, Iterator
@@ -21,6 +22,8 @@ R = TypeVar("R")
 CHUNK_BYTES = 1 << 23
 CHUNK_ROWS = 40
 CHUNK_ROWS_ACCELERATOR = 32
+CHUNK_PAIRS = 256  # of an example and a direction, where these can be chosen freely
+CHUNK_PAIRS_ACCELERATOR = 1024
 
 # Modules that in training mode mix the examples of a batch, draw random numbers or write buffers.
 _BATCH_STATISTICS = (nn.modules.batchnorm._BatchNorm, nn.modules.instancenorm._InstanceNorm)
@@ -122,7 +125,7 @@ def vmap(run: Callable[[Tensor], R], stack: Tensor) -> R:
     """
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "There is a performance drop")  # an operation that torch takes row by row
-        result: R = torch.func.vmap(run)(stack)
+        result: R = torch.func.vmap(run, randomness="same")(stack)
     return result
 
 
@@ -154,15 +157,13 @@ def in_parts(stack: Tensor, size: int, run: Callable[[Tensor], None]) -> None:
 class Linearization:
     """A model's forward pass at x [B, *S], recorded: its logits and, by backward passes, any rows of its Jacobian.
 
-    `linearize` makes it, and it is valid inside that context.
+    `linearize` makes it, and it is valid inside that context. The model runs when its logits are first asked for.
 
     Attributes:
         model: The model, as the caller passed it.
         leaf: x as the model took it, [B, *S].
         x: The same, flattened to [B, D].
-        logits: The logits in the output dtype of x, detached, [B, n].
-        graph_logits: The same with their graph.
-        autocast: Whether autocast was on in the forward pass, and its dtype.
+        autocast: Whether autocast was on where this was made, and its dtype.
     """
 
     def __init__(self, model: Model, leaf: Tensor) -> None:
@@ -172,15 +173,24 @@ class Linearization:
         self.leaf = leaf
         self._name = type(model).__name__
         self._batched = True
-        # A clone, so that a model may overwrite its input in place.
-        self.graph_logits = call(model, leaf.clone())
-        self.logits = self.graph_logits.detach()
         self.x = flatten(leaf, 1)
-        if not self.graph_logits.requires_grad:
+
+    @functools.cached_property
+    def graph_logits(self) -> Tensor:
+        """The logits with their graph, in the output dtype of x: [B, n]."""
+        with self.same_precision():
+            logits = call(self.model, self.leaf.clone())  # a clone, so that a model may overwrite its input in place
+        if not logits.requires_grad:
             raise ValueError(
                 "model: its logits do not depend on x (they carry no gradient); wants logits computed from x with "
                 "differentiable torch operations, without no_grad, detach or a trip through numpy inside the model"
             )
+        return logits
+
+    @functools.cached_property
+    def logits(self) -> Tensor:
+        """The same, detached. A method that records the model at a few examples at a time sets them."""
+        return self.graph_logits.detach()
 
     def same_precision(self) -> torch.autocast:
         """The autocast state that the forward pass ran under, for running the model again."""
@@ -233,11 +243,21 @@ class Linearization:
         """How many rows to take at once where the caller does not say."""
         if self.leaf.device.type != "cpu":
             return CHUNK_ROWS_ACCELERATOR
-        weights = sum(p.nbytes for p in self.model.parameters()) if isinstance(self.model, nn.Module) else 0
-        return max(1, min(CHUNK_ROWS, max(CHUNK_BYTES, weights) // self._largest_gradient()))
+        return max(1, min(CHUNK_ROWS, self._at_once() // len(self.leaf)))
 
-    def _largest_gradient(self) -> int:
-        """Bytes of the largest gradient that a backward pass of one row forms, read off the recorded graph."""
+    def default_pairs(self) -> int:
+        """How many pairs of an example and a direction to take at once where the caller does not say."""
+        return max(1, min(CHUNK_PAIRS, self._at_once())) if self.leaf.device.type == "cpu" else CHUNK_PAIRS_ACCELERATOR
+
+    def _at_once(self) -> int:
+        """How many gradients of one example are worth taking at once on a CPU."""
+        gradients = self.gradient_bytes()
+        weights = sum(p.nbytes for p in self.model.parameters()) if isinstance(self.model, nn.Module) else 0
+        # Weights are worth reading once for many rows where they are more than what a row reads besides.
+        return max(CHUNK_BYTES, weights if weights > sum(gradients) else 0) // max(gradients)
+
+    def gradient_bytes(self) -> list[int]:
+        """Bytes of every gradient that a backward pass of one row of one example forms, read off the recorded graph."""
         users: dict[Any, list[Any]] = {}
         nodes: list[Any] = [self.graph_logits.grad_fn]
         while nodes:
@@ -246,16 +266,16 @@ class Linearization:
                 if after is not None and after not in users:
                     nodes.append(after)
                 users.setdefault(after, []).append(node)
-        largest, seen, nodes = self.leaf.nbytes, set(), [torch.autograd.graph.get_gradient_edge(self.leaf).node]
+        found, seen, nodes = [self.leaf.nbytes], set(), [torch.autograd.graph.get_gradient_edge(self.leaf).node]
         while nodes:  # from x upward, since the gradients of weights are not computed
             node = nodes.pop()
             if node not in seen:
                 seen.add(node)
                 nodes += users.get(node, [])
                 # An attribute of torch's own. Where it is missing, only the size of x counts.
-                for gradient in getattr(node, "_input_metadata", ()):
-                    largest = max(largest, math.prod(gradient.shape) * self.leaf.element_size())
-        return largest
+                metadata = getattr(node, "_input_metadata", ())
+                found += [math.prod(gradient.shape) * self.leaf.element_size() for gradient in metadata]
+        return [max(1, size // len(self.leaf)) for size in found]
 
     def sweep(self, classes: Tensor, chunk_size: int | None, visit: Callable[[Tensor, Tensor], None]) -> None:
         """Takes the rows of classes int64 [K, B], `chunk_size` of them at a time, and hands them to `visit` in order.
@@ -298,14 +318,17 @@ def linearize(model: Model, x: Tensor, *, differentiable: bool = False) -> Itera
     check_evaluation_mode(model)
     with recording(model, x), math_attention() if differentiable else contextlib.nullcontext():
         plain = x.clone() if x.is_inference() else x
-        # A few examples show a mixture as well as all do; two alone can hide the statistics of a batch.
-        if len(plain) > 1 and Linearization(model, plain[:4].detach().clone().requires_grad_()).mixes_examples():
-            raise ValueError(
-                "model: mixes the examples of a batch (logits[0] have a gradient with respect to x[1:]), wants each "
-                "example's logits computed from that example alone; normalise with stored statistics, or pass the "
-                "examples one at a time"
-            )
         own = differentiable and plain.requires_grad
         graph = Linearization(model, plain if own else plain.detach().requires_grad_())
+        if len(plain) > 1:
+            # A few examples show a mixture as well as all do; two alone can hide the statistics of a batch.
+            few = graph if len(plain) <= 4 else Linearization(model, plain[:4].detach().clone().requires_grad_())
+            if few.mixes_examples():
+                raise ValueError(
+                    "model: mixes the examples of a batch (logits[0] have a gradient with respect to x[1:]), wants each "
+                    "example's logits computed from that example alone; normalise with stored statistics, or pass the "
+                    "examples one at a time"
+                )
+            del few
         with torch.autocast(x.device.type, enabled=False):
             yield graph

@@ -6,7 +6,10 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from fastsal.linearization import Linearization, call, in_parts, is_out_of_memory, math_attention, vmap
+from fastsal.linearization import Linearization, call, flatten, in_parts, is_out_of_memory, math_attention, vmap
+from fastsal.tracing import TracedPasses, Traces, UntraceableError
+
+GROSS = 0.01  # of its length: a JVP further than this from a known gradient is no matter of rounding
 
 
 class NoJVPError(RuntimeError):
@@ -30,38 +33,50 @@ class Passes(Protocol):
 class ModelPasses:
     """The `Passes` of a model at some examples, int64 [E], of a recorded batch.
 
-    A JVP is taken in forward mode, vmapped over the directions. Where a module has no forward-mode rule (LSTM, for one), it
-    is the derivative of the VJP with respect to its cotangent. Both compute attention by plain operations.
+    A JVP is taken from a trace where there is one (`fastsal.tracing` says when). Else it is taken in forward mode, vmapped over
+    the directions. Where a module has no forward-mode rule (LSTM, for one), it is the derivative of the VJP with respect to its
+    cotangent. All of them compute attention by plain operations.
     """
 
     def __init__(self, graph: Linearization, examples: Tensor, chunk_size: int | None) -> None:
         self._base, self._own = graph, examples
         self._record(torch.arange(len(examples), device=examples.device))
-        self.logits = graph.logits[examples]
+        self.logits = self._graph.logits
         self.dimension = graph.x.shape[1]
-        default = 256 if examples.device.type == "cpu" else 1024
-        self.pairs = default if chunk_size is None else chunk_size * len(examples)
-        self._ways = [self._forward_mode, self._double_backward]
+        self.pairs = self._graph.default_pairs() if chunk_size is None else chunk_size * len(examples)
+        self._ways = [self._traced, self._forward_mode, self._double_backward]
+        self._traces = Traces(self._graph, len(graph.leaf))
+        self._products: TracedPasses | None = None
+        self._latest: tuple[Tensor, Tensor, Tensor] | None = (
+            None  # examples, cotangents and products of the latest VJPs
+        )
 
     def _record(self, examples: Tensor) -> None:
         own = self._own[examples]
-        self._held, self._graph = examples, self._base if len(own) == len(self._base.logits) else self._base.at(own)
+        self._held, self._graph = examples, self._base if len(own) == len(self._base.leaf) else self._base.at(own)
 
     def vjp(self, examples: Tensor, cotangents: Tensor) -> Tensor:
-        if 2 * len(examples) <= len(self._held) or not bool(torch.isin(examples, self._held).all()):
+        """Multiplies cotangents [e, c, n] with the Jacobians: [e, c, D].
+
+        The recorded pass may hold more examples than these. It is recorded anew where products taken in vain would cost more.
+        """
+        e, c = cotangents.shape[:2]
+        if (len(self._held) - e) * c > e or not bool(torch.isin(examples, self._held).all()):
             self._record(examples)
         slot = torch.searchsorted(self._held, examples)
-        padded = cotangents.new_zeros(cotangents.shape[1], len(self._held), cotangents.shape[2])
+        padded = cotangents.new_zeros(c, len(self._held), cotangents.shape[2])
         padded[:, slot] = cotangents.transpose(0, 1)
-        size = max(1, self.pairs // len(self._held))
-        return torch.cat(self._chunks(self._vjp, padded, size), 1)[slot]
+        products = torch.cat(self._chunks(self._vjp, padded, len(self._held)), 1)[slot]
+        self._latest = (examples, cotangents, products)
+        return products
 
     def jvp(self, examples: Tensor, directions: Tensor) -> Tensor:
-        x = self._base.x.detach()[self._own[examples]].view(-1, *self._base.leaf.shape[1:])
-        tangents = directions.to(x.dtype).transpose(0, 1).reshape(-1, *x.shape)
+        """Multiplies the Jacobians with directions [e, k, D]: [e, k, n]. Raises NoJVPError where the model cannot."""
+        shape = self._base.leaf.shape[1:]
+        tangents = directions.to(self._base.x.dtype).transpose(0, 1).reshape(directions.shape[1], len(examples), *shape)
         while self._ways:
             try:
-                parts = self._chunks(lambda part: self._ways[0](x, part), tangents, max(1, self.pairs // len(examples)))
+                parts = self._chunks(lambda part: self._ways[0](examples, part), tangents, len(examples))
                 return torch.cat(parts).transpose(0, 1)
             except RuntimeError as error:
                 if is_out_of_memory(error):
@@ -72,15 +87,47 @@ class ModelPasses:
             f"{type(self._base.model).__name__}: has neither forward-mode nor second derivatives ({reason})"
         )
 
-    def _chunks(self, run: Callable[[Tensor], Tensor], stack: Tensor, size: int) -> list[Tensor]:
+    def _chunks(self, run: Callable[[Tensor], Tensor], stack: Tensor, examples: int) -> list[Tensor]:
+        """Results of run on stack [k, ...], as many entries at a time as are best for so many examples."""
         results: list[Tensor] = []
-        in_parts(stack, size, lambda part: results.append(run(part)))
+        in_parts(stack, max(1, self.pairs // examples), lambda part: results.append(run(part)))
         return results
+
+    def _at(self, examples: Tensor) -> Tensor:
+        """The model's input at these examples: [e, *S]."""
+        return self._base.leaf.detach()[self._own[examples]]
 
     def _vjp(self, cotangents: Tensor) -> Tensor:
         return self._graph.vjp(cotangents)
 
-    def _forward_mode(self, x: Tensor, tangents: Tensor) -> Tensor:
+    def _traced(self, examples: Tensor, tangents: Tensor) -> Tensor:
+        if self._products is not None:
+            return self._products.jvp(examples, tangents)
+        everyone = torch.arange(len(self._own), device=examples.device)
+        alone = len(everyone) == 1 and len(self._graph.logits) == 1
+        self._products = self._traces.at(self._at(everyone), self._graph.logits if alone else None)
+        products = self._products.jvp(examples, tangents)
+        if self._disagree(examples, tangents, products):
+            self._traces.distrust()
+            raise UntraceableError("the products of the trace are not the model's")
+        return products
+
+    def _disagree(self, examples: Tensor, tangents: Tensor, products: Tensor) -> bool:
+        """Whether JVPs [k, e, n] along tangents [k, e, *S] disagree grossly with the latest VJPs."""
+        if self._latest is None:
+            return False
+        known, cotangents, rows = self._latest
+        slot = torch.searchsorted(known, examples).clamp(max=len(known) - 1)
+        same = known[slot] == examples
+        cotangents, rows = cotangents[slot[same]].double(), rows[slot[same]].double()
+        along = flatten(tangents, 2)[:, same].double().transpose(0, 1)
+        gap = (rows @ along.mT - cotangents @ products[:, same].double().permute(1, 2, 0)).abs()
+        size = rows.square().sum(2, keepdim=True).sqrt() * along.square().sum(2).sqrt().unsqueeze(1)
+        return bool((gap > GROSS * size).any())
+
+    def _forward_mode(self, examples: Tensor, tangents: Tensor) -> Tensor:
+        x = self._at(examples)
+
         def logits(value: Tensor) -> Tensor:
             return call(self._base.model, value.clone())
 
@@ -89,11 +136,10 @@ class ModelPasses:
             return products
 
         with torch.no_grad(), math_attention(), self._base.same_precision():
-            products: Tensor = torch.func.vmap(jvp, randomness="same")(tangents)
-        return products
+            return vmap(jvp, tangents)
 
-    def _double_backward(self, x: Tensor, tangents: Tensor) -> Tensor:
-        leaf = x.clone().requires_grad_()
+    def _double_backward(self, examples: Tensor, tangents: Tensor) -> Tensor:
+        leaf = self._at(examples).requires_grad_()
         with math_attention(), torch.backends.cudnn.flags(enabled=False):  # cudnn's RNNs have no second derivative
             with self._base.same_precision():
                 logits = call(self._base.model, leaf.clone())
@@ -103,5 +149,4 @@ class ModelPasses:
             def jvp(tangent: Tensor) -> Tensor:
                 return torch.autograd.grad(gradient, dummy, tangent, retain_graph=True)[0]
 
-            products = vmap(jvp, tangents)
-        return products
+            return vmap(jvp, tangents)

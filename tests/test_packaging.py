@@ -221,6 +221,7 @@ LAYERS = (
     ("analysis",),
     ("methods",),
     ("passes",),
+    ("tracing",),
     ("linearization",),
     ("geometry", "pairwise"),
     ("ops",),

@@ -76,7 +76,7 @@ COUNTS = (4, 6, 8, 10, 12, 14, 16, 20, 24, 28, 32, 40, 48, 64, 96)  # first roun
 ROWS = 4  # exact rows at a time: the next may make the one after it needless
 SPARE = 8.0  # η in units of the largest disagreement that was seen
 UNSTABLE = 0.3  # η from which on bounds say nothing
-GROUP_BYTES = 1 << 29
+GROUP_BYTES = 1 << 23  # of a group's bases: what a cache holds, so that a batch of small images is done in a few groups
 
 
 @dataclass(frozen=True)
@@ -123,10 +123,19 @@ class Certified(Method):
             raise ValueError(f"Certified: got seed={self.seed!r}, wants an integer")
 
     def select(self, graph: Linearization, norm: float, chunk_size: int | None, backend: str) -> Selection:
-        """Certifies the batch in groups whose bases, seldom over 20 float64 directions an example, fit in memory."""
-        everyone = torch.arange(len(graph.logits), device=graph.logits.device)
+        """Certifies the batch in groups, so that nobody waits long for the hardest example, and no more is recorded at a time.
+
+        A group's bases, seldom over 20 float64 directions an example, are to fit a cache.
+        """
+        everyone = torch.arange(len(graph.leaf), device=graph.leaf.device)
         groups = torch.split(everyone, max(1, GROUP_BYTES // (8 * 20 * graph.x.shape[1])))
-        parts = [certify(ModelPasses(graph, group, chunk_size), self, backend, norm) for group in groups]
+        normals = Normals(self.seed, graph.x.shape[1], graph.x.device)
+        parts, logits = [], []
+        for group in groups:
+            passes = ModelPasses(graph, group, chunk_size)
+            parts.append(certify(passes, self, backend, norm, normals))
+            logits.append(passes.logits)
+        graph.logits = torch.cat(logits)
 
         def joined(name: str) -> Tensor:
             return torch.cat([getattr(part, name) for part in parts])
@@ -155,11 +164,33 @@ def stream(seed: int, purpose: str) -> np.random.Generator:
     return np.random.Generator(np.random.Philox(key=int.from_bytes(key, "little")))
 
 
+class Normals:
+    """The standard normal vectors [D] that a seed decides: the pilots, and as many probes as are asked for, in one order."""
+
+    def __init__(self, seed: int, dimension: int, device: torch.device) -> None:
+        self._dimension, self._device = dimension, device
+        self.pilots = self._next(stream(seed, "pilots"), PILOTS)
+        self._generator = stream(seed, "probes")
+        self._probes = self.pilots[:0]
+
+    def _next(self, generator: np.random.Generator, count: int) -> Tensor:
+        return torch.from_numpy(generator.standard_normal((count, self._dimension))).to(self._device)
+
+    def probes(self, count: int) -> Tensor:
+        """The first `count` probes, float64 [count, D]: the same whatever was asked for before."""
+        if count > len(self._probes):
+            self._probes = torch.cat((self._probes, self._next(self._generator, count - len(self._probes))))
+        return self._probes[:count]
+
+
 class _Search:
     """The state of a group of E examples. Squares are in units of each example's own gradient scale, float64."""
 
-    def __init__(self, passes: Passes, method: Certified, backend: str, norm: float = 2.0) -> None:
+    def __init__(
+        self, passes: Passes, method: Certified, backend: str, norm: float = 2.0, normals: Normals | None = None
+    ) -> None:
         self.passes, self.method = passes, method
+        self.normals = normals or Normals(method.seed, passes.dimension, passes.logits.device)
         logits = passes.logits
         self.device = logits.device
         E, self.n = logits.shape
@@ -176,10 +207,8 @@ class _Search:
         self.unit = torch.ones_like(self.margin[:, 0])
         self.basis = anchor.new_zeros(E, 0, passes.dimension, dtype=torch.float64)
         self.components = self.margin.new_zeros(E, 0, self.n)  # J times the basis
-        self.pilots = self.normals(stream(method.seed, "pilots"), PILOTS)
+        self.pilots = self.normals.pilots
         self.piloted = self.margin.new_zeros(E, PILOTS, self.n)  # J times the pilots
-        self.generator = stream(method.seed, "probes")
-        self.probes = self.basis.new_zeros(0, passes.dimension)
         self.probed = self.margin.new_zeros(E, 0, self.n)  # J times the probes, projected
         self.shadow = self.margin.new_zeros(E, 0, 0)  # the probes' components in the basis
         self.drawn = torch.zeros_like(self.prediction)  # how many probes
@@ -193,10 +222,6 @@ class _Search:
         rows = self.evaluate(everyone, early)
         self.early = torch.cat((self.prediction.unsqueeze(1), early), 1)
         self.early_rows = torch.cat((anchor, rows), 1)
-
-    def normals(self, generator: np.random.Generator, count: int) -> Tensor:
-        """The generator's next standard normal vectors: float64 [count, D]."""
-        return torch.from_numpy(generator.standard_normal((count, self.passes.dimension))).to(self.device)
 
     def _left(self, e: Tensor) -> Tensor:
         """How many passes the limit leaves each of examples e."""
@@ -260,7 +285,7 @@ class _Search:
         rows = self.norm.rows(e, rows) / self.unit[e].view(-1, 1, 1)
         inside = rows @ self.basis[e].mT
         s = self.probed.shape[1]
-        outside = rows @ torch.cat((self.pilots, self.probes[:s])).T
+        outside = rows @ torch.cat((self.pilots, self.normals.probes(s))).T
         if s:
             outside[:, :, PILOTS:] -= inside @ self.shadow[e].mT
         pick = classes.unsqueeze(1)
@@ -451,11 +476,6 @@ class _Search:
 
     # Step 3: the probes.
 
-    def draw(self, count: int) -> None:
-        """At least count probes [count, D]: the same whatever is asked for first."""
-        if count > len(self.probes):
-            self.probes = torch.cat((self.probes, self.normals(self.generator, count - len(self.probes))))
-
     def probe(self, plan: Tensor) -> None:
         """Draws the rounds that the plan lays down, int64 [E], for each example as long as they are worth it."""
         e = (plan > 0).nonzero().squeeze(1)
@@ -476,8 +496,7 @@ class _Search:
             if not len(e):
                 return
             upto = int(end.min())
-            self.draw(upto)
-            for part in torch.split(self.probes[done:upto], max(1, self.passes.pairs // len(e))):
+            for part in torch.split(self.normals.probes(upto)[done:], max(1, self.passes.pairs // len(e))):
                 shadow = part @ self.basis[e].mT
                 values = self.products(e, part - shadow @ self.basis[e])
                 self._record(e, done, values, shadow)
@@ -559,9 +578,14 @@ class _Search:
             self.evaluate(e, order.gather(1, key.sort(stable=True, dim=1).indices[:, :most]))
 
 
-def certify(passes: Passes, method: Certified, backend: str = "auto", norm: float = 2.0) -> Certificate:
-    """Runs the algorithm of this module on a group of E >= 1 examples; see there for why `certified` may be believed."""
-    search = _Search(passes, method, backend, norm)
+def certify(
+    passes: Passes, method: Certified, backend: str = "auto", norm: float = 2.0, normals: Normals | None = None
+) -> Certificate:
+    """Runs the algorithm of this module on a group of E >= 1 examples; see there for why `certified` may be believed.
+
+    `normals` are those of the method's seed, where several groups share them.
+    """
+    search = _Search(passes, method, backend, norm, normals)
     search.probe(search.prepare())
     search.finish()
     best = search.best

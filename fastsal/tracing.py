@@ -1,0 +1,318 @@
+"""Jacobian-vector products at the price of a forward pass: the derivative of a model, traced once and split in three.
+
+`torch.func.jvp` computes for every direction anew what depends on x alone, and multiplies with the tangents of the weights,
+which are zero: on a network of convolutions and BatchNorms a product takes three to five forward passes. A `Trace` records the
+operations of one such product at one example, drops what is zero, and sorts the others by what they depend on: the weights
+only, x too, or the direction too. The first and the second kind are computed once for an example, the third for each direction.
+The bits are those of `torch.func.jvp`.
+
+A trace knows the operations, not the weights: parameters and buffers of a module are read anew for every batch. What steers the
+model besides (flags, replaced modules, hooks, Python attributes) it cannot see. So `Trace.at` runs the traced model at each
+example, and `passes.ModelPasses` uses the trace only where its logits equal the model's own, bit for bit, and its products
+agree with the gradients that a backward pass gives.
+"""
+
+import contextlib
+import warnings
+import weakref
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+from torch._guards import TracingContext, tracing
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.fx.experimental.proxy_tensor import make_fx
+
+from fastsal.linearization import Linearization, Model, call, is_out_of_memory, math_attention
+
+# A trace takes about as long as this many bytes of gradients for each operation take longer without one.
+PAYS = 1 << 20
+WEIGHTS, EXAMPLE, DIRECTION = range(3)  # what a value of the trace depends on, at most
+
+_aten = torch.ops.aten
+_ZEROS = {
+    _aten.zeros.default,
+    _aten.zeros_like.default,
+    _aten.new_zeros.default,
+    _aten._efficientzerotensor.default,
+    _aten._new_zeros_with_same_feature_meta.default,
+}
+_COPIES = {_aten.alias.default, _aten.clone.default, _aten._to_copy.default, _aten.expand.default, _aten.view.default}
+_PRODUCTS = {_aten.mul.Tensor, torch.ops.prims.mul.default, _aten.mm.default, _aten.bmm.default}
+_SUMS = {_aten.add.Tensor, torch.ops.prims.add.default}
+
+
+class UntraceableError(RuntimeError):
+    """The model cannot be traced, or its trace cannot be split."""
+
+
+def _state(model: Model) -> dict[str, Tensor]:
+    """The parameters and buffers of a module by name; nothing for any other callable, whose tensors the trace refers to."""
+    if not isinstance(model, nn.Module):
+        return {}
+    return {name: value.detach() for name, value in (*model.named_parameters(), *model.named_buffers())}
+
+
+class Trace:
+    """The traced product of a model's Jacobian with one direction, at one example.
+
+    Args:
+        model: The model.
+        x: One example as the model takes it, [1, *S].
+
+    Raises:
+        UntraceableError: The model cannot be traced.
+    """
+
+    def __init__(self, model: Model, x: Tensor) -> None:
+        names = tuple(_state(model))
+
+        def product(state: tuple[Tensor, ...], x: Tensor, direction: Tensor) -> tuple[Tensor, Tensor]:
+            def logits(value: Tensor) -> Tensor:
+                if isinstance(model, nn.Module):
+                    values = dict(zip(names, state, strict=True))
+                    return call(lambda v: torch.func.functional_call(model, values, (v,)), value.clone())
+                return call(model, value.clone())
+
+            both: Any = torch.func.jvp(logits, (x,), (direction,))
+            return both[0], both[1]
+
+        try:
+            # One fake mode for all shapes: make_fx alone would make one for every value, which takes three times as long.
+            shapes = tracing(TracingContext(FakeTensorMode(allow_fallback_kernels=True)))
+            with torch.no_grad(), math_attention(), warnings.catch_warnings(), shapes:
+                warnings.simplefilter(
+                    "ignore"
+                )  # what torch says of the model it has said, or will say, without the trace
+                traced = make_fx(torch.func.functionalize(product))(
+                    tuple(_state(model).values()), x, torch.ones_like(x)
+                )
+        except (
+            Exception
+        ) as error:  # whatever keeps a model from being traced: the ways without a trace compute the same
+            if isinstance(error, RuntimeError) and is_out_of_memory(error):
+                raise
+            raise UntraceableError(str(error).strip().partition("\n")[0]) from error
+        self._names = names
+        _simplify(traced)
+        self._split(traced)
+
+    def _split(self, traced: fx.GraphModule) -> None:
+        """Divides the traced operations into three functions, by what they depend on."""
+        inputs = [node for node in traced.graph.nodes if node.op == "placeholder"]
+        *weights, example, direction = inputs
+        outputs: Any = traced.graph.output_node().args[0]
+        value, tangent = outputs
+        kind = dict.fromkeys(weights, WEIGHTS) | {example: EXAMPLE, direction: DIRECTION}
+        for node in traced.graph.nodes:
+            if node.op not in ("placeholder", "output"):
+                kind[node] = max((kind[used] for used in node.all_input_nodes), default=WEIGHTS)
+                if node.op == "call_function" and getattr(getattr(node.target, "_schema", None), "is_mutable", False):
+                    raise UntraceableError(f"{node.target} writes to memory in place")
+        if kind[value] != EXAMPLE or kind[tangent] != DIRECTION:
+            raise UntraceableError("the traced logits do not depend on x")
+
+        def used(source: int, *users: int) -> list[fx.Node]:
+            found = (
+                other
+                for node, own in kind.items()
+                if own in users and node.op != "placeholder"
+                for other in node.all_input_nodes
+                if kind[other] == source
+            )
+            return list(dict.fromkeys(found))
+
+        def part(own: int, given: list[fx.Node], wanted: list[fx.Node]) -> fx.GraphModule:
+            graph = fx.Graph()
+            copies = {node: graph.placeholder(node.name) for node in given}
+            for node in traced.graph.nodes:
+                if kind.get(node) == own and node.op != "placeholder":
+                    copies[node] = graph.node_copy(node, lambda other: copies[other])
+            graph.output(tuple(copies[node] for node in wanted))
+            graph.eliminate_dead_code()
+            for node in graph.nodes:
+                node.meta.clear()
+            return fx.GraphModule(traced, graph)
+
+        of_weights, of_example = used(WEIGHTS, EXAMPLE, DIRECTION), used(EXAMPLE, DIRECTION)
+        self._of_weights = part(WEIGHTS, weights, of_weights)
+        self._of_example = part(EXAMPLE, [*of_weights, example], [value, *of_example])
+        self._of_direction = part(DIRECTION, [*of_weights, *of_example, direction], [tangent])
+
+    def at(self, model: Model, x: Tensor) -> tuple[Tensor, "TracedPasses"]:
+        """Runs the traced model at x [e, *S], one example after the other: its logits [e, n], and the products there.
+
+        Raises:
+            UntraceableError: The model's parameters and buffers have other names than they had.
+        """
+        state = _state(model)
+        if tuple(state) != self._names:
+            raise UntraceableError("the model's parameters have other names than they had")
+        with torch.no_grad():
+            shared = self._of_weights(*state.values())
+            logits, *own = zip(*(self._of_example(*shared, one) for one in x.split(1)), strict=True)
+            return torch.cat(logits), TracedPasses(self._of_direction, shared, [torch.stack(values) for values in own])
+
+
+class TracedPasses:
+    """Products of the Jacobians at some examples, e of them, with directions."""
+
+    def __init__(self, run: fx.GraphModule, shared: tuple[Tensor, ...], own: list[Tensor]) -> None:
+        self._run, self._shared, self._own = run, shared, own
+        self._batched = True
+
+    def jvp(self, examples: Tensor, directions: Tensor) -> Tensor:
+        """Multiplies the Jacobians of `examples`, int64 [e], with directions [k, e, *S]: [k, e, n]."""
+        directions = directions.unsqueeze(2)
+        with torch.no_grad():
+            if self._batched and directions.shape[:2] != (1, 1):
+                try:
+                    with _no_fallback():
+                        return self._at_once(examples, directions).squeeze(2)
+                except RuntimeError as error:
+                    if is_out_of_memory(error):
+                        raise
+                    self._batched = (
+                        False  # an operation that torch would take one by one: then whole products, one by one
+                    )
+            products = []
+            for slot, example in enumerate(examples.tolist()):
+                own = [values[example] for values in self._own]
+                products.append(torch.cat([self._run(*self._shared, *own, one)[0] for one in directions[:, slot]]))
+            return torch.stack(products, 1)
+
+    def _at_once(self, examples: Tensor, directions: Tensor) -> Tensor:
+        """The same by vmap, over examples inside of directions, with directions [k, e, 1, *S]: [k, e, 1, n]."""
+
+        def run(own: list[Tensor], one: Tensor) -> Tensor:
+            products: Tensor = self._run(*self._shared, *own, one)[0]
+            return products
+
+        if len(examples) == 1:
+            own = [values[int(examples)] for values in self._own]
+            return torch.func.vmap(run, in_dims=(None, 0))(own, directions[:, 0]).unsqueeze(1)
+        everyone = len(examples) == len(self._own[0]) if self._own else True
+        own = self._own if everyone else [values[examples] for values in self._own]
+        if len(directions) == 1:
+            return torch.func.vmap(run)(own, directions[0]).unsqueeze(0)
+        return torch.func.vmap(torch.func.vmap(run), in_dims=(None, 0))(own, directions)
+
+
+@contextlib.contextmanager
+def _no_fallback() -> Iterator[None]:
+    """Inside, vmap raises where torch would take an operation one by one, with a line on the error output for each call."""
+    switch: Any = torch._C._functorch
+    before = switch._is_vmap_fallback_enabled()
+    switch._set_vmap_fallback_enabled(False)
+    try:
+        yield
+    finally:
+        switch._set_vmap_fallback_enabled(before)
+
+
+def _simplify(traced: fx.GraphModule) -> None:
+    """Drops what is zero by construction, and copies of what nothing overwrites."""
+    zero: set[Any] = set()
+
+    def is_zero(node: fx.Node) -> bool:
+        if node.op == "get_attr":
+            value = getattr(traced, str(node.target))
+            return isinstance(value, Tensor) and value._is_zerotensor()
+        if node.target in _PRODUCTS or (node.target is _aten.convolution.default and node.args[2] is None):
+            return node.args[0] in zero or node.args[1] in zero
+        return node.target in _ZEROS or (node.target in _COPIES and node.args[0] in zero)
+
+    def same(node: fx.Node, other: Any) -> bool:
+        if not isinstance(other, fx.Node):
+            return False
+        mine, its = node.meta.get("val"), other.meta.get("val")
+        if not isinstance(mine, Tensor) or not isinstance(its, Tensor):
+            return False
+        return (mine.shape, mine.dtype, mine.device) == (its.shape, its.dtype, its.device)
+
+    def stands_for(node: fx.Node) -> Any:
+        """What the node may be replaced by; None where it may not."""
+        args = node.args
+        if node.target in _COPIES and node.kwargs.get("memory_format") is None:
+            return args[0]
+        if node.target is _aten.copy.default and args[0] in zero:
+            return args[1]
+        if node.target in _SUMS and not node.kwargs:
+            return args[0] if args[1] in zero else args[1] if args[0] in zero else None
+        return None
+
+    for node in traced.graph.nodes:
+        if is_zero(node):
+            zero.add(node)
+        elif node.op == "call_function" and same(node, other := stands_for(node)):
+            node.replace_all_uses_with(other)
+    traced.graph.eliminate_dead_code()
+
+
+@dataclass
+class _Known:
+    """What is known of a model at inputs of one kind."""
+
+    trace: Trace | None = None
+    hopeless: bool = False
+    examples: int = 0  # how many were looked at without a trace
+
+
+_known: weakref.WeakKeyDictionary[Any, dict[Any, _Known]] = weakref.WeakKeyDictionary()
+
+
+class Traces:
+    """The trace of a model at examples like those of a recorded pass, kept from one batch to the next while the model lives.
+
+    Args:
+        graph: The recorded pass.
+        examples: How many examples of this kind are to be looked at.
+    """
+
+    def __init__(self, graph: Linearization, examples: int) -> None:
+        self._graph, self._examples = graph, examples
+        leaf = graph.leaf
+        kind = (leaf.shape[1:], leaf.dtype, leaf.device, graph.autocast)
+        try:
+            self._entry = _known.setdefault(graph.model, {}).setdefault(kind, _Known())
+        except TypeError:  # a callable that has no hash, or that nothing can refer to weakly
+            self._entry = _Known(hopeless=True)
+        gradients = graph.gradient_bytes()
+        self._worth = sum(gradients) / len(gradients)
+
+    def at(self, x: Tensor, logits: Tensor | None) -> "TracedPasses":
+        """The products at examples x [e, *S] of the batch, from a trace whose logits there equal the model's, bit for bit.
+
+        Args:
+            x: The examples.
+            logits: The model's logits, [e, n], where x was given to it one example at a time; None runs it.
+
+        Raises:
+            UntraceableError: The model cannot be traced, or it does not pay yet.
+        """
+        entry, model = self._entry, self._graph.model
+        if entry.trace is None and (entry.examples + self._examples) * self._worth < PAYS:
+            entry.examples += len(x)
+            raise UntraceableError("a trace does not pay yet")
+        with torch.no_grad(), self._graph.same_precision():
+            if logits is None:
+                logits = torch.cat([call(model, one.clone()) for one in x.split(1)])
+            for _ in range(2):  # a trace that no longer fits the model is made again, once
+                if entry.hopeless:
+                    break
+                try:
+                    entry.trace = entry.trace or Trace(model, x[:1])
+                    own, products = entry.trace.at(model, x)
+                    if bool(((own == logits) | (own.isnan() & logits.isnan())).all()):
+                        return products
+                except UntraceableError:
+                    entry.hopeless = entry.trace is None
+                entry.trace = None
+        entry.hopeless = True
+        raise UntraceableError("the model cannot be traced")
+
+    def distrust(self) -> None:
+        """Gives the trace up: its products are not those of the model."""
+        self._entry.trace, self._entry.hopeless = None, True
