@@ -225,7 +225,7 @@ def deepfool(
             None stands for the model's own predictions, as ρ and ρ̃ mean it.
         norm: The p of the perturbation: 2, 1, `math.inf` or "inf".
         method: Which classes a step considers, as in `analyze`: "candidates" (the 10 highest logits besides the predicted one,
-            DeepFool's habit), "exact" (all) or "certified" (all, in fewer passes; norm 2 only), or a method with options.
+            DeepFool's habit), "exact" (all) or "certified" (all, in fewer passes; not for p = 1), or a method with options.
         max_steps: How many linearisations to take at most. Examples that are done cost nothing more.
         overshoot: By which share to step beyond the linearised boundary. It costs no distance: the bisection takes it back.
         chunk_size: How many class gradients to take at once, as in `analyze`.

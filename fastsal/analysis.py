@@ -32,7 +32,7 @@ def analyze(
     | `"exact"`      | n backward, or F + 2 where the       | ρ̃ and the distances of all     | few classes (some 50), or   |
     |                | logits leave a linear layer of F     | classes                        | a narrow last layer         |
     |                | inputs and that is fewer             |                                |                             |
-    | `"certified"`  | some 40 to 90 at 1000 classes, of    | ρ̃, except with probability     | many classes and norm 2     |
+    | `"certified"`  | some 20 to 90 at 1000 classes, of    | ρ̃, except with probability     | many classes, norm 2 or inf |
     |                | both kinds                           | 1e-6 for each example          |                             |
     | `"candidates"` | 11 backward: the predicted class and | an upper bound of ρ̃, often ρ̃   | a first look; inside loops  |
     |                | the 10 highest other logits          | itself, but nobody knows where | (DeepFool's habit)          |

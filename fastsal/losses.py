@@ -51,7 +51,7 @@ def margin_loss(
         target: The ρ̃ from which on an example adds nothing, in units of x. None (default) for the mean of −m, which has no
             lower bound: it is −inf where a gradient vanishes.
         norm: The p of the perturbation, 2 (default), 1, `math.inf` or "inf".
-        method: "exact" (default), "candidates", "certified" (norm 2) or any method of `fastsal.analyze`.
+        method: "exact" (default), "candidates", "certified" (norm 2 or inf) or any method of `fastsal.analyze`.
         chunk_size, backend: As in `fastsal.analyze`.
 
     Returns:

@@ -97,6 +97,13 @@ class TestNetworks:
             torch.testing.assert_close(other.distance, exact.distance, rtol=1e-9, atol=0)
             assert torch.equal(other.adversarial_class, exact.adversarial_class)
 
+    @pytest.mark.parametrize("norm", [2, math.inf])
+    def test_certified_among_many_classes(self, norm):
+        model, x = network(4, classes=120)
+        exact, other = (deepfool(model, x[:8], norm=norm, method=method) for method in ("exact", "certified"))
+        torch.testing.assert_close(other.distance, exact.distance, rtol=1e-9, atol=0)
+        assert torch.equal(other.adversarial_class, exact.adversarial_class)
+
     def test_more_candidates_find_nearer(self):
         model, x = network(5)
         one, all_ = (deepfool(model, x, method=method).distance for method in (fastsal.Candidates(1), "exact"))

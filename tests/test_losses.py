@@ -95,10 +95,12 @@ class TestMarginLoss:
         torch.testing.assert_close(most, (rho.max() - rho).mean(), rtol=1e-12, atol=1e-15)
 
     @pytest.mark.parametrize("method", ["certified", fastsal.Candidates(79), fastsal.Exact(memory_limit=0)])
-    def test_methods(self, method):
+    @pytest.mark.parametrize("norm", [2, "inf"])
+    def test_methods(self, method, norm):
         model, x, y = network(3, classes=80)
         x.requires_grad_()
-        assert_same(losses.margin_loss(model, x, y, method=method), losses.margin_loss(model, x, y), model, x)
+        want = losses.margin_loss(model, x, y, norm=norm)
+        assert_same(losses.margin_loss(model, x, y, norm=norm, method=method), want, model, x)
 
     @pytest.mark.parametrize("norm", NORMS)
     @pytest.mark.parametrize("target", [None, 1.0])

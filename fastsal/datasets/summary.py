@@ -174,7 +174,7 @@ def _lines(summary: Summary) -> Iterator[str]:
         yield "candidates: linearized_robustness is an upper bound, from the highest logits only"
     if summary.method == "certified":
         yield f"certified: {round(summary.certified * analysed)} of {analysed} examples"
-    if summary.method == "exact" and summary.norm == "2" and summary.vjps >= MANY_CLASSES:
+    if summary.method == "exact" and summary.norm != "1" and summary.vjps >= MANY_CLASSES:
         yield (
             "hint: --method certified finds the same minimum, except with a probability of 1e-6 an example, in fewer passes "
             "where classes are many (the README has figures)"

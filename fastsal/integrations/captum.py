@@ -36,7 +36,7 @@ class MarginSaliency(attr.Saliency):
             each example, and a model in evaluation mode.
         binarized: Whether to return g† instead of g.
         norm: The p of the perturbation that the nearest boundary is measured by: 2 (default), 1, `math.inf` or "inf".
-        method: How it is found: "exact" (default), "certified" (norm 2 only) or any method of `fastsal.analyze`.
+        method: How it is found: "exact" (default), "certified" (norm 2 or inf) or any method of `fastsal.analyze`.
 
     >>> import torch
     >>> linear = torch.nn.Linear(2, 3, bias=False).requires_grad_(False).eval()

@@ -151,8 +151,8 @@ class L2DeepFoolAttack(_DeepFool, deepfool.L2DeepFoolAttack):
 class LinfDeepFoolAttack(_DeepFool, deepfool.LinfDeepFoolAttack):
     """DeepFool for the largest change of an entry: the walk to the nearest linearised boundary, until the criterion holds.
 
-    The arguments are those of `foolbox.attacks.LinfDeepFoolAttack`, and `method`, which may not be "certified". All else is as
-    in `L2DeepFoolAttack`; the example there comes out as ([True], 1.7) here.
+    The arguments are those of `foolbox.attacks.LinfDeepFoolAttack`, and `method`. All else is as in `L2DeepFoolAttack`; the
+    example there comes out as ([True], 1.7) here.
     """
 
     norm = math.inf

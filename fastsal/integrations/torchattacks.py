@@ -37,7 +37,8 @@ class FAB(torchattacks.FAB):
     The arguments are those of `torchattacks.FAB`, and one more.
 
     Args:
-        method: How the nearest boundary is found: "exact" (default), "certified" (L2 only) or any method of `fastsal.analyze`.
+        method: How the nearest boundary is found: "exact" (default), "certified" (not for L1) or any method of
+            `fastsal.analyze`.
 
     Raises:
         ValueError: A norm that is not "Linf", "L2" or "L1", and a model that mixes the examples of a batch.

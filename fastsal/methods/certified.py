@@ -1,6 +1,6 @@
 """Certified ρ̃: the exact minimum, with a stated failure probability, in a fraction of n backward passes.
 
-Notation as in reference.py, q = 2. One JVP along v gives a = Jv, hence ⟨v, Δ_j⟩ = a_{i*} − a_j of *every* class j. For a
+Notation as in reference.py; first q = 2. One JVP along v gives a = Jv, hence ⟨v, Δ_j⟩ = a_{i*} − a_j of *every* class j. For a
 standard normal v these are normal with variance ‖Δ_j‖², so that the sum S_j of their squares over s independent probes is
 ‖Δ_j‖²·χ²_s, and ‖Δ_j‖² ≤ S_j / (the lower δ' quantile of χ²_s) except with probability δ'. Each class then has a lower bound
 L_j = m_j / upper(‖Δ_j‖) of its ratio; classes are evaluated exactly, by VJPs, in ascending order of L_j until the next L_j is
@@ -33,18 +33,26 @@ rounding of the products; neither depends on a probe.
 - That argument uses nothing but the bounds of j*, laid down beforehand. When to stop, whether to use a round at all, which
   class to evaluate next are free to depend on the probes.
 
+q = 1. All of this is done with Δ_j / w in place of Δ_j, for weights w > 0 with Σ w² = D: rows are divided by w as they come,
+and a JVP for the direction u is taken along u / w, for ⟨u / w, Δ_j⟩ = ⟨u, Δ_j / w⟩. The weights are a function of the rows of
+the highest logits, hence of the model and x, and S_{j*} is ‖the part of Δ_{j*} / w outside the basis‖² times a χ² variable.
+From an upper bound of that part's norm, from the norm of the known part k and from ‖wk‖_1, `bounds.Summed` has an upper bound
+of ‖Δ_{j*}‖_1: a fact about vectors, with no chance in it. So the proof stays as it is. ‖wk‖_1 is asked for where Cauchy and
+Schwarz's √D ‖Δ_j / w‖_2 does not settle the class already; the classes' wk are formed a few at a time.
+
 Every example sees the same probes (a private stream, the seed alone decides). The theorem is about one example, its logits and
 Jacobian being fixed; that two examples fail together is possible, that either fails is no likelier for it. In return an
 example's probes depend on nothing else in the batch, nor on earlier calls.
 
 Rounding. The theorem holds if the products of class j with the basis, and with the probes in the root mean square, are off by
-slack_j at most, and those of i* by slack_{i*} (`bounds.upper_norms`). The slack is fixed before a probe is drawn: it is η
-times ‖g_j‖ or the root mean square of all classes' norms, whichever is larger, and η is the largest disagreement, in the same
-units, between a row that was taken exactly and its JVPs, with a factor to spare. One JVP along a random combination of all
-directions so far is compared with the same combination of their products: a class where the two differ by more than its
-slack, say one whose own gradient cancels, gets no bound, so that its row is taken. Afterwards every row that is evaluated is
-compared with the JVPs of its class in float64. An example where they differ by more than η keeps no bound: it is finished
-with exact rows.
+slack_j at most, and those of i* by slack_{i*}: `bounds.widened` adds both slacks to the norms of both parts, and for q = 1 √D
+times both to ‖wk‖_1, since ‖we‖_1 ≤ ‖w‖_2 ‖e‖_2 for the error e of k. The slack is fixed before a probe is drawn: it is η
+times ‖g_j‖, or ‖g_j / w‖, or the root mean square of these norms of all classes, whichever is larger, and η is the largest
+disagreement, in the same units, between a row that was taken exactly and its JVPs, with a factor to spare. One JVP along a
+random combination of all directions so far is compared with the same combination of their products: a class where the two
+differ by more than its slack, say one whose own gradient cancels, gets no bound, so that its row is taken. Afterwards every
+row that is evaluated is compared with the JVPs of its class in float64. An example where they differ by more than η keeps no
+bound: it is finished with exact rows.
 """
 
 import hashlib
@@ -81,7 +89,9 @@ GROUP_BYTES = 1 << 23  # of a group's bases: what a cache holds, so that a batch
 
 @dataclass(frozen=True)
 class Certified(Method):
-    """ρ̃ itself with probability at least 1 − failure_probability for each example, in far fewer than n passes (norm 2).
+    """ρ̃ itself with probability at least 1 − failure_probability for each example, in far fewer than n passes.
+
+    For perturbations in the 2-norm and in the largest entry (p = 2 and p = inf).
 
     Args:
         failure_probability: δ in (0, 1), for each example.

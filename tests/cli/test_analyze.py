@@ -182,12 +182,14 @@ class TestAnalyze:
     def test_many_classes_hint(self, run):
         hint = "hint: --method certified"
         assert hint in run(model="wide")[1]
+        assert hint in run(model="wide", norm="inf")[1]
         for options in ({}, {"model": "wide", "method": "candidates"}, {"model": "wide", "norm": 1}):
             assert hint not in run(**options)[1]
 
-    def test_certified(self, run):
-        assert run(model="wide", out="exact.npz")[0] == 0
-        status, out, _ = run(model="wide", method="certified", out="certified.npz")
+    @pytest.mark.parametrize("norm", [2, "inf"])
+    def test_certified(self, run, norm):
+        assert run(model="wide", norm=norm, out="exact.npz")[0] == 0
+        status, out, _ = run(model="wide", norm=norm, method="certified", out="certified.npz")
         assert (status, "certified: 23 of 23 examples" in out) == (0, True)
         with np.load("exact.npz") as exact, np.load("certified.npz") as certified:
             assert np.array_equal(exact["runner_up"], certified["runner_up"])
@@ -296,7 +298,7 @@ BAD = [
     ({"out": "nowhere/out.csv"}, "--out nowhere/out.csv: cannot write into the folder nowhere"),
     ({"out": "folder.csv"}, "--out folder.csv: is a folder"),
     ({"method": "guess"}, "argument --method: invalid choice: 'guess'"),
-    ({"norm": "inf", "method": "certified"}, "norm: got inf with method='certified', wants 2"),
+    ({"norm": "1", "method": "certified"}, "norm: got 1 with method='certified', wants 2 or inf"),
     ({"norm": "3"}, "argument --norm: invalid choice: '3'"),
     ({"batch_size": 0}, "argument --batch-size: got '0', wants a whole number from 1"),
     ({"chunk_size": "many"}, "argument --chunk-size: got 'many'"),

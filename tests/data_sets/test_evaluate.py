@@ -97,7 +97,13 @@ class Items(Dataset):
 class TestTable:
     @pytest.mark.parametrize(
         "options",
-        [{}, {"norm": "inf", "chunk_size": 2}, {"method": "candidates", "norm": 1}, {"method": fastsal.Certified()}],
+        [
+            {},
+            {"norm": "inf", "chunk_size": 2},
+            {"method": "candidates", "norm": 1},
+            {"method": fastsal.Certified()},
+            {"method": "certified", "norm": "inf"},
+        ],
     )
     @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
     def test_is_what_analyze_returns_batch_by_batch(self, model, data, x, tmp_path, options, dtype):

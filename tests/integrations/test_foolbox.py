@@ -224,10 +224,12 @@ class TestMethods:
         for method in ("exact", "certified", fastsal.Exact(), fastsal.Candidates(9)):
             ours = drop_in.L2DeepFoolAttack(method=method).run(fmodel, x, labels)
             assert (sizes(ours, theirs, 2) <= 1e-7 * sizes(theirs, x, 2)).all(), method
+        theirs = foolbox.attacks.LinfDeepFoolAttack(candidates=None).run(fmodel, x, labels)
+        for method in ("exact", "certified"):
+            ours = drop_in.LinfDeepFoolAttack(method=method).run(fmodel, x, labels)
+            assert (sizes(ours, theirs, math.inf) <= 1e-7 * sizes(theirs, x, math.inf)).all(), method
 
     def test_refused_when_made(self):
-        with pytest.raises(ValueError, match="wants 2"):
-            drop_in.LinfDeepFoolAttack(method="certified")
         with pytest.raises(ValueError, match="method: got 'best'"):
             drop_in.L2DeepFoolAttack(method="best")
 

@@ -226,10 +226,11 @@ class TestStreaming:
         assert largest[0] >= n * B * D
         assert largest[1] < n * B * D / 2
 
-    def test_certified(self, digits):
-        theirs = torchattacks.FAB(digits.model, norm="L2", eps=1.5, steps=4)(digits.images, digits.labels)
-        ours = drop_in.FAB(digits.model, norm="L2", eps=1.5, steps=4, method="certified")(digits.images, digits.labels)
-        assert_same(ours, theirs, digits.images, 2)
+    @pytest.mark.parametrize(("norm", "eps", "p"), [("L2", 1.5, 2), ("Linf", 0.3, math.inf)])
+    def test_certified(self, digits, norm, eps, p):
+        theirs = torchattacks.FAB(digits.model, norm=norm, eps=eps, steps=4)(digits.images, digits.labels)
+        ours = drop_in.FAB(digits.model, norm=norm, eps=eps, steps=4, method="certified")(digits.images, digits.labels)
+        assert_same(ours, theirs, digits.images, p)
 
 
 class TestErrors:

@@ -8,7 +8,7 @@ import torch
 from chance import REJECT, chance_at_least
 
 from fastsal.methods import bounds
-from fastsal.methods.bounds import chi_square_exceeds, chi_square_quantile, schedule, widened
+from fastsal.methods.bounds import NORMS, Summed, chi_square_exceeds, chi_square_quantile, schedule, widened
 from fastsal.methods.certified import COUNTS
 
 
@@ -96,6 +96,135 @@ class TestUpperNorms:
         got = upper_norms(known, known, slack, torch.tensor([2]), 4, quantile)
         both = slack + 4.0
         torch.testing.assert_close(got, (both.square() + 4 * both.square()).sqrt())
+
+
+def summed(seed, E=6, n=40, D=50, r=5, spread=1.0):
+    """A `Summed` whose weights range over orders of magnitude, bases [E, r, D], and vectors Δ_j [E, n, D] of several kinds."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def normal(*shape):
+        return torch.randn(*shape, generator=generator, dtype=torch.float64)
+
+    norm = Summed(torch.zeros(E, n), D, "reference")
+    norm.fit(torch.cat((torch.zeros(E, 1, D, dtype=torch.float64), (spread * normal(E, 3, D)).exp()), 1))
+    basis = torch.linalg.qr(normal(E, D, r)).Q.mT
+    everyone = torch.arange(E)
+    inside = (normal(E, n, r) @ basis) / norm.directions(everyone, torch.ones(E, 1, D, dtype=torch.float64))
+    vectors = normal(E, n, D)
+    vectors[:, : n // 4] /= normal(E, n // 4, D).square()  # heavy tails
+    vectors[:, n // 4 : n // 2] *= torch.rand(E, n // 4, D, generator=generator, dtype=torch.float64) < 0.1  # sparse
+    vectors = torch.exp(2 * normal(E, n, 1)) * vectors + inside
+    vectors[:, -2] = inside[:, -2]  # nothing outside
+    return norm, everyone, basis, vectors
+
+
+def parts(norm, everyone, basis, vectors):
+    """The components of Δ_j / w in the basis [E, r, n], and the squared norms of both parts [E, n]."""
+    scaled = norm.rows(everyone, vectors)
+    components = basis @ scaled.mT
+    rest = scaled - components.mT @ basis
+    return components, components.square().sum(1), rest.square().sum(2)
+
+
+class TestSummed:
+    @pytest.mark.parametrize("seed", range(20))
+    @pytest.mark.parametrize("measured", [True, False])
+    def test_never_below_the_1_norm(self, seed, measured):
+        norm, everyone, basis, vectors = summed(seed, spread=0.3 * (seed % 5))
+        components, known, rest = parts(norm, everyone, basis, vectors)
+        if measured:
+            assert norm.measure(everyone, torch.ones_like(known, dtype=torch.bool), components, basis)
+        nothing = torch.zeros_like(known)
+        upper, length = norm.upper(everyone, known, rest, nothing), vectors.abs().sum(2)
+        assert (upper >= length * (1 - 1e-12)).all()
+        root = math.sqrt(vectors.shape[2])
+        assert (upper <= root * (known + rest).sqrt() * (1 + 1e-12)).all()  # Cauchy and Schwarz
+        if measured:
+            weights = 1 / norm.directions(everyone, torch.ones(6, 1, 50, dtype=torch.float64))
+            triangle = ((components.mT @ basis) * weights).abs().sum(2) + root * rest.sqrt()
+            assert (upper <= triangle * (1 + 1e-9)).all()
+            assert (upper < triangle * 0.9).any()
+
+    @pytest.mark.parametrize("seed", range(5))
+    def test_it_is_attained(self, seed):
+        """Δ = K plus a little of what the signs of K hold at right angles to it: no smaller bound would be true."""
+        norm, everyone, basis, vectors = summed(seed)
+        weights = 1 / norm.directions(everyone, torch.ones(6, 1, 50, dtype=torch.float64))
+        k = (basis @ norm.rows(everyone, vectors).mT).mT @ basis
+        signs = weights * k.sign()
+        away = signs - (signs * k).sum(2, keepdim=True) / k.square().sum(2, keepdim=True) * k
+        # So little that no sign changes; and the basis is k itself, for `away` need not be at right angles to the others.
+        away *= 0.5 * (k.abs() / away.abs()).amin(2, keepdim=True)
+        for j in range(vectors.shape[1]):
+            length = k[:, j].norm(dim=1, keepdim=True)
+            known, rest = length.square(), away[:, j].square().sum(1, keepdim=True)
+            alone = Summed(torch.zeros(6, 1), 50, "reference")
+            alone._weights = weights.squeeze(1)
+            components, direction = length.unsqueeze(2), (k[:, j] / length).unsqueeze(1)
+            alone.measure(everyone, torch.ones(6, 1, dtype=torch.bool), components, direction)
+            upper = alone.upper(everyone, known, rest, torch.zeros_like(known))
+            want = (weights.squeeze(1) * (k[:, j] + away[:, j])).abs().sum(1, keepdim=True)
+            torch.testing.assert_close(upper, want, rtol=1e-10, atol=0.0)
+
+    @pytest.mark.parametrize("slack", [1e-6, 1e-2])
+    def test_errors_as_large_as_the_slack_are_covered(self, slack):
+        norm, everyone, basis, vectors = summed(3)
+        components, known, rest = parts(norm, everyone, basis, vectors)
+        length = vectors.abs().sum(2)
+        generator = torch.Generator().manual_seed(0)
+        for _ in range(20):
+            error = torch.randn(components.shape, generator=generator, dtype=torch.float64)
+            wrong = components + slack * error / error.norm(dim=1, keepdim=True)
+            fresh, *_ = summed(3)
+            fresh.measure(everyone, torch.ones_like(known, dtype=torch.bool), wrong, basis)
+            upper = fresh.upper(everyone, (wrong.norm(dim=1) + slack).square(), rest, torch.full_like(known, slack))
+            assert (upper >= length * (1 - 1e-12)).all()
+
+    def test_rows_and_directions_belong_together(self):
+        """⟨directions(u), Δ⟩ = ⟨u, rows(Δ)⟩, the weights' squares have the mean 1, and no weight is far below it."""
+        norm, everyone, _, vectors = summed(1)
+        u = torch.randn(6, 4, 50, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+        got = norm.directions(everyone, u) @ vectors.mT
+        torch.testing.assert_close(got, u @ norm.rows(everyone, vectors).mT)
+        weights = 1 / norm.directions(everyone, torch.ones(6, 1, 50, dtype=torch.float64))
+        torch.testing.assert_close(weights.square().mean(2), torch.ones(6, 1, dtype=torch.float64))
+        assert (weights.square() >= Summed.FLOOR * (1 - 1e-12)).all()
+        assert weights.square().max() > 2
+
+    def test_rows_without_gradients_leave_the_weights_at_one(self):
+        norm = Summed(torch.zeros(2, 5), 7, "reference")
+        norm.fit(torch.ones(2, 4, 7))
+        torch.testing.assert_close(norm.rows(torch.arange(2), torch.ones(2, 3, 7)), torch.ones(2, 3, 7).double())
+
+    @pytest.mark.parametrize("tile", [1, 7 * 50, 1 << 22])
+    def test_only_what_is_marked_is_measured_and_once(self, monkeypatch, tile):
+        monkeypatch.setattr(Summed, "TILE", tile)
+        norm, everyone, basis, vectors = summed(2)
+        components, _, _ = parts(norm, everyone, basis, vectors)
+        some = torch.rand(6, 40, generator=torch.Generator().manual_seed(0)) < 0.5
+        some[3] = False
+        e = everyone.flip(0)
+        assert norm.measure(e, some[e], components[e], basis[e])
+        weights = 1 / norm.directions(everyone, torch.ones(6, 1, 50, dtype=torch.float64))
+        want = ((components.mT @ basis) * weights).abs().sum(2)
+        torch.testing.assert_close(norm._sums[some], want[some], rtol=1e-13, atol=0.0)
+        assert (norm._sums[~some] == math.inf).all()
+        assert not norm.measure(e, some[e], components[e], basis[e])
+
+
+@pytest.mark.parametrize("norm", NORMS)
+def test_figures_for_planning(norm):
+    """`expected` is `upper` without slack, `room` its inverse, and `likely` lies below."""
+    made, everyone, basis, vectors = summed(4)
+    made = made if norm == math.inf else NORMS[norm](torch.zeros(6, 40), 50, "reference")
+    components, known, rest = parts(made, everyone, basis, vectors)
+    made.measure(everyone, torch.ones_like(known, dtype=torch.bool), components, basis)
+    expected = made.expected(everyone, known, rest)
+    torch.testing.assert_close(expected, made.upper(everyone, known, rest, torch.zeros_like(known)))
+    outside = rest > 1e-6 * known
+    torch.testing.assert_close(made.room(everyone, known, expected)[outside], rest[outside], rtol=1e-6, atol=0.0)
+    assert (made.room(everyone, known, 0.5 * made.expected(everyone, known, 0 * rest)) < 0).all()
+    assert (made.likely(everyone, known, rest) <= expected * (1 + 1e-12)).all()
 
 
 class TestOneClass:

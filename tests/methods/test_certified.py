@@ -1,5 +1,6 @@
 """Certified ρ̃: how often it errs on random Jacobians, its private probes, its rounding, the answer against exact rows."""
 
+import functools
 import itertools
 import math
 import warnings
@@ -12,10 +13,10 @@ from chance import REJECT, chance_at_least
 from torch import nn
 
 import fastsal.methods.certified as certify
-from bench.contestants.jacobians import KINDS, Matrices, distances
+from bench.contestants.jacobians import KINDS, Matrices, distances, fitting_weights
 from fastsal import Candidates, Certified, Exact, analyze
 from fastsal.linearization import linearize
-from fastsal.methods.bounds import chi_square_quantile
+from fastsal.methods.bounds import ROUNDS, Summed, chi_square_quantile
 from fastsal.passes import ModelPasses, NoJVPError
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -40,17 +41,22 @@ class TestGuarantee:
     """
 
     DELTA, BATCHES, E = 0.2, 12, 50
+    # The kind of each norm in which the bound of one class decides, and errs as often as chance allows.
+    ONE_CLASS = ((2.0, "outside_the_basis"), (math.inf, "fitting_weights"))
 
-    def misses(self, kind, max_passes=None):
+    def misses(self, norm, kind, max_passes=None):
         total = 0
         for batch in range(self.BATCHES):
-            logits, rows = KINDS[kind](torch.Generator().manual_seed(1000 + batch), self.E)
-            ratio = distances(logits, rows)
-            found = certify.certify(Matrices(logits, rows), Certified(self.DELTA, max_passes, batch))
+            logits, rows = KINDS[norm][kind](torch.Generator().manual_seed(1000 + batch), self.E)
+            ratio = distances(logits, rows, norm)
+            found = certify.certify(Matrices(logits, rows), Certified(self.DELTA, max_passes, batch), norm=norm)
             least = ratio.amin(1) * (1 + 1e-12)
             above = ratio.gather(1, found.winners[:, 1:]).squeeze(1) > least
             total += int(((found.certified & above) | (found.lower_bound > least)).sum())
         return total
+
+    def too_many(self, misses):
+        return chance_at_least(misses, self.BATCHES * self.E, self.DELTA) < REJECT
 
     @pytest.fixture
     def all_rounds(self, monkeypatch):
@@ -58,50 +64,120 @@ class TestGuarantee:
         monkeypatch.setattr(certify._Search, "worth_more", lambda self, e, *rest: self.undecided(e).any(1))
 
     @pytest.mark.parametrize("max_passes", [None, 40])
-    @pytest.mark.parametrize("kind", KINDS)
-    def test_misses_stay_below_delta(self, kind, max_passes):
-        assert self.misses(kind, max_passes) <= self.DELTA * self.BATCHES * self.E
+    @pytest.mark.parametrize(("norm", "kind"), [(norm, kind) for norm, kinds in KINDS.items() for kind in kinds])
+    def test_misses_stay_below_delta(self, norm, kind, max_passes):
+        assert self.misses(norm, kind, max_passes) <= self.DELTA * self.BATCHES * self.E
 
-    def test_one_class_on_trial(self, all_rounds):
+    @pytest.mark.parametrize(("norm", "kind"), ONE_CLASS)
+    def test_one_class_on_trial(self, all_rounds, norm, kind):
         """The bound of the class that decides: all rounds together err with probability δ at most, and not much less."""
-        misses = self.misses("outside_the_basis")
-        assert chance_at_least(misses, self.BATCHES * self.E, self.DELTA) > REJECT
+        misses = self.misses(norm, kind)
+        assert not self.too_many(misses)
         assert misses > 0.25 * self.DELTA * self.BATCHES * self.E
 
-    @pytest.mark.parametrize("mutant", ["wrong tail", "undivided", "times the classes", "short probes"])
-    def test_mutants_are_caught(self, monkeypatch, all_rounds, mutant):
+    @pytest.mark.parametrize(
+        "mutant", ["wrong tail", "wrong degrees", "undivided", "times the classes", "short probes"]
+    )
+    @pytest.mark.parametrize(("norm", "kind"), ONE_CLASS)
+    def test_mutants_are_caught(self, monkeypatch, all_rounds, mutant, norm, kind):
         right, probes = certify.schedule, certify.Normals.probes
         probability = {"wrong tail": 1 - self.DELTA, "undivided": self.DELTA, "times the classes": 0.999}.get(mutant)
 
         def wrong(first, delta):
             return [(count, chi_square_quantile(count, probability)) for count, _ in right(first, delta)]
 
+        def wrong_degrees(first, delta):
+            plan = zip(right(first, delta), ROUNDS, strict=True)
+            return [(count, chi_square_quantile(2 * count, share * delta)) for (count, _), (_, share) in plan]
+
         def short(self, count):
             return 0.5 * probes(self, count)
 
-        if probability is None:
+        if mutant == "short probes":
             monkeypatch.setattr(certify.Normals, "probes", short)
         else:
-            monkeypatch.setattr(certify, "schedule", wrong)
-        assert chance_at_least(self.misses("outside_the_basis"), self.BATCHES * self.E, self.DELTA) < REJECT
+            monkeypatch.setattr(certify, "schedule", wrong if probability else wrong_degrees)
+        assert self.too_many(self.misses(norm, kind))
 
-    def test_the_sums_are_chi_square(self):
-        """S_j / ‖the part of Δ_j outside the basis‖² after the first round, one class of each example (Kolmogorov, Smirnov)."""
+    def test_weights_fitted_to_the_probes_are_caught(self, monkeypatch, all_rounds):
+        """w that makes the probes' sums of the class that decides small."""
+        kind = functools.partial(fitting_weights, held=64)  # 1 is the best weight of every coordinate
+        monkeypatch.setitem(KINDS[math.inf], "flat", kind)
+        fit = Summed.fit
+
+        def fitted(search):
+            rows = kind(torch.Generator().manual_seed(1000 + search.method.seed), self.E)[1]
+            inverse = 1 / search.norm._weights
+            products = search.normals.probes(13) * (rows[:, 0] - rows[:, -1]).unsqueeze(
+                1
+            )  # [E, 13, D], to be multiplied with 1/w
+            part = torch.linalg.lstsq(products, products @ inverse.unsqueeze(2), driver="gelsd").solution.squeeze(2)
+            weights = 1 / torch.maximum(inverse - 0.8 * part, 0.2 * inverse)
+            search.norm._weights = weights / weights.square().mean(1, keepdim=True).sqrt()
+
+        prepare = certify._Search.prepare
+
+        def peeking(search):
+            monkeypatch.setattr(Summed, "fit", lambda norm, rows: (fit(norm, rows), fitted(search))[0])
+            return prepare(search)
+
+        monkeypatch.setattr(certify._Search, "prepare", peeking)
+        assert self.too_many(self.misses(math.inf, "flat"))
+
+    @pytest.mark.parametrize("mutant", ["the mean of the weights", "no known part", "the known part's 2-norm"])
+    def test_mutants_of_the_1_norm_are_caught(self, monkeypatch, all_rounds, mutant):
+        upper, measure = Summed.upper, Summed.measure
+        kind = "near_ties_summed"
+
+        def mean_of_weights(self, e, known, rest, slack):
+            return upper(self, e, known, rest, slack) * self._weights[e].mean(1, keepdim=True)
+
+        def no_known_part(self, e, known, rest, slack):
+            return upper(self, e, torch.zeros_like(known), rest, slack)
+
+        def euclidean(self, e, classes, components, basis):
+            done = measure(self, e, classes, components, basis)
+            length = (components.mT @ (basis * self._weights[e].unsqueeze(1))).norm(dim=2)
+            self._sums[e] = torch.where(self._sums[e] < math.inf, length, math.inf)
+            return done
+
+        if mutant == "the mean of the weights":
+            kind = "fitting_weights"
+            monkeypatch.setattr(Summed, "upper", mean_of_weights)
+        elif mutant == "no known part":
+            monkeypatch.setattr(Summed, "upper", no_known_part)
+        else:
+            monkeypatch.setattr(Summed, "measure", euclidean)
+        assert self.too_many(self.misses(math.inf, kind))
+
+    def test_weights_forgotten_in_a_jvp_cost_passes_only(self, monkeypatch):
+        """The rows that are known disagree with such products by more than a slack can cover."""
+        logits, rows = KINDS[math.inf]["ordinary"](torch.Generator().manual_seed(0), 4)
+        monkeypatch.setattr(Summed, "directions", lambda self, e, directions: directions)
+        with pytest.warns(UserWarning, match="4 of 4 examples have gradients that differ"):
+            found = certify.certify(Matrices(logits, rows), Certified(), norm=math.inf)
+        assert (found.vjps == rows.shape[1]).all()
+        assert torch.equal(found.winners[:, 1], distances(logits, rows, math.inf).argmin(1))
+
+    @pytest.mark.parametrize("norm", KINDS)
+    def test_the_sums_are_chi_square(self, norm):
+        """S_j / ‖the part of Δ_j / w outside the basis‖² after the first round, one class an example (Kolmogorov, Smirnov)."""
         pivots = []
         for batch in range(self.BATCHES):
-            logits, rows = KINDS["ordinary"](torch.Generator().manual_seed(batch), self.E)
-            search = certify._Search(Matrices(logits, rows), Certified(self.DELTA, None, batch), "reference")
+            logits, rows = KINDS[norm]["ordinary"](torch.Generator().manual_seed(batch), self.E)
+            search = certify._Search(Matrices(logits, rows), Certified(self.DELTA, None, batch), "reference", norm)
             plan = torch.full_like(search.prepare(), certify.COUNTS[2])
             search.method = Certified(self.DELTA, int((search.vjps + search.jvps).max()) + certify.COUNTS[2], batch)
             search.probe(plan)
             everyone = torch.arange(self.E)
             measured = search.differences(everyone, search.probed)[:, : certify.COUNTS[2], -1].square().sum(1)
-            rest = (rows[:, 0] - rows[:, -1]) / search.unit.unsqueeze(1)
+            offset = (rows[:, 0] - rows[:, -1]).unsqueeze(1)
+            rest = search.norm.rows(everyone, offset).squeeze(1) / search.unit.unsqueeze(1)
             rest = rest - ((rest.unsqueeze(1) @ search.basis.mT) @ search.basis).squeeze(1)
             pivots.append((measured / rest.square().sum(1))[search.drawn == certify.COUNTS[2]])
         values = torch.cat(pivots).sort().values
         trials = len(values)
-        assert trials > self.BATCHES * self.E / 2
+        assert trials > self.BATCHES * self.E / 4
         expected = torch.special.gammainc(torch.tensor(certify.COUNTS[2] / 2, dtype=torch.float64), values / 2)
         empirical = torch.arange(1, trials + 1, dtype=torch.float64) / trials
         distance = torch.maximum(empirical - expected, expected - empirical + 1 / trials).max().item()
@@ -233,13 +309,14 @@ class TestRounding:
         torch.testing.assert_close(found.lower_bound, distances(logits, rows).amin(1), rtol=1e-12, atol=0.0)
 
     @pytest.mark.parametrize("error", [1e-9, 1e-5, 1e-2])
-    def test_disagreement_that_is_seen_early_widens_the_bounds(self, error):
+    @pytest.mark.parametrize("norm", KINDS)
+    def test_disagreement_that_is_seen_early_widens_the_bounds(self, error, norm):
         logits, rows = problem(4, 300, 100)
         passes = Wrong(logits, rows)
         passes.error = error
-        found = certify.certify(passes, Certified())
+        found = certify.certify(passes, Certified(), norm=norm)
         assert found.certified.all()
-        assert torch.equal(found.winners[:, 1], distances(logits, rows).argmin(1))
+        assert torch.equal(found.winners[:, 1], distances(logits, rows, norm).argmin(1))
         assert (found.vjps < 300).any() or error > 1e-3
 
     def test_the_slack_follows_the_disagreement(self):
@@ -328,10 +405,11 @@ def cancelling(seed):
 class TestAnswer:
     @pytest.mark.parametrize(("n", "D"), [(2, 5), (3, 1), (10, 20), (60, 30), (300, 200), (1000, 100)])
     @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-    def test_equals_exact(self, n, D, dtype):
+    @pytest.mark.parametrize("norm", KINDS)
+    def test_equals_exact(self, n, D, dtype, norm):
         logits, rows = problem(12, n, D, dtype=dtype)
-        found = certify.certify(Matrices(logits, rows), Certified())
-        ratio = distances(logits, rows)
+        found = certify.certify(Matrices(logits, rows), Certified(), norm=norm)
+        ratio = distances(logits, rows, norm)
         assert found.certified.all()
         assert torch.equal(found.winners, torch.stack((logits.argmax(1), ratio.argmin(1)), 1))
         assert torch.equal(found.pair, rows[torch.arange(12).unsqueeze(1), found.winners])
@@ -354,24 +432,26 @@ class TestAnswer:
             assert alone.jvps.item() == whole.jvps[example].item()
             torch.testing.assert_close(alone.lower_bound[0], whole.lower_bound[example])
 
-    def test_scales(self):
+    @pytest.mark.parametrize("norm", KINDS)
+    def test_scales(self, norm):
         """Gradients and margins far from 1, in float64 beyond what squares can hold."""
         for scale in (1e-200, 1e-30, 1e30, 1e200):
             logits, rows = problem(4, 200, 100)
-            found = certify.certify(Matrices(logits, rows * scale), Certified())
+            found = certify.certify(Matrices(logits, rows * scale), Certified(), norm=norm)
             assert found.certified.all()
-            assert torch.equal(found.winners[:, 1], distances(logits, rows).argmin(1))
+            assert torch.equal(found.winners[:, 1], distances(logits, rows, norm).argmin(1))
             assert (found.jvps > 0).any()
 
 
 class TestBudget:
-    def test_it_is_kept_and_the_bounds_hold(self):
+    @pytest.mark.parametrize("norm", KINDS)
+    def test_it_is_kept_and_the_bounds_hold(self, norm):
         logits, rows = problem(10, 300, 100)
-        ratio = distances(logits, rows)
-        needed = certify.certify(Matrices(logits, rows), Certified())
+        ratio = distances(logits, rows, norm)
+        needed = certify.certify(Matrices(logits, rows), Certified(), norm=norm)
         spent = (needed.vjps + needed.jvps).max().item()
         for limit in (2, 3, 10, 30, 50, 80, spent, 1000):
-            found = certify.certify(Matrices(logits, rows), Certified(max_passes=limit))
+            found = certify.certify(Matrices(logits, rows), Certified(max_passes=limit), norm=norm)
             assert (found.vjps + found.jvps <= limit).all()
             index = torch.arange(10)
             value = ratio[index, found.winners[:, 1]]
@@ -408,18 +488,20 @@ class TestEdges:
         assert found.lower_bound.item() == 0
         assert found.jvps.item() == 0
 
-    def test_no_gradient_at_all(self):
+    @pytest.mark.parametrize("norm", KINDS)
+    def test_no_gradient_at_all(self, norm):
         logits, rows = problem(1, 100, 20)
-        found = certify.certify(Matrices(logits, rows * 0), Certified())
+        found = certify.certify(Matrices(logits, rows * 0), Certified(), norm=norm)
         others = logits[0].argsort(descending=True)
         assert found.winners[0].tolist() == others[:2].tolist()
         assert found.lower_bound.item() == math.inf
         assert found.certified.all()
 
     @pytest.mark.parametrize("where", ["logits", "prediction", "another row"])
-    def test_nan_is_not_certified_and_spares_the_others(self, where):
+    @pytest.mark.parametrize("norm", KINDS)
+    def test_nan_is_not_certified_and_spares_the_others(self, where, norm):
         logits, rows = problem(3, 200, 40)
-        clean = distances(logits, rows).argmin(1)
+        clean = distances(logits, rows, norm).argmin(1)
         if where == "logits":
             logits[1, 17] = math.nan
         elif where == "prediction":
@@ -436,7 +518,7 @@ class TestEdges:
                 )
                 return torch.where(one_hot, rows, super().vjp(examples, cotangents))
 
-        found = certify.certify(Rows(logits, rows), Certified())
+        found = certify.certify(Rows(logits, rows), Certified(), norm=norm)
         assert found.certified.tolist() == [True, False, True]
         assert torch.equal(found.winners[[0, 2], 1], clean[[0, 2]])
         assert found.lower_bound[1].isnan()
@@ -518,14 +600,15 @@ def make(kind):
 
 
 class TestModels:
+    @pytest.mark.parametrize("norm", KINDS)
     @pytest.mark.parametrize("kind", ["mlp", "cnn", "attention", "multihead", "encoder", "lstm"])
-    def test_equals_exact_rows(self, kind):
+    def test_equals_exact_rows(self, kind, norm):
         model, x = make(kind)
-        exact = analyze(model, x)
+        exact = analyze(model, x, norm=norm)
         before = torch.backends.mha.get_fastpath_enabled(), torch.get_rng_state()
         with warnings.catch_warnings():
             warnings.simplefilter("error", UserWarning)
-            found = analyze(model, x, method="certified")
+            found = analyze(model, x, norm=norm, method="certified")
         assert found.method == "certified"
         assert found.certified.all()
         assert found.failure_probability == 1e-6
