@@ -210,7 +210,8 @@ def record(batch: int, tiny: bool = False) -> dict[str, Any]:
             passes = torch.cat(counts).double().mean().item() if counts else None
         if row["status"] == "right":
             row |= {"seconds": core.three(rounds), "rounds": rounds}
-            row["ratio"] = [value / rows[YARDSTICK]["seconds"][1] for value in row["seconds"]]
+            if "seconds" in rows[YARDSTICK]:
+                row["ratio"] = [value / rows[YARDSTICK]["seconds"][1] for value in row["seconds"]]
             if passes is not None:
                 row |= {"passes": passes, "pass": row["seconds"][1] / passes / one}
     return {
