@@ -125,12 +125,13 @@ def mend_torchvision() -> ModuleType:
     A build for CUDA does not load its compiled operators beside a torch for CPUs, and then fails on their names.
     """
     try:
-        import torchvision
+        import torchvision.datasets
     except RuntimeError:
         names = torch.library.Library("torchvision", "FRAGMENT")
         for name in ("nms", "qnms"):
             names.define(f"{name}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
-        import torchvision
+        import torchvision.datasets
+        import torchvision.models
     return torchvision
 
 

@@ -24,6 +24,7 @@ pip install -c constraints.txt '.[bench]'
 python -m bench --quick     # two minutes: a table
 python -m bench             # everything, three quarters of an hour
 python -m bench imagenet    # a network trained on ImageNet alone, ten minutes
+python -m bench zoo         # timm's networks, one of every kind, half an hour
 python -m bench certified   # the networks of 1000 classes; trains them first, which takes minutes
 python -m bench report      # writes this page
 ```
@@ -62,7 +63,7 @@ def headline(records: list[Record], environment: Record) -> str:
     )
 
 
-def page(found: list[Store], certified: Record | None) -> str:
+def page(found: list[Store], certified: Record | None, zoo: Store) -> str:
     """The whole of docs/benchmarks.md."""
     records = [record for store in found for record in store.records.values()]
     parts = [INTRODUCTION]
@@ -82,6 +83,10 @@ def page(found: list[Store], certified: Record | None) -> str:
     if certified:
         plot = "![Passes over classes](../bench/results/certified_growth.png)"
         parts += ["## Exact and certified with 1000 classes", *tables.certified(certified), plot]
+    if zoo.records:
+        measured = f"{where(zoo.environment)}; {when(list(zoo.records.values()))}"
+        parts += ["## Certified on networks of timm", *tables.zoo_summary(zoo.records, measured)]
+        parts += ["<details><summary>Every network</summary>", tables.zoo(zoo.records), "</details>"]
     parts += ["## Every case", "All that was measured, with quartiles, errors, other load and who was skipped."]
     for name, level in LEVELS.items():
         if mine := of(name, records):
@@ -108,7 +113,7 @@ def documents(results: Path, readme: str) -> dict[Path, str]:
     certified = json.loads(path.read_text(encoding="utf-8")) if path.exists() else None
     before, after = readme.split(BEGIN)[0], readme.split(END)[1]
     return {
-        PAGE: page(found, certified),
+        PAGE: page(found, certified, Store(results / "zoo.json")),
         Path("README.md"): f"{before}{BEGIN}\n\n{headline(records, found[-1].environment)}\n\n{END}{after}",
     }
 

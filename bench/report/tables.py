@@ -3,12 +3,14 @@
 import math
 from collections.abc import Callable, Container, Iterable, Iterator
 from dataclasses import dataclass
+from statistics import median
 from typing import TypeVar
 
 from bench.report.words import Record, count, seconds, table, times, when, where
 
 NOTHING = {"skipped", ""}  # cells that tell nothing
 NEAR = "error on near-identical rows"
+UNSTABLE = "have gradients that differ by up to"  # in fastsal's warning of a network that is its own noise
 ABREAST = 5  # contestants or cases side by side: more would not fit a page of 900 pixels
 T = TypeVar("T")
 Cell = Callable[
@@ -302,6 +304,27 @@ def certified(found: Record) -> list[str]:
         "How often something false was said (a wrong answer called certified, or a lower bound above the truth) of random "
         "Jacobians, at a failure probability of 0.2 that allows one in five, with the 95 % confidence interval:",
         table(["Jacobians", "limit of passes", "examples", "certified", "false"], missed),
+    ]
+
+
+def zoo_summary(records: dict[str, Record], measured: str) -> list[str]:
+    """What bench/cases/zoo.py found, in a few sentences."""
+    whole = [found for found in records.values() if "failed" not in found]
+    failed = [name for name, found in records.items() if "failed" in found]
+    equal = sum(found["equal"] == found["examples"] for found in whole)
+    certain = sum(found["certified"] == found["examples"] for found in whole)
+    unstable = [name for name, found in records.items() if any(UNSTABLE in said for said in found.get("warnings", ()))]
+    passes = median(found["passes"] for found in whole)
+    sizes = {(found["examples"], found["classes"]) for found in whole}
+    ((examples, classes),) = sizes
+    return [
+        f"{len(records)} networks with seeded random weights, {classes} classes and {examples} random images of the smallest "
+        f"size that they take, measured on {measured}. The answers of {equal} are equal to those of exact rows, {certain} are "
+        f"certified, with a median of {passes:.0f} passes. The price of a pass is its time in units of a backward pass of one "
+        "class through a recorded batch, for each image of it; instability is how far the gradient of an image is from itself "
+        "when another image shares the batch, relative to its norm.",
+        *([f"Warned of as unstable: {', '.join(unstable)}."] if unstable else []),
+        *([f"Failed: {', '.join(failed)}."] if failed else []),
     ]
 
 
