@@ -156,6 +156,23 @@ def checked(way: Way, answer: Tensor, truth: Tensor) -> dict[str, Any]:
     }
 
 
+def on_one_batch(name: str, way: Way, whole: list[float], truth: Tensor, batch: int, tiny: bool) -> dict[str, Any]:
+    """The figures of who takes a backward pass for every class, which is said to take `whole` seconds in several rounds.
+
+    What is extrapolated counts as right: its answers are checked where it is run in full, on one image.
+    """
+    rounds = [value / batch for value in whole]
+    row: dict[str, Any] = {"extrapolated": core.three(rounds)[1]}
+    if core.three(whole)[1] <= LONG:
+        full = in_fresh_process(name, batch, None, tiny)
+        row |= checked(way, torch.tensor(full["answer"], dtype=torch.float64), truth)
+        return row | {"peak memory": full["peak memory"], "rounds": [full["seconds"] / batch]}
+    row |= {"status": "right", "rough": True, "rounds": rounds, "what": f"{way.what}, extrapolated from {MANY} classes"}
+    if name == YARDSTICK:
+        row["peak memory"] = in_fresh_process(name, batch, HELD, tiny)["peak memory"]
+    return row
+
+
 def record(batch: int, tiny: bool = False) -> dict[str, Any]:
     """The figures of batches of one size, in the form of those of `core.measure`."""
     load = core.OtherLoad()
@@ -189,27 +206,18 @@ def record(batch: int, tiny: bool = False) -> dict[str, Any]:
         if way.every:
             few, many = (times[f"{name}, {count}"] for count in (FEW, MANY))
             whole = [a + (b - a) / (MANY - FEW) * (n - FEW) for a, b in zip(few, many, strict=False)]
-            rounds = [value / batch for value in whole]
-            row["extrapolated"] = core.three(rounds)[1]
-            if core.three(whole)[1] <= LONG:
-                full = in_fresh_process(name, batch, None, tiny)
-                row |= checked(way, torch.tensor(full["answer"], dtype=torch.float64), truth)
-                row["peak memory"], rounds = full["peak memory"], [full["seconds"] / batch]
-            else:
-                row |= {"status": "right", "rough": True, "what": f"{way.what}, extrapolated from {MANY} classes"}
-                if name == YARDSTICK:
-                    row["peak memory"] = in_fresh_process(name, batch, HELD, tiny)["peak memory"]
+            row |= on_one_batch(name, way, whole, truth, batch, tiny)
             passes = n if name == YARDSTICK else None
         else:
             row |= checked(way, torch.cat([rho for rho, _ in answers[name]]).double(), truth)
             row["peak memory"] = in_fresh_process(name, batch, None, tiny)["peak memory"]
-            rounds = [value / len(images) for value in times[name]]
+            row["rounds"] = [value / len(images) for value in times[name]]
             if name == CERTIFIED:
-                row["start"] = max(0.0, first[name] - batch * core.three(rounds)[1])
+                row["start"] = max(0.0, first[name] - batch * core.three(row["rounds"])[1])
             counts = [count for _, count in answers[name] if count is not None]
             passes = torch.cat(counts).double().mean().item() if counts else None
         if row["status"] == "right":
-            row |= {"seconds": core.three(rounds), "rounds": rounds}
+            row["seconds"] = core.three(row["rounds"])
             if "seconds" in rows[YARDSTICK]:
                 row["ratio"] = [value / rows[YARDSTICK]["seconds"][1] for value in row["seconds"]]
             if passes is not None:

@@ -109,11 +109,11 @@ def truth(model: nn.Module, x: Tensor, path: Path | None = None) -> Tensor:
     for tensor in (*model.state_dict().values(), x):
         digest.update(tensor.numpy().tobytes())
     held = json.loads(path.read_text(encoding="utf-8")) if path and path.exists() else {}
-    if held.get("of") != digest.hexdigest():
-        held = {"of": digest.hexdigest(), RATIOS: []}
-        for image in x.split(1):
-            held[RATIOS].append(least(model, image))
-            print(f"exact ratios of {len(held[RATIOS])} of {len(x)} images", flush=True)
+    ratios: list[list[float]] = held[RATIOS] if held.get("of") == digest.hexdigest() else []
+    for number in range(len(ratios), len(x)):
+        ratios.append(least(model, x[number : number + 1]))
+        print(f"exact ratios of {len(ratios)} of {len(x)} images", flush=True)
         if path:
-            path.write_text(json.dumps(held, indent=1) + "\n", encoding="utf-8")
-    return torch.tensor(held[RATIOS], dtype=torch.float64)
+            text = json.dumps({"of": digest.hexdigest(), RATIOS: ratios}, indent=1)
+            path.write_text(text + "\n", encoding="utf-8")
+    return torch.tensor(ratios, dtype=torch.float64)

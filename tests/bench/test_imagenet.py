@@ -1,5 +1,7 @@
 """The section on photographs: its images, its exact answers, and its figures at a tiny size."""
 
+import json
+
 import pytest
 import torch
 
@@ -79,6 +81,10 @@ def test_exact_answers_are_kept_for_these_weights_and_images(tmp_path, monkeypat
     model, x = models.tiny()
     path = tmp_path / "truth.json"
     first = imagenet.truth(model, x, path)
+    held = path.read_text()
+    path.write_text(json.dumps(json.loads(held) | {imagenet.RATIOS: json.loads(held)[imagenet.RATIOS][:1]}))
+    assert torch.equal(imagenet.truth(model, x, path), first)  # goes on where it was
+    assert path.read_text() == held
     calls = []
     monkeypatch.setattr(imagenet, "least", lambda *arguments: calls.append(1) or [1.0, 1.0])
     assert torch.equal(imagenet.truth(model, x, path), first)
