@@ -9,6 +9,8 @@ COMMANDS = {
     "report": ("bench.report.page", "write docs/benchmarks.md, the README's tables and the plots"),
     "profile": ("bench.tools.profiling", "where the time of fastsal.analyze goes"),
     "certified": ("bench.cases.certified", "certified beside exact on trained networks of 1000 classes"),
+    "imagenet": ("bench.cases.imagenet", "photographs and a network trained on ImageNet"),
+    "zoo": ("bench.cases.zoo", "certified beside exact rows on timm's networks, one of every kind"),
     "gpu": ("bench.tools.gpu", "build, test, sanitize and measure on a GPU"),
     "triton_matrix": ("bench.tools.triton_matrix", "compile every Triton kernel without a GPU"),
 }

@@ -50,8 +50,9 @@ def analyze(
 
     Args:
         model: An `nn.Module` in evaluation mode, or any callable, that maps x [B, *S] to logits [B, n], each example on its
-            own. It must return logits or log-softmax, not probabilities. One score Ψ of shape [B] or [B, 1] means the two
-            logits (−Ψ/2, Ψ/2), so that class 1 is Ψ > 0 and ρ̃ = |Ψ| / ‖∇Ψ‖.
+            own. It must return logits or log-softmax, not probabilities, or an object that has them as `.logits`, such as
+            Hugging Face's classifiers return. One score Ψ of shape [B] or [B, 1] means the two logits (−Ψ/2, Ψ/2), so that
+            class 1 is Ψ > 0 and ρ̃ = |Ψ| / ‖∇Ψ‖. What torch.compile made is run as it was before.
         x: [B, *S], float32, float64, float16 or bfloat16. Distances are in units of x as passed: to measure them in pixels,
             make the normalisation a part of the model. Alignments, offsets, homogeneities and the bound depend on where the
             origin of x is (a mean-centred input or not); ρ̃ does not.
@@ -63,7 +64,7 @@ def analyze(
         keep_saliency: Return the saliency maps g and g† too, shaped like x and in x's dtype.
         differentiable: Let the scalars, and the saliency maps where they are kept, carry gradients to any order: into the
             model's parameters, and into x where that requires a gradient. It costs two more rows, with a graph. Indices,
-            `distances` and `lower_bound` carry none.
+            `distances` and `lower_bound` carry none. Every operation of the model needs a second derivative.
 
     Returns:
         A `Geometry`, in float64 for float64 x and in float32 for all others.
@@ -73,6 +74,7 @@ def analyze(
         ValueError: The model returns no logits [B, n], or logits that do not depend on x; it mixes the examples of a batch, or
             has layers in training mode that would; or an option is wrong. The message says what was found and what is wanted.
         RuntimeError: A backend that was named cannot run, or the model itself failed.
+        NotImplementedError: `differentiable`, and torch has no second derivative of some operation; the message names it.
 
     Warns:
         UserWarning: Every row of the logits looks like probabilities, or torch cannot take several rows of this model at once.

@@ -3,6 +3,7 @@
 import contextlib
 import functools
 import math
+import sys
 import warnings
 from collections.abc import Callable, Iterator
 from typing import Any, TypeVar
@@ -30,9 +31,22 @@ _BATCH_STATISTICS = (nn.modules.batchnorm._BatchNorm, nn.modules.instancenorm._I
 _DROPOUT = (nn.modules.dropout._DropoutNd, nn.MultiheadAttention, nn.RNNBase)
 
 
+def _uncompiled() -> contextlib.AbstractContextManager[None]:
+    """Runs inside, of everything that torch.compile made, what it was made from.
+
+    Compiled code calls no hooks, and has neither batched nor second derivatives nor a forward mode.
+    """
+    if "torch._dynamo" not in sys.modules:  # whoever has compiled anything has imported it, which takes seconds
+        return contextlib.nullcontext()
+    stance: contextlib.AbstractContextManager[None] = torch.compiler.set_stance("force_eager")
+    return stance
+
+
 @contextlib.contextmanager
 def recording(model: Model, x: Tensor) -> Iterator[None]:
     """Lets autograd record inside, whatever mode the caller is in, and restores every random number generator afterwards.
+
+    A model that went through torch.compile runs as it was before.
 
     The caller's autocast stays in force, but its cache of cast weights is switched off: before torch 2.11 a cache that was
     filled under `no_grad` holds weights without a graph.
@@ -44,6 +58,7 @@ def recording(model: Model, x: Tensor) -> Iterator[None]:
         torch.inference_mode(False),
         torch.enable_grad(),
         torch.random.fork_rng(devices),
+        _uncompiled(),
     ):
         torch.set_autocast_cache_enabled(False)
         try:
@@ -102,11 +117,15 @@ def two_logits(score: Tensor) -> Tensor:
 def call(model: Model, x: Tensor) -> Tensor:
     """Runs the model and returns its logits [B, n], n >= 2, in the output dtype of x.
 
+    They are what the model returns, or the `.logits` of that, as Hugging Face's classifiers have it.
+
     Raises:
         TypeError: The model returns no tensor of floating dtype.
         ValueError: The tensor is neither logits [B, n] nor one score [B] or [B, 1].
     """
     logits: Any = model(x)
+    if isinstance(inner := getattr(logits, "logits", None), Tensor):
+        logits = inner
     wants = f"wants logits [B, n] with B = {x.shape[0]} and n >= 2, or one score [B] or [B, 1]"
     if not isinstance(logits, Tensor):
         raise TypeError(f"model: returned {type(logits).__name__}, wants a tensor of logits [B, n]; wrap the model")
@@ -127,6 +146,29 @@ def vmap(run: Callable[[Tensor], R], stack: Tensor) -> R:
         warnings.filterwarnings("ignore", "There is a performance drop")  # an operation that torch takes row by row
         result: R = torch.func.vmap(run, randomness="same")(stack)
     return result
+
+
+def check_differentiable(gradient: Tensor) -> None:
+    """Raises NotImplementedError where torch cannot differentiate a gradient, taken with its graph, any further.
+
+    torch itself complains only once the derivative is asked for, far from what is at fault.
+    """
+    seen: set[Any] = set()
+    nodes: list[Any] = [gradient.grad_fn]
+    while nodes:
+        node = nodes.pop()
+        if node is None or node in seen:
+            continue
+        if node.name().endswith("NotImplemented"):
+            try:
+                node(*[None] * len(getattr(node, "_input_metadata", "1")))  # raises, and so tells its name
+            except RuntimeError as error:
+                raise NotImplementedError(
+                    f"model: {str(error).strip()}; wants second derivatives of every operation for differentiable=True and "
+                    "losses, so write that one with others"
+                ) from error
+        seen.add(node)
+        nodes += [after for after, _ in node.next_functions]
 
 
 def is_out_of_memory(error: RuntimeError) -> bool:
@@ -213,6 +255,8 @@ class Linearization:
             grad = vmap(grad_of, cotangents) if batched else grad_of(cotangents)
         if grad is None:
             raise ValueError("model: its logits do not depend on x, wants logits [B, n] computed from x")
+        if create_graph:
+            check_differentiable(grad)
         return flatten(grad, 2 if batched else 1)
 
     def vjp(self, cotangents: Tensor, create_graph: bool = False) -> Tensor:

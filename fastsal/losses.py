@@ -59,6 +59,7 @@ def margin_loss(
 
     Raises:
         ValueError, TypeError: As `fastsal.analyze`; and where y does not go with the logits.
+        NotImplementedError: torch has no second derivative of some operation of the model; the message names it.
 
     >>> import torch, fastsal
     >>> linear = torch.nn.Linear(2, 3, bias=False)
@@ -109,7 +110,7 @@ def cross_lipschitz_loss(
         A scalar, float64 for float64 x and float32 for all others. Deterministic, differentiable to any order.
 
     Raises:
-        ValueError, TypeError: As `fastsal.analyze`.
+        ValueError, TypeError, NotImplementedError: As `margin_loss`.
 
     >>> import torch, fastsal
     >>> linear = torch.nn.Linear(2, 3, bias=False)

@@ -59,21 +59,10 @@ def run_python(tmp_path: Path) -> Callable[..., subprocess.CompletedProcess[str]
 
 @pytest.fixture(scope="session")
 def torchvision() -> ModuleType:
-    """torchvision, of which the tests need data sets and models alone.
-
-    A build for CUDA does not load its compiled operators beside a torch for CPUs, and then fails on their names.
-    """
-    import torch
-
+    """torchvision, of which the tests need data sets and models alone."""
     pytest.importorskip("PIL")
     if importlib.util.find_spec("torchvision") is None:
         pytest.skip("torchvision is not installed")
-    try:
-        import torchvision.datasets
-    except RuntimeError:
-        names = torch.library.Library("torchvision", "FRAGMENT")
-        for name in ("nms", "qnms"):
-            names.define(f"{name}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
-        import torchvision.datasets
-        import torchvision.models
-    return torchvision
+    from bench.contestants.zoo import mend_torchvision
+
+    return mend_torchvision()

@@ -5,13 +5,18 @@ import itertools
 import math
 import random
 import re
+import subprocess
+import sys
+import warnings
+from types import SimpleNamespace
 
 import pytest
 import torch
+import torch.nn.functional as F
 from networks import CountedOperations, dense, make, spy
 from torch import nn
 
-from fastsal import analyze
+from fastsal import analyze, deepfool, losses
 from fastsal.linearization import linearize
 
 
@@ -206,6 +211,135 @@ class TestAmbient:
         result = analyze(nn.Sequential(nn.ReLU(inplace=True), *layers), x)
         assert torch.equal(x, held)
         assert torch.equal(result.distances, analyze(nn.Sequential(nn.ReLU(), *layers), x).distances)
+
+
+class TestCompiledModels:
+    """torch.compile's code calls no hooks, and has neither batched nor second derivatives nor a forward mode."""
+
+    @pytest.fixture(params=["eager", "aot_eager"])
+    def backend(self, request):
+        torch._dynamo.reset()
+        yield request.param
+        torch._dynamo.reset()
+
+    @pytest.mark.parametrize("method", ["exact", "certified", "candidates"])
+    def test_compiled_and_plain_are_one(self, backend, method):
+        torch.manual_seed(0)
+        # A head narrower than n, for the features, and classes enough for probes.
+        model = nn.Sequential(nn.Linear(36, 12), nn.GELU(), nn.Linear(12, 90)).eval()
+        x = torch.randn(5, 36)
+        compiled = torch.compile(model, backend=backend)
+        compiled(x)
+        with warnings.catch_warnings():
+            warnings.simplefilter("error", UserWarning)
+            result, want = analyze(compiled, x, method=method), analyze(model, x, method=method)
+        assert (result.vjps + result.jvps).tolist() == (want.vjps + want.jvps).tolist()
+        assert torch.equal(result.linearized_robustness, want.linearized_robustness)
+        assert torch.equal(deepfool(compiled, x).adversarial, deepfool(model, x).adversarial)
+
+    def test_in_part_or_in_place(self, backend):
+        model, x = make("cnn with batchnorm")
+        want = analyze(model, x).distances
+        model[3] = torch.compile(model[3], backend=backend)
+        assert torch.equal(analyze(model, x).distances, want)
+        model.compile(backend=backend)
+        assert torch.equal(analyze(model, x).distances, want)
+
+    def test_a_gradient_of_the_result(self, backend):
+        model, x = make("gelu")
+        gradients = []
+        for one in (model, torch.compile(model, backend=backend)):
+            leaf = x.clone().requires_grad_()
+            analyze(one, leaf, differentiable=True).linearized_robustness.sum().backward()
+            gradients.append(leaf.grad)
+        assert torch.equal(*gradients)
+
+    def test_compiled_code_stays_compiled_for_the_caller(self, backend):
+        model, x = make("mlp")
+        ran = []
+        compiled = torch.compile(model, backend=lambda graph, inputs: lambda *args: ran.append(1) or graph(*args))
+        compiled(x)
+        analyze(compiled, x)
+        assert ran == [1]
+        compiled(x)
+        assert ran == [1, 1]
+
+    def test_who_compiles_nothing_does_not_wait_for_the_compiler(self):
+        code = "import sys, torch, fastsal; fastsal.analyze(torch.nn.Linear(4, 3), torch.ones(2, 4)); "
+        done = subprocess.run(
+            [sys.executable, "-c", code + "print('torch._dynamo' in sys.modules)"], capture_output=True
+        )
+        assert done.stdout.strip() == b"False", done.stderr
+
+
+class TestOutputs:
+    """What Hugging Face's classifiers return: an object with a tensor `.logits`."""
+
+    @pytest.mark.parametrize("method", ["exact", "certified", "candidates"])
+    def test_logits_are_taken_as_they_are(self, method):
+        model, x = make("gelu")
+        want = analyze(model, x, method=method)
+        found = analyze(lambda x: SimpleNamespace(loss=None, logits=model(x)), x, method=method)
+        assert torch.equal(found.linearized_robustness, want.linearized_robustness)
+
+    def test_a_head_is_found_behind_them(self):
+        class Classifier(nn.Module):
+            def __init__(self):
+                super().__init__()
+                self.body, self.head = nn.Linear(20, 4), nn.Linear(4, 30)
+
+            def forward(self, x):
+                return SimpleNamespace(logits=self.head(self.body(x).tanh()))
+
+        assert analyze(Classifier(), torch.randn(3, 20)).vjps.tolist() == [6] * 3
+
+    def test_deepfool(self):
+        model, x = make("gelu")
+        found = deepfool(lambda x: SimpleNamespace(logits=model(x)), x)
+        assert torch.equal(found.adversarial, deepfool(model, x).adversarial)
+
+    def test_logits_that_are_no_tensor(self):
+        with pytest.raises(TypeError, match="model: returned SimpleNamespace, wants a tensor of logits"):
+            analyze(lambda x: SimpleNamespace(logits=[x]), torch.ones(3, 4))
+
+
+class TestSecondDerivatives:
+    model = nn.Sequential(nn.Linear(20, 16), nn.Hardsigmoid(), nn.Linear(16, 6))
+    message = "model: derivative for aten::hardsigmoid_backward is not implemented; wants .* differentiable=True"
+
+    def test_an_operation_without_one_is_named_at_once(self):
+        with pytest.raises(NotImplementedError, match=self.message):
+            analyze(self.model, torch.randn(3, 20), differentiable=True)
+
+    @pytest.mark.parametrize("loss", [losses.margin_loss, losses.cross_lipschitz_loss])
+    def test_losses(self, loss):
+        with pytest.raises(NotImplementedError, match=self.message):
+            loss(self.model, torch.randn(3, 20), torch.zeros(3, dtype=torch.int64))
+
+    @pytest.mark.parametrize("method", ["exact", "certified", "candidates"])
+    def test_none_is_needed_without_a_graph(self, method):
+        x = torch.randn(3, 20)
+        same = nn.Sequential(self.model[0], nn.ReLU6(), self.model[2])
+        found = analyze(lambda x: self.model[2](self.model[1](self.model[0](x))), x, method=method)
+        want = analyze(lambda x: same[2](same[1](same[0](x) + 3) / 6), x, method=method)
+        torch.testing.assert_close(found.linearized_robustness, want.linearized_robustness)
+
+    @pytest.mark.parametrize("function", [F.hardswish, F.relu6, F.mish, F.elu, F.hardshrink], ids=lambda f: f.__name__)
+    def test_operations_that_have_one(self, function):
+        layer, x = self.model[0], torch.randn(3, 20, requires_grad=True)
+        analyze(lambda x: function(layer(x)), x, differentiable=True).linearized_robustness.sum().backward()
+        assert x.grad.isfinite().all()
+
+
+class TestWarnings:
+    @pytest.mark.parametrize("method", ["exact", "candidates"])
+    def test_torch_does_not_complain_of_a_missing_batching_rule(self, method):
+        """It takes such an operation row by row, which changes nothing but the time."""
+        torch.manual_seed(0)
+        first, last = nn.Linear(20, 16), nn.Linear(16, 9)
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            analyze(lambda x: last(first(x).cummax(1).values), torch.randn(3, 20), method=method)
 
 
 def batch_statistics():

@@ -6,7 +6,7 @@ from typing import Any
 
 from bench.report.tables import LEVELS, of
 from bench.report.words import Record, count, times
-from bench.suite.store import Store
+from bench.suite.store import stores
 
 
 def _pyplot() -> Any:
@@ -20,9 +20,10 @@ def _pyplot() -> Any:
 
 def every(results: Path) -> None:
     """All plots of the figures in a folder, beside them; of cases that ran on several numbers of threads the highest."""
-    store, certified = Store(results / "bench.json"), results / "certified.json"
+    certified = results / "certified.json"
+    records = [record for store in stores(results) for record in store.records.values()]
     for level in LEVELS:
-        if mine := of(level, store.records.values()):
+        if mine := of(level, records):
             most = max(record["threads"] for record in mine)
             bars(level, [record for record in mine if record["threads"] == most], results / f"{level}.png")
     if certified.exists():

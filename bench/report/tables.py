@@ -3,12 +3,14 @@
 import math
 from collections.abc import Callable, Container, Iterable, Iterator
 from dataclasses import dataclass
+from statistics import median
 from typing import TypeVar
 
 from bench.report.words import Record, count, seconds, table, times, when, where
 
 NOTHING = {"skipped", ""}  # cells that tell nothing
 NEAR = "error on near-identical rows"
+UNSTABLE = "have gradients that differ by up to"  # in fastsal's warning of a network that is its own noise
 ABREAST = 5  # contestants or cases side by side: more would not fit a page of 900 pixels
 T = TypeVar("T")
 Cell = Callable[
@@ -40,6 +42,18 @@ def _memory(record: Record, row: Record) -> str:
     return f"{row['peak memory'] / 2**20:.0f} MiB" if row["peak memory"] is not None else "?"
 
 
+def _equal(record: Record, row: Record) -> str:
+    return f"{row['equal']} of {row['images']}"
+
+
+def _passes(record: Record, row: Record) -> str:
+    return f"{row['passes']:.0f}"
+
+
+def _pass(record: Record, row: Record) -> str:
+    return times(row["pass"])
+
+
 def of(level: str, records: Iterable[Record]) -> list[Record]:
     """The records of a level."""
     return [record for record in records if record["level"] == level]
@@ -67,6 +81,9 @@ def everything(record: Record, known: Container[str] = ()) -> str:
         "error": lambda _, row: f"{row['error']:.1e}",
         NEAR: lambda _, row: f"{row[NEAR]:.1e}",
         "wrong answers": lambda _, row: f"{row['wrong answers']:.0%}",
+        "equal to exact": _equal,
+        "passes": _passes,
+        "a pass, in backward passes": _pass,
         "peak memory": _memory,
     }
     shown = [row for row in record["results"] if row["status"] != "skipped"]
@@ -123,7 +140,34 @@ def time(record: Record, row: Record) -> str:
     return f"{seconds(row['seconds'][1])} ({times(row['ratio'][1])}×)"
 
 
+def faster(record: Record, row: Record) -> str:
+    """The time, and how many times as fast as the yardstick it is; ≈ where it is extrapolated."""
+    about = "≈ " if row.get("rough") else ""
+    return f"{about}{seconds(row['seconds'][1])} ({times(1 / row['ratio'][1])}×)"
+
+
+def _start(record: Record, row: Record) -> str:
+    return seconds(row["start"])
+
+
 LEVELS = {
+    "imagenet": Level(
+        "Trained on ImageNet",
+        "ρ̃ of fourteen squares of eleven photographs, by EfficientNet-Lite0 with its weights of ImageNet (n = 1000, D = "
+        "3·224·224). Figures are those of one image. Who takes a backward pass for every class is measured on one batch, "
+        "or, where that would last more than a minute (≈), on the first 2 and 20 classes, of which each costs the same. "
+        "The price of a pass is its time in units of the backward pass of one class through a recorded batch, for each "
+        "image of it.",
+        {
+            "Time of an image, and how many times as fast as `fastsal exact, rows`": faster,
+            "Passes of an image, backward and forward-mode, on average": _passes,
+            "Time of a pass, in backward passes": _pass,
+            "How much longer than a later batch the first one of its size takes": _start,
+            "Peak memory of a batch in a fresh process, beyond what it held before": _memory,
+            "Answers equal to the exact one": _equal,
+        },
+        "time relative to fastsal exact, rows",
+    ),
     "tensor": Level(
         "From a Jacobian",
         "All quantities of `fastsal.margin_geometry`, from logits, a Jacobian J of shape (B, n, D) and x. The yardstick is a "
@@ -192,6 +236,21 @@ def edge(record: Record) -> str:
     return "\n\n".join([*tables, *reasons({f"{name} skipped": why for name, why in record["skipped"].items()})])
 
 
+def photographs(records: list[Record]) -> str:
+    """The README's words and table on the network trained on ImageNet."""
+    threads = count(records[0]["threads"])
+    certified = [
+        next(row for row in record["results"] if row["contestant"] == "fastsal certified") for record in records
+    ]
+    equal, asked = (sum(row[key] for row in certified) for key in ("equal", "images"))
+    passes = ", ".join(_passes(record, row) for record, row in zip(records, certified, strict=True))
+    return (
+        "Time of a photograph on EfficientNet-Lite0, trained on ImageNet (n = 1000, D = 3·224·224), and how many times as fast "
+        f"as exact rows, with {threads} (≈: extrapolated from 20 classes):\n\n{side_by_side(records, faster)}\n\n"
+        f"Certified took {passes} passes a photograph on average, and {equal} of {asked} answers are equal to exact."
+    )
+
+
 NETWORKS = {
     "narrow": "192 features, loss near zero",
     "wide": "1536 features, loss near zero",
@@ -246,3 +305,41 @@ def certified(found: Record) -> list[str]:
         "Jacobians, at a failure probability of 0.2 that allows one in five, with the 95 % confidence interval:",
         table(["Jacobians", "limit of passes", "examples", "certified", "false"], missed),
     ]
+
+
+def zoo_summary(records: dict[str, Record], measured: str) -> list[str]:
+    """What bench/cases/zoo.py found, in a few sentences."""
+    whole = [found for found in records.values() if "failed" not in found]
+    failed = [name for name, found in records.items() if "failed" in found]
+    equal = sum(found["equal"] == found["examples"] for found in whole)
+    certain = sum(found["certified"] == found["examples"] for found in whole)
+    unstable = [name for name, found in records.items() if any(UNSTABLE in said for said in found.get("warnings", ()))]
+    passes = median(found["passes"] for found in whole)
+    sizes = {(found["examples"], found["classes"]) for found in whole}
+    ((examples, classes),) = sizes
+    return [
+        f"{len(records)} networks with seeded random weights, {classes} classes and {examples} random images of the smallest "
+        f"size that they take, measured on {measured}. The answers of {equal} are equal to those of exact rows, {certain} are "
+        f"certified, with a median of {passes:.0f} passes. The price of a pass is its time in units of a backward pass of one "
+        "class through a recorded batch, for each image of it; instability is how far the gradient of an image is from itself "
+        "when another image shares the batch, relative to its norm.",
+        *([f"Warned of as unstable: {', '.join(unstable)}."] if unstable else []),
+        *([f"Failed: {', '.join(failed)}."] if failed else []),
+    ]
+
+
+def zoo(records: dict[str, Record]) -> str:
+    """What bench/cases/zoo.py found, by the names of the networks."""
+
+    def line(name: str, found: Record) -> list[str]:
+        if "failed" in found:
+            return [name, f"{found['size']}", *[""] * 5, f"{found['failed']} ({found['where']})"]
+        examples = found["examples"]
+        certain = "certified" if found["certified"] == examples else f"{found['certified']} of {examples} certified"
+        answer = "equal" if found["equal"] == examples else f"{found['equal']} of {examples} equal"
+        faster = found["seconds"]["exact rows"] / found["seconds"]["certified"]
+        figures = [f"{found['passes']:.0f}", times(found["pass"]), times(found["exact pass"]), f"{times(faster)}×"]
+        return [name, f"{found['size']}", *figures, f"{found['instability']:.0e}", f"{answer}, {certain}"]
+
+    head = ["network", "pixels", "passes", "price", "exact's", "faster", "instability", "answers"]
+    return table(head, [line(name, found) for name, found in records.items()])

@@ -14,6 +14,7 @@ import torch
 import fastsal
 from bench import ROOT
 
+FILES = "imagenet.json", "bench.json"  # the files of figures that have the form of this module, as the page shows them
 PEERS = ("foolbox", "torchattacks", "adversarial-robustness-toolbox", "adv-lib")
 
 
@@ -59,6 +60,11 @@ def environment() -> dict[str, Any]:
         },
         "versions": versions | {name: found for name in ("numpy", *PEERS) if (found := _version(name))},
     }
+
+
+def stores(results: Path) -> "list[Store]":
+    """Those of FILES that a folder has."""
+    return [Store(results / name) for name in FILES if (results / name).exists()]
 
 
 class Store:

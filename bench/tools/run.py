@@ -9,7 +9,7 @@ import time
 from pathlib import Path
 
 from bench import cases
-from bench.cases import edge
+from bench.cases import edge, imagenet
 from bench.report.tables import everything
 from bench.report.words import where
 from bench.suite import core
@@ -33,5 +33,7 @@ def main() -> int:
                 print(f"\n{everything(session.record(case, threads))}", flush=True)
     if arguments.only in "edge" and not arguments.quick:
         print(f"\n{everything(session.keep('edge', edge.record))}", flush=True)
+    if arguments.only in imagenet.LEVEL and not arguments.quick:
+        imagenet.section(arguments.fresh)
     print(f"\n{time.perf_counter() - start:.0f} s; figures in {session.store.path.name}")
     return 0

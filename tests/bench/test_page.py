@@ -6,7 +6,7 @@ import re
 import pytest
 
 from bench import RESULTS, ROOT
-from bench.cases import model, pairs
+from bench.cases import imagenet, model, pairs
 from bench.report import page
 from bench.suite.store import Store
 
@@ -19,13 +19,18 @@ def home(tmp_path):
 
 
 @pytest.fixture
-def figures(home, measured, work_on_a_jacobian):
+def figures(home, measured, work_on_a_jacobian, monkeypatch):
     """The same folder with a few figures of every level."""
     store = Store(home / "bench.json")
     store.begin(fresh=True)
     store.put("a", measured(work_on_a_jacobian()), "abc")
     store.put("b", {**measured(model.work("", tiny=True)), "level": "model"}, "abc")
     store.put("c", {**measured(pairs.forward((3, 30, 50), tiny=True)), "level": "pairs"}, "abc")
+    photographs = Store(home / "imagenet.json")
+    photographs.begin(fresh=True)
+    monkeypatch.setattr(imagenet, "in_fresh_process", imagenet.alone)
+    monkeypatch.setattr(imagenet, "BUDGET", 0.0)
+    photographs.put("4", imagenet.record(4, tiny=True), "abc")
     store.put("edge", json.loads((RESULTS / "bench.json").read_text(encoding="utf-8"))["records"]["edge"], "abc")
     return home
 
@@ -42,8 +47,10 @@ def test_writes_page_readme_and_plots(figures, monkeypatch, capsys):
     assert before[0].startswith(f"# x\n\n{page.BEGIN}")
     assert before[0].endswith(f"{page.END}\n\ntail\n")
     assert "old" not in before[0]
+    assert before[0].index("EfficientNet-Lite0") < before[0].index("untrained networks")
+    assert before[1].index("## Trained on ImageNet") < before[1].index("## From a Jacobian")
     assert "commit abc" in before[0]
-    assert {path.name for path in figures.glob("*.png")} == {"tensor.png", "pairs.png", "model.png"}
+    assert {path.name for path in figures.glob("*.png")} == {"imagenet.png", "tensor.png", "pairs.png", "model.png"}
     assert before[1].count("fastsal triton skipped: ") == 2
     assert page.main(figures, figures) == 0
     monkeypatch.setattr("sys.argv", ["report", "--check"])

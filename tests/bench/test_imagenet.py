@@ -1,0 +1,101 @@
+"""The section on photographs: its images, its exact answers, and its figures at a tiny size."""
+
+import json
+
+import pytest
+import torch
+
+from bench.cases import imagenet as case
+from bench.contestants import imagenet, models
+from bench.report import tables
+
+
+@pytest.fixture
+def here(monkeypatch):
+    """What a process of its own would do is done in this one, and few rounds."""
+    monkeypatch.setattr(case, "in_fresh_process", case.alone)
+    monkeypatch.setattr(case, "BUDGET", 0.0)
+
+
+def row(record, name):
+    return next(row for row in record["results"] if row["contestant"] == name)
+
+
+def test_every_answer_is_checked_and_every_figure_is_of_one_image(here):
+    record = case.record(4, tiny=True)
+    for found in record["results"]:
+        if found["status"] != "skipped":
+            assert found["status"] == "right", found
+            every = case.ways()[found["contestant"]].every
+            assert (found["equal"], found["images"]) == ((4, 4) if every else (14, 14))
+    exact, certified = row(record, case.YARDSTICK), row(record, case.CERTIFIED)
+    assert exact["passes"] == 12
+    assert certified["start"] >= 0
+    for found in exact, certified:
+        assert found["seconds"][1] == pytest.approx(found["pass"] * found["passes"] * record[case.ONE_PASS])
+
+
+def test_what_would_take_too_long_is_extrapolated_and_marked(here, monkeypatch):
+    monkeypatch.setattr(case, "LONG", 0.0)
+    record = case.record(14, tiny=True) | {"commit": "abc", "date": "2026-01-01"}
+    exact = row(record, case.YARDSTICK)
+    assert exact["what"].endswith("extrapolated from 20 classes")
+    assert exact["seconds"][1] == exact["extrapolated"] > 0
+    assert "equal" not in exact
+    assert "| ≈ " in tables.photographs([record])
+
+
+def test_extrapolation_is_linear_in_the_classes(here, monkeypatch):
+    monkeypatch.setattr(case, "LONG", 0.0)
+    taken = {case.FEW: 3.0, case.MANY: 12.0}
+    monkeypatch.setattr(
+        case.core,
+        "take_turns",
+        lambda runs, inputs, budget: {
+            name: [taken.get(int(name.split()[-1]), 1.0) if "," in name and name[-1].isdigit() else 1.0]
+            for name, run in runs.items()
+            if run(inputs[0]) or True
+        },
+    )
+    record = case.record(1, tiny=True)  # of 12 classes
+    assert row(record, case.YARDSTICK)["seconds"][1] == pytest.approx(3.0 + (12 - 2) * 0.5)
+
+
+def test_wrong_answers_get_no_speed(here, monkeypatch):
+    truth = imagenet.truth
+    monkeypatch.setattr(imagenet, "truth", lambda *arguments: truth(*arguments) * 1.1)
+    record = case.record(14, tiny=True)
+    for found in record["results"]:
+        assert found["status"] == "skipped" or (found["status"] == "wrong" and "seconds" not in found)
+
+
+def test_a_process_of_its_own_says_what_it_took():
+    found = case.in_fresh_process(case.CERTIFIED, 4, None, tiny=True)
+    assert sorted(found) == ["answer", "peak memory", "seconds"]
+    model, x = case.subject(tiny=True)
+    least = imagenet.truth(model, x[:4])[:, 0]
+    torch.testing.assert_close(torch.tensor(found["answer"]).double(), least, rtol=1e-4, atol=0.0)
+
+
+def test_exact_answers_are_kept_for_these_weights_and_images(tmp_path, monkeypatch):
+    model, x = models.tiny()
+    path = tmp_path / "truth.json"
+    first = imagenet.truth(model, x, path)
+    held = path.read_text()
+    path.write_text(json.dumps(json.loads(held) | {imagenet.RATIOS: json.loads(held)[imagenet.RATIOS][:1]}))
+    assert torch.equal(imagenet.truth(model, x, path), first)  # goes on where it was
+    assert path.read_text() == held
+    calls = []
+    monkeypatch.setattr(imagenet, "least", lambda *arguments: calls.append(1) or [1.0, 1.0])
+    assert torch.equal(imagenet.truth(model, x, path), first)
+    assert not calls
+    assert torch.equal(imagenet.truth(model, x * 1.01, path), torch.ones(len(x), 2, dtype=torch.float64))
+    assert len(calls) == len(x)
+
+
+def test_fourteen_photographs_of_which_no_two_are_alike():
+    pytest.importorskip("skimage")
+    images = imagenet.images()
+    assert images.shape == (14, 3, 224, 224)
+    assert 0.05 <= images.min() < images.max() <= 0.95
+    assert torch.pdist(images.flatten(1)).min() > 10
