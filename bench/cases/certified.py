@@ -20,12 +20,14 @@ from scipy import stats
 
 import fastsal
 from bench import RESULTS
-from bench.contestants.certified_models import STEPS, Images, accuracy, load
+from bench.contestants.certified_models import CLASSES, STEPS, Images, accuracy, load
 from bench.contestants.jacobians import KINDS, Matrices, distances
 from bench.suite.store import commit, environment
 from fastsal.methods.certified import certify
 
 HABITS = (1, 5, 10)
+BATCHES = (12, 25, 64)
+LIMITS = (10, 15, 20, 30, 40, 50, 60, 80, 100)
 DELTA = 0.2  # the failure probability of the calibration: large, so that misses are seen
 
 
@@ -85,6 +87,41 @@ def compare(kind: str, folder: Path, images: int, batch: int, norm: float) -> di
         "times faster than exact rows": {name: seconds["exact rows"] / value for name, value in seconds.items()},
         "habits": {f"top-{k}": {"share wrong": wrong[k] / count, "largest excess": excess[k]} for k in HABITS},
     }
+
+
+def by_batch(kind: str, folder: Path, norm: float, rounds: int = 4) -> list[dict[str, float]]:
+    """How many times faster certified is than exact rows at batches of several sizes, once the derivative has been traced."""
+    model, source = load(kind, folder), Images(kind, 4)
+    methods = {"exact rows": fastsal.Exact(memory_limit=0), "certified": fastsal.Certified()}
+    found = []
+    for batch in BATCHES:
+        x, _ = source.draw(batch)
+        seconds: dict[str, list[float]] = {name: [] for name in methods}
+        for _ in range(rounds):
+            for name, method in methods.items():
+                start = time.perf_counter()
+                result = fastsal.analyze(model, x, norm=norm, method=method)
+                seconds[name].append(time.perf_counter() - start)
+        passes = (result.vjps + result.jvps).double().mean().item()
+        exact, certified = (sorted(values[1:])[(rounds - 1) // 2] for values in seconds.values())
+        faster = exact / certified
+        found.append({"batch": batch, "passes": passes, "faster": faster, "rows a pass": CLASSES / faster / passes})
+    return found
+
+
+def limited(kind: str, folder: Path, norm: float, images: int = 24) -> list[dict[str, float]]:
+    """The lower bound and the value found, relative to ρ̃, at several limits of passes: medians and the worst of the images."""
+    model = load(kind, folder)
+    x, _ = Images(kind, 5).draw(images)
+    exact = fastsal.analyze(model, x, norm=norm, method=fastsal.Exact(memory_limit=0)).linearized_robustness
+    found = []
+    for limit in LIMITS:
+        result = fastsal.analyze(model, x, norm=norm, method=fastsal.Certified(max_passes=limit))
+        lower, value = result.lower_bound / exact, result.linearized_robustness / exact
+        row = {"limit": limit, "lower": lower.median().item(), "least lower": lower.min().item()}
+        row |= {"value": value.median().item(), "largest value": value.max().item()}
+        found.append(row | {"certified": result.certified.double().mean().item()})
+    return found
 
 
 def growth(n: int, norm: float, examples: int = 24, dimension: int = 600) -> dict[str, object]:
@@ -154,5 +191,9 @@ def main() -> None:
         for kind in arguments.networks:
             found[kind] = compare(kind, arguments.folder, arguments.images, arguments.batch, norm)
             print(kind, json.dumps(found[kind], indent=1), flush=True)
+        if "narrow" in arguments.networks:
+            found["batches"] = by_batch("narrow", arguments.folder, norm)
+            found["limits"] = limited("narrow", arguments.folder, norm)
+            print(json.dumps({name: found[name] for name in ("batches", "limits")}, indent=1), flush=True)
     report["inf"] = other
     (RESULTS / "certified.json").write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")

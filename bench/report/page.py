@@ -81,8 +81,11 @@ def page(found: list[Store], certified: Record | None, zoo: Store) -> str:
         meaning = "What everyone answers for ρ̃: `right`, its multiple of the truth, or what came instead."
         parts += ["## Awkward inputs", meaning, tables.edge(record)]
     if certified:
-        plot = "![Passes over classes](../bench/results/certified_growth.png)"
-        parts += ["## Exact and certified with 1000 classes", *tables.certified(certified), plot]
+        plots = [
+            "![Passes over classes](../bench/results/certified_growth.png)",
+            "![Bounds under a limit of passes](../bench/results/certified_limits.png)",
+        ]
+        parts += ["## Exact and certified with 1000 classes", *tables.certified(certified), *plots]
         if other := certified.get("inf"):
             title = "## Exact and certified with 1000 classes, for changes of the largest entry (p = ∞)"
             parts += [title, *tables.certified(other)]

@@ -27,7 +27,9 @@ def every(results: Path) -> None:
             most = max(record["threads"] for record in mine)
             bars(level, [record for record in mine if record["threads"] == most], results / f"{level}.png")
     if certified.exists():
-        growth(json.loads(certified.read_text(encoding="utf-8"))["growth"], results / "certified_growth.png")
+        found = json.loads(certified.read_text(encoding="utf-8"))
+        growth(found["growth"], results / "certified_growth.png")
+        limits(found["limits"], results / "certified_limits.png")
 
 
 def bars(level: str, records: list[Record], path: Path) -> None:
@@ -73,6 +75,23 @@ def growth(rows: list[Record], path: Path) -> None:
     axes.loglog(classes, [row["median"] for row in rows], "o-", label="certified, median")
     axes.loglog(classes, [row["p95"] for row in rows], "^:", label="certified, 95th percentile")
     axes.set(xlabel="classes n", ylabel="passes an example")
+    axes.legend()
+    figure.savefig(path, dpi=120)
+    pyplot.close(figure)
+
+
+def limits(rows: list[Record], path: Path) -> None:
+    """What is known of ρ̃ under a limit of passes: from the lower bound to the value found."""
+    pyplot = _pyplot()
+    figure, axes = pyplot.subplots(figsize=(5, 3.5), layout="constrained")
+    allowed = [row["limit"] for row in rows]
+    axes.fill_between(
+        allowed, [row["lower"] for row in rows], [row["value"] for row in rows], alpha=0.25, label="median"
+    )
+    axes.plot(allowed, [row["least lower"] for row in rows], "v:", label="lower bound, worst image")
+    axes.plot(allowed, [row["largest value"] for row in rows], "^:", label="value found, worst image")
+    axes.axhline(1, color="black", lw=0.8)
+    axes.set(xlabel="limit of passes", ylabel="relative to ρ̃", ylim=(0, None))
     axes.legend()
     figure.savefig(path, dpi=120)
     pyplot.close(figure)

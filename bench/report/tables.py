@@ -295,10 +295,27 @@ def certified(found: Record) -> list[str]:
         ]
         for row in found["calibration"]
     ]
+    batches = [
+        [f"{row['batch']:.0f}", f"{row['passes']:.0f}", times(row["faster"]), f"{row['rows a pass']:.2f}"]
+        for row in found.get("batches", [])
+    ]
+    limits = [
+        [
+            f"{row['limit']:.0f}",
+            *(f"{row[key]:.2f}" for key in ("lower", "least lower", "value", "largest value")),
+            f"{row['certified']:.0%}",
+        ]
+        for row in found.get("limits", [])
+    ]
     return [
         "Passes an example, median (95th percentile), and how many times faster than exact rows, on networks trained for the "
         f"purpose, {count(found['threads'])}, {where(found['environment'])}; {when([found])}:",
         table(["", *(NETWORKS[name] for name in networks)], rows),
+        "The first of these networks once its derivative has been traced, by the size of the batch: passes, times faster than "
+        "exact rows, and what a pass costs in exact rows of the same batch:",
+        table(["batch", "passes, mean", "times faster", "rows a pass"], batches),
+        "The same network under a limit of passes: the lower bound and the value found, relative to ρ̃:",
+        table(["limit", "lower, median", "lower, least", "value, median", "value, largest", "certified"], limits),
         "Passes of certified as classes grow, on random Jacobians with a falling spectrum:",
         table(["classes", "median", "95th percentile", "certified and right"], grown),
         "How often something false was said (a wrong answer called certified, or a lower bound above the truth) of random "

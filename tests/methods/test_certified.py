@@ -462,6 +462,22 @@ class TestBudget:
         assert found.certified.all()
         assert not certify.certify(Matrices(logits, rows), Certified(max_passes=2)).certified.any()
 
+    @pytest.mark.parametrize(("n", "D", "decay"), [(300, 100, 0.0), (1000, 400, 1.0)])
+    def test_few_passes_bound_every_example_and_more_bound_closer(self, n, D, decay):
+        """From 15 passes on; what lies between the lower bound and the value found is a smaller share of it at every limit."""
+        logits, rows = problem(10, n, D, decay=decay)
+        ratio = distances(logits, rows)
+        shares = []
+        for limit in (15, 20, 30, 45, 65):
+            found = certify.certify(Matrices(logits, rows), Certified(max_passes=limit))
+            value = ratio.gather(1, found.winners[:, 1:]).squeeze(1)
+            assert (found.lower_bound > 0).all()
+            assert (found.lower_bound <= ratio.amin(1) * (1 + 1e-12)).all()
+            shares.append((1 - found.lower_bound / value).median().item())
+        assert shares == sorted(shares, reverse=True)
+        assert shares[0] < 1
+        assert shares[-1] < 0.5 * shares[0]
+
     @pytest.mark.parametrize(
         "options",
         [
