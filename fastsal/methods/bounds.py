@@ -207,7 +207,7 @@ class Summed(Euclidean):
         return self._bound(known, rest, self._cosine(e, known))
 
     def likely(self, e: Tensor, known: Tensor, rest: Tensor) -> Tensor:
-        return self._root * self._cosine(e, known) * (known + rest).sqrt()
+        return self._root * self._typical[e] * (known + rest).sqrt()
 
     def room(self, e: Tensor, known: Tensor, limit: Tensor) -> Tensor:
         cosine, length, limit = self._cosine(e, known), known.sqrt(), limit / self._root

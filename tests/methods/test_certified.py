@@ -414,7 +414,8 @@ class TestAnswer:
         assert torch.equal(found.winners, torch.stack((logits.argmax(1), ratio.argmin(1)), 1))
         assert torch.equal(found.pair, rows[torch.arange(12).unsqueeze(1), found.winners])
         torch.testing.assert_close(found.lower_bound, ratio.amin(1), rtol=1e-6, atol=0.0)
-        assert (found.vjps + found.jvps <= n + 60).all()
+        in_vain = {2.0: 60, math.inf: 100}[norm]  # at most, of the basis and the probes: n rows would have done
+        assert (found.vjps + found.jvps <= n + in_vain).all()
 
     def test_saves_passes(self):
         logits, rows = problem(8, 1000, 400, decay=1.0)
