@@ -281,10 +281,22 @@ def certified(found: Record) -> list[str]:
         habits = [network["habits"][habit] for network in networks.values()]
         cells = (f"{one['share wrong']:.1%}, {one['largest excess']:.0%}" for one in habits)
         rows.append([f"{habit} candidates: share wrong, worst excess", *cells])
-    grown = [
-        [*(f"{row[key]:.0f}" for key in ("n", "median", "p95")), f"{row['certified and right']} of {row['examples']}"]
-        for row in found["growth"]
-    ]
+    grown: list[str] = []
+    for key, directions in (("growth", ""), ("growth along the coordinates", ", its directions being the coordinates")):
+        if key in found:
+            grown += [
+                f"Passes of certified as classes grow, on random Jacobians with a falling spectrum{directions}:",
+                table(
+                    ["classes", "median", "95th percentile", "certified and right"],
+                    [
+                        [
+                            *(f"{row[figure]:.0f}" for figure in ("n", "median", "p95")),
+                            f"{row['certified and right']} of {row['examples']}",
+                        ]
+                        for row in found[key]
+                    ],
+                ),
+            ]
     missed = [
         [
             row["kind"].replace("_", " "),
@@ -316,8 +328,7 @@ def certified(found: Record) -> list[str]:
         table(["batch", "passes, mean", "times faster", "rows a pass"], batches),
         "The same network under a limit of passes: the lower bound and the value found, relative to ρ̃:",
         table(["limit", "lower, median", "lower, least", "value, median", "value, largest", "certified"], limits),
-        "Passes of certified as classes grow, on random Jacobians with a falling spectrum:",
-        table(["classes", "median", "95th percentile", "certified and right"], grown),
+        *grown,
         "How often something false was said (a wrong answer called certified, or a lower bound above the truth) of random "
         "Jacobians, at a failure probability of 0.2 that allows one in five, with the 95 % confidence interval:",
         table(["Jacobians", "limit of passes", "examples", "certified", "false"], missed),

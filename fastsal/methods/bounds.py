@@ -158,15 +158,19 @@ class Summed(Euclidean):
         self._weights = self._sums.new_ones(len(logits), dimension)
 
     def fit(self, rows: Tensor) -> None:
-        offset = rows[:, :1].double() - rows[:, 1:].double()
-        size = offset.abs().mean(1)
-        mean = size.mean(1, keepdim=True)
-        size = torch.where(mean > 0, size / mean, 1.0)
-        weights = (self.FLOOR + (1 - self.FLOOR) * size).sqrt()
-        self._weights = weights / weights.square().mean(1, keepdim=True).sqrt()
-        offset /= mean.unsqueeze(1)
-        length = (offset / self._weights.unsqueeze(1)).square().sum(2).sqrt()
-        self._typical = (offset.abs().sum(2) / (self._root * length)).mean(1, keepdim=True).nan_to_num(1.0)
+        size = (rows[:, :1].double() - rows[:, 1:].double()).abs()
+        size /= size.mean((1, 2), keepdim=True)
+        self._weights = self._fitting(size.mean(1))
+        # What the weights that the others would give are worth to each: those that it shares in fit it too well.
+        weights = self._fitting((size.sum(1, keepdim=True) - size) / (size.shape[1] - 1))
+        cosine = size.sum(2) / (self._root * (size / weights).square().sum(2).sqrt())
+        self._typical = cosine.mean(1, keepdim=True).nan_to_num(1.0)
+
+    def _fitting(self, size: Tensor) -> Tensor:
+        """The weights for gradients with absolute entries in proportion to `size`, along the last dimension."""
+        mean = size.mean(-1, keepdim=True)
+        square = self.FLOOR + (1 - self.FLOOR) * torch.where(mean > 0, size / mean, 1.0)
+        return (square / square.mean(-1, keepdim=True)).sqrt()
 
     def rows(self, e: Tensor, rows: Tensor) -> Tensor:
         return rows.double() / self._weights[e].unsqueeze(1)
@@ -203,7 +207,7 @@ class Summed(Euclidean):
         return self._bound(known, rest, self._cosine(e, known))
 
     def likely(self, e: Tensor, known: Tensor, rest: Tensor) -> Tensor:
-        return self._root * self._cosine(e, known) * (known + rest).sqrt()
+        return self._root * self._typical[e] * (known + rest).sqrt()
 
     def room(self, e: Tensor, known: Tensor, limit: Tensor) -> Tensor:
         cosine, length, limit = self._cosine(e, known), known.sqrt(), limit / self._root

@@ -160,14 +160,14 @@ class TestGuarantee:
         assert torch.equal(found.winners[:, 1], distances(logits, rows, math.inf).argmin(1))
 
     @pytest.mark.parametrize("norm", KINDS)
-    def test_the_sums_are_chi_square(self, norm):
+    def test_the_sums_are_chi_square(self, monkeypatch, norm):
         """S_j / ‖the part of Δ_j / w outside the basis‖² after the first round, one class an example (Kolmogorov, Smirnov)."""
+        monkeypatch.setattr(certify._Search, "worth_more", lambda self, e, *rest: torch.zeros_like(e, dtype=torch.bool))
         pivots = []
         for batch in range(self.BATCHES):
             logits, rows = KINDS[norm]["ordinary"](torch.Generator().manual_seed(batch), self.E)
             search = certify._Search(Matrices(logits, rows), Certified(self.DELTA, None, batch), "reference", norm)
             plan = torch.full_like(search.prepare(), certify.COUNTS[2])
-            search.method = Certified(self.DELTA, int((search.vjps + search.jvps).max()) + certify.COUNTS[2], batch)
             search.probe(plan)
             everyone = torch.arange(self.E)
             measured = search.differences(everyone, search.probed)[:, : certify.COUNTS[2], -1].square().sum(1)
@@ -177,7 +177,7 @@ class TestGuarantee:
             pivots.append((measured / rest.square().sum(1))[search.drawn == certify.COUNTS[2]])
         values = torch.cat(pivots).sort().values
         trials = len(values)
-        assert trials > self.BATCHES * self.E / 4
+        assert trials == self.BATCHES * self.E
         expected = torch.special.gammainc(torch.tensor(certify.COUNTS[2] / 2, dtype=torch.float64), values / 2)
         empirical = torch.arange(1, trials + 1, dtype=torch.float64) / trials
         distance = torch.maximum(empirical - expected, expected - empirical + 1 / trials).max().item()
@@ -414,7 +414,8 @@ class TestAnswer:
         assert torch.equal(found.winners, torch.stack((logits.argmax(1), ratio.argmin(1)), 1))
         assert torch.equal(found.pair, rows[torch.arange(12).unsqueeze(1), found.winners])
         torch.testing.assert_close(found.lower_bound, ratio.amin(1), rtol=1e-6, atol=0.0)
-        assert (found.vjps + found.jvps <= n + 60).all()
+        in_vain = {2.0: 60, math.inf: 100}[norm]  # at most, of the basis and the probes: n rows would have done
+        assert (found.vjps + found.jvps <= n + in_vain).all()
 
     def test_saves_passes(self):
         logits, rows = problem(8, 1000, 400, decay=1.0)
