@@ -232,6 +232,8 @@ class TestTheModelChanges:
         before = analyze(model, self.x()).linearized_robustness
         model.straight = True
         assert equals_exact(model, self.x())
+        found = analyze(model, self.x(), method="certified")
+        assert (found.vjps < 120).all()  # it was not left to exact rows
         assert not torch.allclose(before, analyze(model, self.x()).linearized_robustness, rtol=0.05)
 
     def test_a_copy_has_a_trace_of_its_own(self, eager, model):

@@ -330,6 +330,25 @@ class TestRounding:
             assert (search.eta >= certify.SPARE * 0.5 * error).all()
             assert (search.eta <= certify.SPARE * (3 * error + 1e-14)).all()
 
+    def test_the_slack_is_fixed_before_the_probes(self):
+        """Neither probes nor the rows that they ask for have a say, though all of them disagree."""
+
+        class Late(Matrices):
+            error = 0.0
+
+            def jvp(self, examples, directions):
+                return super().jvp(examples, directions) + self.error
+
+        passes = Late(*problem(4, 300, 100))
+        search = certify._Search(passes, Certified(), "reference")
+        plan = search.prepare()
+        before = search.eta.clone()
+        assert (plan > 0).all()
+        passes.error = 1e-6
+        search.probe(plan)
+        search.finish()
+        assert torch.equal(search.eta, before)
+
     def test_gradients_that_make_no_sense_are_named_and_finished_with_rows(self):
         logits, rows = problem(4, 300, 100)
         passes = Wrong(logits, rows)
