@@ -9,12 +9,14 @@ bench/results/zoo.json rewritten: a run that was interrupted goes on where it wa
 
 import argparse
 import functools
+import math
 import time
 import traceback
 import warnings
 from pathlib import Path
 from statistics import median
 from typing import Any
+from unittest import mock
 
 import torch
 from torch import Tensor, nn
@@ -25,6 +27,7 @@ from bench.cases.model import VALUE_LIMIT
 from bench.contestants import zoo
 from bench.report.tables import zoo as as_table
 from bench.suite.session import Session
+from fastsal import tracing
 
 ROUNDS = 5
 
@@ -54,17 +57,24 @@ def instability(alone: Tensor, together: Tensor) -> float:
 
 
 def compare(model: nn.Module, x: Tensor) -> dict[str, Any]:
-    """Certified and exact rows on a batch, the second certified run timed; the gradient alone and in a batch."""
+    """Certified, without and with a traced derivative, and exact rows on a batch; the gradient alone and in a batch."""
+
+    def certified() -> fastsal.Geometry:
+        return fastsal.analyze(model, x, method="certified")
+
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
-        first, _ = _seconds(lambda: fastsal.analyze(model, x, method="certified"))
-    with warnings.catch_warnings():
+        with mock.patch.object(tracing, "PAYS", math.inf):
+            untraced = certified()
+    with warnings.catch_warnings(), mock.patch.object(tracing, "PAYS", 0):
         warnings.simplefilter("ignore")
-        seconds, found = _seconds(lambda: fastsal.analyze(model, x, method="certified"))
+        first, _ = _seconds(certified)
+        seconds, found = _seconds(certified)
         exact_seconds, exact = _seconds(lambda: fastsal.analyze(model, x, method=fastsal.Exact(memory_limit=0)))
     (together, one), (alone, _) = _row(model, x), _row(model, x[:1])
-    same = found.linearized_robustness == exact.linearized_robustness
-    error = torch.where(same, 0.0, (found.linearized_robustness / exact.linearized_robustness - 1).abs())
+    answers = torch.stack((untraced.linearized_robustness, found.linearized_robustness))
+    error = torch.where(answers == exact.linearized_robustness, 0.0, (answers / exact.linearized_robustness - 1).abs())
+    error = error.amax(0)
     passes = (found.vjps + found.jvps).double()
     said = [str(warning.message).partition("\n")[0] for warning in caught if issubclass(warning.category, UserWarning)]
     return {
@@ -73,7 +83,8 @@ def compare(model: nn.Module, x: Tensor) -> dict[str, Any]:
         "equal": int((error <= VALUE_LIMIT).sum()),
         "same runner-up": int((found.runner_up == exact.runner_up).sum()),
         "largest relative error": float(error.max()),
-        "certified": int(found.certified.sum()),
+        "certified": int((untraced.certified & found.certified).sum()),
+        "traced": any(known.trace is not None for known in tracing._known.get(model, {}).values()),
         "passes": passes.mean().item(),
         "seconds": {"first": first, "certified": seconds, "exact rows": exact_seconds, "one backward pass": one},
         "pass": seconds / passes.sum().item() / (one / len(x)),
