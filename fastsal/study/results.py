@@ -3,7 +3,7 @@
 import csv
 import io
 import math
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -14,9 +14,10 @@ from torch import Tensor
 from fastsal.files import extra, replacing
 from fastsal.geometry import Geometry
 from fastsal.study.attacks import ATTACKS
+from fastsal.study.measure import ORIGIN
 from fastsal.study.train import Recipe
 
-WORKING = 0.9  # the share of the plain network's accuracy that a network must keep to count in the claims
+WORKING = 0.9
 FAMILIES = ("double backpropagation", "adversarial")
 TABLE = {
     "rho": "ρ",
@@ -60,13 +61,17 @@ class Result:
 
 @dataclass(frozen=True)
 class Study:
-    """All results, plain first, and the images whose saliency maps are shown."""
+    """All results, plain first, and the images whose saliency maps are shown.
+
+    floor: the share of the plain network's accuracy that a network must keep to count in the claims.
+    """
 
     data: str
     training_images: int
     test_images: int
     shown: Tensor
     results: list[Result]
+    floor: float = WORKING
 
     @property
     def images(self) -> int:
@@ -83,7 +88,12 @@ class Study:
 
     def working(self) -> list[Result]:
         """The models that keep most of the plain one's accuracy."""
-        return [r for r in self.results if r.accuracy >= WORKING * self.results[0].accuracy]
+        return [r for r in self.results if r.accuracy >= self.floor * self.results[0].accuracy]
+
+    def centred(self) -> "Study":
+        """The same with the mean image of the training split at 0, which moves α, β, homogeneity and the bound."""
+        results = [replace(r, columns=r.columns | {k: r.columns[f"centred {k}"] for k in ORIGIN}) for r in self.results]
+        return replace(self, results=results)
 
 
 def rank_correlation(a: Any, b: Any) -> float:
