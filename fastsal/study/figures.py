@@ -58,7 +58,14 @@ def _legend(figure: Any, ax: Any, columns: int) -> None:
     figure.legend(*ax.get_legend_handles_labels(), loc="outside upper center", ncols=columns, fontsize=8)
 
 
-MAPS = "Each map is divided by its norm; in the one signed colour scale of all, red pixels raise the logit and blue ones lower it."
+def _grid_figure(height: float) -> Any:
+    """For saliency maps, which need no space between them."""
+    figure, _ = _figure(height, 0)
+    figure.get_layout_engine().set(w_pad=0.015, h_pad=0.015, wspace=0, hspace=0)
+    return figure
+
+
+MAPS = "Each map is divided by its norm; one signed colour scale serves all: red pixels raise the logit, blue ones lower it."
 
 
 def saliency(study: Study) -> tuple[Any, str]:
@@ -71,7 +78,7 @@ def saliency(study: Study) -> tuple[Any, str]:
     results = {"plain": study.results[0]}
     results |= {f"{SHORT[kind]}\n{r.recipe.label}": r for kind, found in strongest.items() for r in found}
     columns = min(GLANCE, len(study.shown))
-    figure, _ = _figure(0.7 + 0.62 * (1 + len(results)), 0)
+    figure = _grid_figure(0.6 + 0.68 * (1 + len(results)))
     named = {f"{name}\nρ {result.median('rho'):.1f}": result.geometry() for name, result in results.items()}
     plot.saliency_grid(study.shown, named, columns=columns, figure=figure)
     return figure, (
@@ -82,7 +89,7 @@ def saliency(study: Study) -> tuple[Any, str]:
 
 
 def saliency_all(study: Study) -> tuple[Any, str]:
-    figure, _ = _figure(1.1 + 0.47 * (1 + len(study.results)), 0)
+    figure = _grid_figure(0.6 + 0.47 * (1 + len(study.results)))
     results = {result.recipe.label: result.geometry() for result in study.results}
     plot.saliency_grid(study.shown, results, columns=len(study.shown), figure=figure)
     return figure, (
