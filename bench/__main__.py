@@ -9,6 +9,7 @@ COMMANDS = {
     "report": ("bench.report.page", "write docs/benchmarks.md, the README's tables and the plots"),
     "profile": ("bench.tools.profiling", "where the time of fastsal.analyze goes"),
     "certified": ("bench.cases.certified", "certified beside exact on trained networks of 1000 classes"),
+    "photographs": ("bench.tools.photographs", "draw saliency maps of EfficientNet-Lite0 on photographs"),
     "gpu": ("bench.tools.gpu", "build, test, sanitize and measure on a GPU"),
     "triton_matrix": ("bench.tools.triton_matrix", "compile every Triton kernel without a GPU"),
 }

