@@ -137,9 +137,8 @@ def write(study: Study, out: Path) -> Path:
     )
     items = []
     for number, (claim, found) in enumerate(verdicts(study), 1):
-        evidence = f"{found.evidence[:1].upper()}{found.evidence[1:]}."
-        where = f"Counts where {claim.criterion}. Figure: {drawn[claim.figure].title}."
-        items.append((f"{number}. {claim.text}: {'yes' if found.held else 'no'}.", f"{evidence} {where}"))
+        text = f"Found: {found.evidence}. Counts if {claim.criterion}. Figure: {drawn[claim.figure].title}."
+        items.append((f"{number}. {claim.text}: {'yes' if found.held else 'no'}.", text))
     page.items(items)
     page.heading("Would it come out in other circumstances?")
     page.paragraph(
