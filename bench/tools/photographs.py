@@ -40,12 +40,12 @@ def main() -> int:
     }
     with matplotlib.rc_context({"font.size": 8, "axes.titlesize": 8}):
         figure = Figure(figsize=(WIDTH, HEIGHT), layout="constrained")
-        figure.get_layout_engine().set(w_pad=0.02, h_pad=0.02, wspace=0, hspace=0)
+        figure.get_layout_engine().set(w_pad=0.02, h_pad=0.04, wspace=0, hspace=0)
         axes = fastsal.plot.saliency_grid(x, rows, columns=len(x), figure=figure)
         for slot, ax in enumerate(axes[0]):
             classes = (int(which[slot]) for which in (result.prediction, result.runner_up))
             predicted, nearest = (names.index_to_description(which).split(",")[0] for which in classes)
-            ax.set_title(f"{textwrap.fill(predicted, 16)}\nnearest other:\n{textwrap.fill(nearest, 16)}")
+            ax.set_title(f"{textwrap.fill(predicted, 17)}\nnearest other:\n{textwrap.fill(nearest, 17)}")
             values = ", ".join(
                 f"{symbol} {getattr(result, name)[slot].item():.3f}"
                 for symbol, name in {
