@@ -69,6 +69,18 @@ def robustness(
     return Robustness(rho, attack, each)
 
 
+def robustness_in_box(model: nn.Module, x: Tensor) -> Tensor:
+    """The same, float64 [B], of perturbations that keep every pixel in [0, 1], as DDN alone finds it. Deterministic.
+
+    The code that came with the paper attacks digits in this box. It takes only one attack here, since it is there to explain.
+    """
+    model = copy.deepcopy(model).requires_grad_(False)
+    prediction = classes(model, x)
+    foolbox_model = extra("foolbox").PyTorchModel(model, bounds=(0, 1), device=x.device)
+    attack, _ = _foolbox_attacks()["DDN"]
+    return _smallest(model, x, prediction, attack(foolbox_model, x, prediction, epsilons=[None])[0])
+
+
 def attack_seconds(model: nn.Module, x: Tensor) -> float:
     """An estimate of the mean time of one of the attacks on x, from a forward and backward pass after one that warms up."""
     model = copy.deepcopy(model).eval().requires_grad_(False)

@@ -162,7 +162,9 @@ def variations(study: Study) -> dict[str, Study]:
         if len(study.families()) > 1
     }
     return {
+        "pixels kept in [0, 1]": study.in_box(),
         "x with the mean image at 0": study.centred(),
+        "both": study.in_box().centred(),
         **families,
         "every strength, whatever its accuracy": replace(study, floor=0.0),
     }

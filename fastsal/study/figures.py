@@ -129,15 +129,21 @@ def linearised_robustness(study: Study) -> tuple[Any, str]:
 
 
 def alignment(study: Study) -> tuple[Any, str]:
-    figure, axes = _figure(7, 2)
-    for ax, one, title in zip(axes, (study, study.centred()), ("black at 0", "mean image at 0"), strict=True):
+    panels = {
+        "ρ of any perturbation, black at 0": study,
+        "ρ with pixels kept in [0, 1], black at 0": study.in_box(),
+        "ρ with pixels kept in [0, 1], mean image at 0": study.in_box().centred(),
+    }
+    figure, axes = _figure(0.4 + 3.2 * len(panels), len(panels))
+    for ax, (title, one) in zip(axes, panels.items(), strict=True):
         _median_lines(one, ax, "alignment")
         ax.set(ylabel="median alignment α (units of x)", title=title)
     _legend(figure, axes[0], 3)
     return figure, (
         f"Alignment α of image and saliency map against robustness ρ: medians over {study.images} test images, a point a "
-        f"model, joined in order of strength, with bars from quartile to quartile of α, {HOLLOW}. Below: the same with the "
-        "mean of the training images subtracted from x, which changes α but not ρ."
+        f"model, joined in order of strength, with bars from quartile to quartile of α, {HOLLOW}. Top: ρ as defined, where a "
+        "perturbation may leave [0, 1]. Middle: ρ of perturbations that stay there. Bottom: also with the mean of the training "
+        "images subtracted from x, which changes α but not ρ."
     )
 
 

@@ -13,7 +13,7 @@ from fastsal.adversarial import distances
 from fastsal.analysis import analyze
 from fastsal.geometry import Geometry
 from fastsal.linearization import Model, call
-from fastsal.study.attacks import ATTACKS, robustness
+from fastsal.study.attacks import ATTACKS, robustness, robustness_in_box
 from fastsal.study.data import Split
 
 HOMOGENEOUS = (
@@ -90,7 +90,7 @@ def measure(
     """Columns with a row for every image, and the saliency maps of the images at `shown`.
 
     The columns are the scalars of `Geometry`, degrees of homogeneity, terms of the bound, what of these changes with the
-    origin once more for x − `centre`, deviations from the bias sums, and ρ.
+    origin once more for x − `centre`, deviations from the bias sums, and ρ by every attack.
     """
     parts = [_columns(model, part, centre) for part in x.split(BATCH)]
     maps = analyze(model, x[shown], keep_saliency=True).saliency
@@ -98,6 +98,7 @@ def measure(
     columns = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
     found = robustness(model, x, seed=seed, after_attack=after_attack)
     columns["rho"] = found.rho
+    columns["rho in the box"] = robustness_in_box(model, x)
     columns |= {f"rho {name}": found.each[:, slot] for slot, name in enumerate(ATTACKS)}
     arrays = {"image": np.arange(len(x)), "class": y.numpy()}
     arrays |= {name: column.detach().cpu().numpy() for name, column in columns.items()}

@@ -21,6 +21,7 @@ WORKING = 0.9
 FAMILIES = ("double backpropagation", "adversarial")
 TABLE = {
     "rho": "ρ",
+    "rho in the box": "ρ in [0, 1]",
     "linearized_robustness": "ρ̃",
     "alignment": "α",
     "binarized_alignment": "α†",
@@ -90,10 +91,18 @@ class Study:
         """The models that keep most of the plain one's accuracy."""
         return [r for r in self.results if r.accuracy >= self.floor * self.results[0].accuracy]
 
+    def with_columns(self, others: dict[str, str]) -> "Study":
+        """The same with other columns in the place of some."""
+        results = [replace(r, columns=r.columns | {k: r.columns[v] for k, v in others.items()}) for r in self.results]
+        return replace(self, results=results)
+
     def centred(self) -> "Study":
         """The same with the mean image of the training split at 0, which moves α, β, homogeneity and the bound."""
-        results = [replace(r, columns=r.columns | {k: r.columns[f"centred {k}"] for k in ORIGIN}) for r in self.results]
-        return replace(self, results=results)
+        return self.with_columns({name: f"centred {name}" for name in ORIGIN})
+
+    def in_box(self) -> "Study":
+        """The same with ρ of perturbations that keep every pixel in [0, 1]."""
+        return self.with_columns({"rho": "rho in the box"})
 
 
 def rank_correlation(a: Any, b: Any) -> float:
