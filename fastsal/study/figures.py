@@ -79,12 +79,12 @@ def saliency(study: Study) -> tuple[Any, str]:
     results |= {f"{SHORT[kind]}\n{r.recipe.label}": r for kind, found in strongest.items() for r in found}
     columns = min(GLANCE, len(study.shown))
     figure = _grid_figure(0.6 + 0.68 * (1 + len(results)))
-    named = {f"{name}\nρ {result.median('rho'):.1f}": result.geometry() for name, result in results.items()}
+    named = {f"{name}\nρ {result.median('rho in the box'):.1f}": result.geometry() for name, result in results.items()}
     plot.saliency_grid(study.shown, named, columns=columns, figure=figure)
     return figure, (
         f"{columns} test images (top row) and, below, the saliency maps of the predicted logit, for the plain model and for "
-        f"the strongest of each way of training that keeps {WORKING:.0%} of its accuracy. ρ is the median robustness over "
-        f"{study.images} test images. {MAPS}"
+        f"the strongest of each way of training that keeps {WORKING:.0%} of its accuracy. ρ is the median robustness of "
+        f"{study.images} test images against perturbations that keep pixels in [0, 1]. {MAPS}"
     )
 
 

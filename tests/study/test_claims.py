@@ -21,6 +21,7 @@ def made_up(alpha_power, homogeneity):
         columns |= {"binarized_homogeneity": values, "binarized_alignment": rho * (1 + values[::-1])}
         columns |= {"homogeneity": np.full(30, homogeneity[slot])}
         columns |= {f"centred {name}": columns[name] for name in ORIGIN} | {"centred alignment": 1 / rho}
+        columns |= {"rho in the box": 1 / rho}
         score = 0.1 if slot == 3 else 0.9
         made.append(Result(Recipe(penalty=penalty), score, columns, torch.zeros(1, 1, 8, 8)))
     return Study("made up", 1, 30, torch.zeros(1, 1, 8, 8), made)
@@ -49,10 +50,13 @@ def test_in_other_circumstances():
     adversarial = [Result(Recipe(radius=r.recipe.penalty or 1), 0.9, r.columns, r.saliency) for r in study.results[1:]]
     other = variations(dataclasses.replace(study, results=study.results + adversarial))
     names = ["double backpropagation alone", "adversarial alone", "every strength, whatever its accuracy"]
-    assert list(other) == ["x with the mean image at 0", *names]
-    assert list(variations(study)) == ["x with the mean image at 0", names[-1]]
-    # made_up: a centred alignment falls where the other grows, and nothing else is different.
+    origins = ["pixels kept in [0, 1]", "x with the mean image at 0", "both"]
+    assert list(other) == [*origins, *names]
+    assert list(variations(study)) == [*origins, names[-1]]
+    # made_up: a centred alignment falls where the other grows, ρ in the box falls too, and nothing else is different.
+    assert held(other["pixels kept in [0, 1]"])[1:5] == [False, False, False, False]
     assert held(variations(study)["x with the mean image at 0"]) == [True, False, False, True, False, True]
+    assert held(variations(study)["both"])[2]
     assert [r.recipe.strength for r in other[names[0]].results] == [0, 0.1, 1, 10]
     assert [r.recipe.radius for r in other[names[1]].results] == [0, 0.1, 1, 10]
     assert len(other[names[2]].working()) == len(other[names[2]].results) > len(study.working())
