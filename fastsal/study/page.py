@@ -7,7 +7,7 @@ from pathlib import Path
 from fastsal.files import replacing
 from fastsal.study import figures, results
 from fastsal.study.attacks import ATTACKS
-from fastsal.study.claims import CLAIMS, checks, variations, verdicts
+from fastsal.study.claims import checks, variations, verdicts
 from fastsal.study.results import TABLE, WORKING, Study, summary
 
 PAGE = """<!doctype html>
@@ -28,6 +28,7 @@ figcaption {{ color: #333; font-size: .95rem }}
 table {{ border-collapse: collapse; margin: 1rem 0; font-variant-numeric: tabular-nums; font-size: .85rem }}
 th, td {{ padding: .2rem .5rem; text-align: right; white-space: nowrap; border-bottom: 1px solid #ddd }}
 th:first-child, td:first-child {{ text-align: left; position: sticky; left: 0; background: #fff }}
+td:first-child {{ white-space: normal; min-width: 4.5rem }}
 </style>
 </head>
 <body>
@@ -110,11 +111,12 @@ def attack_table(study: Study) -> list[dict[str, str]]:
 
 
 def variation_table(study: Study) -> list[dict[str, str]]:
-    """Whether each claim comes out as measured and in other circumstances, with its number."""
-    rows = [{"claim": f"{number}."} for number in range(1, len(CLAIMS) + 1)]
+    """Whether the claims, by number, come out as measured and in other circumstances, with the number that decides."""
+    rows = []
     for name, other in {"as measured": study, **variations(study)}.items():
-        for row, (_, found) in zip(rows, verdicts(other), strict=True):
-            row[name] = f"{'yes' if found.held else 'no'} ({found.number})"
+        found = [found for _, found in verdicts(other)]
+        cells = {f"claim {k}": f"{'yes' if one.held else 'no'} ({one.number})" for k, one in enumerate(found, 1)}
+        rows.append({"": name} | cells)
     return rows
 
 
