@@ -124,8 +124,8 @@ def summary(result: Result) -> dict[str, Any]:
     # Negative where the bound holds, as it must up to rounding.
     excess = (columns["linearized_robustness"] - columns["bound"]) / columns["bound"]
     row["largest relative excess over the bound"] = float(np.nanmax(excess))
-    for name in ("bias_sum_error", "binarized_bias_sum_error"):
-        if name in columns:
+    for name in columns:
+        if name.endswith("bias_sum_error"):
             row[f"largest {name}"] = float(np.nanmax(columns[name]))
     row |= {f"smallest by {name}": int((columns["attack"] == name).sum()) for name in ATTACKS}
     return row
