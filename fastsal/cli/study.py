@@ -48,7 +48,7 @@ class Grid:
 
 GRIDS = {
     "digits": Grid(50),
-    "mnist5k": Grid(6, (0.1, 1.0, 10.0, 30.0), (0.5, 1.0, 2.0, 3.0), 100),
+    "mnist5k": Grid(6, (0.01, 0.03, 1.0, 10.0), (1.0, 2.0, 3.0), 100),
     "mnist": Grid(10),
     "cifar10": Grid(30),
     "folder": Grid(30),

@@ -188,7 +188,7 @@ def checks(study: Study) -> list[str]:
             f"another road: largest deviation {exact:.1e} of |Ψ| + Σ|xₖgₖ| in float64, {errors.max():.1e} in float32, which "
             f"rounds at 6e-8"
             + (
-                f"; there {over} of {errors.size} are above 1e-5, at a kink, where rounding takes another branch"
+                f"; {over} of {errors.size} are above 1e-5, at a kink, where rounding takes another branch"
                 if over
                 else ""
             )
