@@ -76,9 +76,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     penalties, radii = "penalties of double backpropagation", "radii of adversarial training, in units of x"
     parser.add_argument("--strengths", **numbers, metavar="λ", help=f"{penalties}; default: by data")
     parser.add_argument("--radii", **numbers, metavar="ε", help=f"{radii}; default: by data")
-    parser.add_argument(
-        "--model", default="cnn", help="cnn (the paper's, the default), cnn:smooth, torchvision:NAME or timm:NAME"
-    )
+    parser.add_argument("--model", default="cnn", help="cnn, torchvision:NAME or timm:NAME; default: cnn, the paper's")
     parser.add_argument("--epochs", type=positive, help="of training; default: by data")
     parser.add_argument("--batch-size", type=positive, default=64, help="of training; default: %(default)s")
     parser.add_argument("--images", type=positive, help="test images, attacked too; default: by data")
@@ -147,8 +145,7 @@ class _Progress:
 
 def _blame(arguments: argparse.Namespace) -> contextlib.AbstractContextManager[None]:
     """For what a network of torchvision's or timm's does: it may lack second derivatives, or want other images."""
-    own = arguments.model.partition(":")[0] == "cnn"
-    return contextlib.nullcontext() if own else Blame(f"--model {arguments.model}")
+    return contextlib.nullcontext() if arguments.model == "cnn" else Blame(f"--model {arguments.model}")
 
 
 def _result(

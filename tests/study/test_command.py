@@ -55,7 +55,7 @@ def test_prints_the_verdicts_again(study, capsys):
     [
         (["--data", "mnist"], "--data mnist: wants digits, mnist5k, mnist:PATH, cifar10:PATH or folder:PATH"),
         (["--data", "svhn:/x"], "--data svhn:/x: wants digits"),
-        (["--model", "resnet"], "--model resnet: wants cnn, cnn:smooth, torchvision:NAME or timm:NAME"),
+        (["--model", "resnet"], "--model resnet: wants cnn, torchvision:NAME or timm:NAME"),
         (["--strengths", "-1"], "got '-1', wants a number from 0"),
         (["--radii", "inf"], "got 'inf', wants a number from 0"),
         (["--radii", "0", "--strengths"], "--strengths and --radii: nothing to compare the plain network with"),
