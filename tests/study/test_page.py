@@ -3,6 +3,7 @@
 import html
 import html.parser
 import re
+from pathlib import Path
 
 from study.small import LABELS
 
@@ -67,3 +68,19 @@ def test_captions_count(study):
             name, "24 test images"
         )
         assert want in caption
+
+
+def test_the_guide_says_what_the_committed_report_says():
+    """Every decimal of the guide's section is one of the report's numbers, rounded; so are its counts of attacks."""
+    root = Path(__file__).resolve().parents[2]
+    report = (root / "bench" / "results" / "study" / "report.md").read_text(encoding="utf-8").replace("−", "-")
+    guide = (root / "docs" / "study.md").read_text(encoding="utf-8").replace("−", "-")
+    section = guide.partition("## What came out on MNIST")[2].partition("\n## ")[0]
+    there = [float(number) for number in re.findall(r"-?\d+\.\d+(?:e-?\d+)?", report)]
+    quoted = re.findall(r"-?\d+\.\d+(?:e-?\d+)?", section)
+    assert len(quoted) > 30
+    for number in quoted:
+        digits = len(number.partition(".")[2])
+        assert ("e" in number and float(number) in there) or any(f"{one:.{digits}f}" == number for one in there), number
+    counts = re.search(r"DDN found .*? none", section, re.S)[0]
+    assert {"514", "260", "14", "12"} <= set(re.findall(r"\d+", counts)) & set(re.findall(r"\d+", report))
