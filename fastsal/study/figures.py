@@ -130,14 +130,14 @@ def linearised_robustness(study: Study) -> tuple[Any, str]:
 
 def alignment(study: Study) -> tuple[Any, str]:
     panels = {
-        "ρ of any perturbation, black at 0": study,
-        "ρ with pixels kept in [0, 1], black at 0": study.in_box(),
-        "ρ with pixels kept in [0, 1], mean image at 0": study.in_box().centred(),
+        "any perturbation; black at 0": study,
+        "pixels kept in [0, 1]; black at 0": study.in_box(),
+        "pixels kept in [0, 1]; mean image at 0": study.in_box().centred(),
     }
     figure, axes = _figure(0.4 + 3.2 * len(panels), len(panels))
     for ax, (title, one) in zip(axes, panels.items(), strict=True):
         _median_lines(one, ax, "alignment")
-        ax.set(ylabel="median alignment α (units of x)", title=title)
+        ax.set(ylabel="median α (units of x)", title=title)
     _legend(figure, axes[0], 3)
     return figure, (
         f"Alignment α of image and saliency map against robustness ρ: medians over {study.images} test images, a point a "
