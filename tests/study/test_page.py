@@ -1,7 +1,11 @@
 """The page of a study: it needs no other file, and its captions say how many images were used."""
 
+import html
 import html.parser
 import re
+from pathlib import Path
+
+from study.small import LABELS
 
 from fastsal.study import figures
 
@@ -33,9 +37,50 @@ def test_page_needs_nothing_else(study):
     assert ("meta", {"name": "viewport", "content": "width=device-width, initial-scale=1"}) in page.tags
 
 
+def test_markdown_says_the_same(study):
+    """Every paragraph, item and cell of report.html is in report.md, whose figures are files beside it."""
+    markdown = (study / "report.md").read_text(encoding="utf-8")
+    text = re.search("<body>(.*)</body>", (study / "report.html").read_text(encoding="utf-8"), re.S)[1]
+    parts = [html.unescape(part) for part in re.split("<[^>]*>", text)]
+    assert len(parts) > 100
+    assert not [part for part in parts if part.strip() not in markdown]
+    files = re.findall(r"^!\[.+\]\((.+)\)$", markdown, re.M)
+    assert [file.removesuffix(".png") for file in files] == list(figures.FIGURES)
+    assert all((study / file).exists() for file in files)
+
+
+def test_attacks_are_counted(study):
+    """Every image of every model has one attack that found the smallest."""
+    markdown = (study / "report.md").read_text(encoding="utf-8")
+    section = markdown.partition("## The attacks")[2].partition("\n##")[0]
+    rows = [
+        [cell.strip() for cell in line.strip("|").split("|")] for line in section.splitlines() if line.startswith("|")
+    ]
+    counts = {name: sum(map(int, cells)) for name, *cells in rows[2:]}
+    assert counts == dict.fromkeys(LABELS, 24) | {"all": 24 * len(LABELS)}
+
+
 def test_captions_count(study):
     captions = re.findall("<figcaption>(.*?)</figcaption>", (study / "report.html").read_text(encoding="utf-8"))
     assert len(captions) == len(figures.FIGURES)
     for name, caption in zip(figures.FIGURES, captions, strict=True):
-        want = {"saliency": "8 test images", "accuracy": "450 test images"}.get(name, "24 test images")
+        want = {"saliency": "5 test images", "saliency_all": "8 test images", "accuracy": "450 test images"}.get(
+            name, "24 test images"
+        )
         assert want in caption
+
+
+def test_the_guide_says_what_the_committed_report_says():
+    """Every decimal of the guide's section is one of the report's numbers, rounded; so are its counts of attacks."""
+    root = Path(__file__).resolve().parents[2]
+    report = (root / "bench" / "results" / "study" / "report.md").read_text(encoding="utf-8").replace("−", "-")
+    guide = (root / "docs" / "study.md").read_text(encoding="utf-8").replace("−", "-")
+    section = guide.partition("## What came out on MNIST")[2].partition("\n## ")[0]
+    there = [float(number) for number in re.findall(r"-?\d+\.\d+(?:e-?\d+)?", report)]
+    quoted = re.findall(r"-?\d+\.\d+(?:e-?\d+)?", section)
+    assert len(quoted) > 30
+    for number in quoted:
+        digits = len(number.partition(".")[2])
+        assert ("e" in number and float(number) in there) or any(f"{one:.{digits}f}" == number for one in there), number
+    counts = re.search(r"DDN found .*? none", section, re.S)[0]
+    assert {"514", "260", "14", "12"} <= set(re.findall(r"\d+", counts)) & set(re.findall(r"\d+", report))

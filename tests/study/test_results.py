@@ -48,6 +48,7 @@ def test_what_must_hold(study):
         )
         # A float32 forward and backward pass of a few thousand terms a logit.
         assert max(value["bias_sum_error"], value["binarized_bias_sum_error"]) < 1e-5
+        assert max(value["float64 bias_sum_error"], value["float64 binarized_bias_sum_error"]) < 1e-13
 
 
 def test_rank_correlation():
