@@ -67,7 +67,7 @@ def launch(
         )
 
 
-@triton.jit
+@launching.kernel
 def pairwise_backward_top_kernel(
     jacobian_ptr, stride_jacobian_b, stride_jacobian_n, w_ptr, top_ptr, share_ptr, n_rows, n_cols, BLOCK_D: tl.constexpr
 ):
@@ -97,7 +97,7 @@ def _narrow(v, T: tl.constexpr):
     return v if T == tl.float64 else v.to(tl.float32).to(T)
 
 
-@triton.jit
+@launching.kernel
 def pairwise_backward_jacobian_kernel(
     w_ptr,  # float64 [B, n, n]; for Q = 0 the shares of pairwise_backward_top_kernel
     v_ptr,  # float64 [B, n, n] or None
@@ -147,7 +147,7 @@ def pairwise_backward_jacobian_kernel(
     tl.store(out, _narrow(acc, grad_ptr.dtype.element_ty), mask=(i < n_rows)[:, None] & (cols < n_cols)[None, :])
 
 
-@triton.jit
+@launching.kernel
 def pairwise_backward_x_kernel(
     v_ptr,
     jacobian_ptr,
