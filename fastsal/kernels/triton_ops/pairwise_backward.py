@@ -77,12 +77,13 @@ def pairwise_backward_top_kernel(
     j = pid % n_rows
     row_i = jacobian_ptr + pid // n_rows // n_rows * stride_jacobian_b + i * stride_jacobian_n
     row_j = jacobian_ptr + pid // n_rows // n_rows * stride_jacobian_b + j * stride_jacobian_n
+    end = tl.cast(n_cols, tl.int64)  # the columns of the last block may lie beyond 32 bits
     top = tl.zeros([1, BLOCK_D], tl.int64)
-    for k in range(0, n_cols, BLOCK_D):
+    for k in range(0, end, BLOCK_D):
         top = accumulate(top, entries(row_i, k, n_cols, BLOCK_D) - entries(row_j, k, n_cols, BLOCK_D), 0)
     largest = reduce(top, 0)
     count = tl.zeros([1, BLOCK_D], tl.int64)
-    for k in range(0, n_cols, BLOCK_D):
+    for k in range(0, end, BLOCK_D):
         d = entries(row_i, k, n_cols, BLOCK_D) - entries(row_j, k, n_cols, BLOCK_D)
         mask = (k + tl.arange(0, BLOCK_D) < n_cols)[None, :]
         count += ((tl.abs(d) == largest[:, None]) & mask).to(tl.int64)
