@@ -10,6 +10,7 @@ COMMANDS = {
     "profile": ("bench.tools.profiling", "where the time of fastsal.analyze goes"),
     "certified": ("bench.cases.certified", "certified beside exact on trained networks of 1000 classes"),
     "gpu": ("bench.tools.gpu", "build, test, sanitize and measure on a GPU"),
+    "gpu_model": ("bench.tools.gpu_model", "what the CUDA kernels should reach, from their registers; without a GPU"),
     "triton_matrix": ("bench.tools.triton_matrix", "compile every Triton kernel without a GPU"),
 }
 
