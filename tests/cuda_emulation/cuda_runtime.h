@@ -205,7 +205,8 @@ V atomicAdd(V* at, V value) {
 
 // A copy arrives when its thread waits for it, and no earlier.
 inline void __pipeline_memcpy_async(void* to, const void* from, size_t bytes) {
-  if ((reinterpret_cast<uintptr_t>(to) | reinterpret_cast<uintptr_t>(from)) % bytes) emulation::fail("a misaligned copy");
+  if ((reinterpret_cast<uintptr_t>(to) | reinterpret_cast<uintptr_t>(from)) % bytes)
+    emulation::fail("a misaligned copy");
   emulation::block.fibers[emulation::block.current].copies.push_back({to, from, bytes});
 }
 inline void __pipeline_commit() {}
