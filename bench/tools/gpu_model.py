@@ -83,7 +83,7 @@ def usage() -> dict[str, int]:
     command = [tool, "-res-usage", "-arch", "sm_90", str(module.origin)]
     text = subprocess.run(command, capture_output=True, text=True, check=True).stdout
     names = subprocess.run(["c++filt"], input=text, capture_output=True, text=True, check=True).stdout
-    found = re.findall(r"Function (?:void )?fastsal::\(anonymous namespace\)::(\w+<2, [^(]*>)\(.*\n\s*REG:(\d+)", names)
+    found = re.findall(r"Function (?:void )?fastsal::\(anonymous namespace\)::(\w+<2, .*>)\(.*\n\s*REG:(\d+)", names)
     return {name: int(registers) for name, registers in found}
 
 
