@@ -13,6 +13,7 @@ COMMANDS = {
     "zoo": ("bench.cases.zoo", "certified beside exact rows on timm's networks, one of every kind"),
     "photographs": ("bench.tools.photographs", "draw saliency maps of EfficientNet-Lite0 on photographs"),
     "gpu": ("bench.tools.gpu", "build, test, sanitize and measure on a GPU"),
+    "gpu_model": ("bench.tools.gpu_model", "what the CUDA kernels should reach, from their registers; without a GPU"),
     "triton_matrix": ("bench.tools.triton_matrix", "compile every Triton kernel without a GPU"),
 }
 

@@ -3,16 +3,19 @@
 What this cannot show: hardware (warps in lockstep, memory ordering), speed, and what nvcc makes of the source.
 """
 
+import contextlib
 import math
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import cases
 import pytest
 import torch
 from cases import each_dtype, each_norm
 from cuda_emulation import emulated
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from fastsal import reference
 from fastsal.kernels import cuda
@@ -62,13 +65,25 @@ def test_values_of_every_backend(module_path, run_python):
 @each_norm
 @each_dtype
 @pytest.mark.parametrize(("B", "n", "D"), [(2, 10, 784), (3, 5, 5003), (1, 33, 40)])
-def test_one_block_and_six_kernels_agree(kernels, monkeypatch, norm, dtype, B, n, D):
+def test_one_block_and_four_kernels_agree(kernels, monkeypatch, norm, dtype, B, n, D):
     arguments = (*cases.inputs(B, n, D, dtype), norm)
     results = []
     for fused in (True, False):
         monkeypatch.setattr(cuda, "_fused", lambda *_, fused=fused: fused)
         results.append(run_poisoned(kernels.margin_geometry, *arguments))
     assert_all_same(*results)
+
+
+@pytest.mark.parametrize(("B", "n"), [(34, 4000), (1, 4100)])
+def test_many_classes(kernels, monkeypatch, B, n):
+    """So many tasks that a warp of the fold kernel takes two; so many classes that they are predicted beforehand."""
+    monkeypatch.setattr(cuda, "_fused", lambda *_: False)
+    logits, jacobian, x = cases.inputs(B, n, 4, torch.float32)
+    scalars, indices, distances = run_poisoned(kernels.margin_geometry, logits, jacobian, x, 2.0)
+    truth, prediction, runner_up, want = reference.margin_geometry(logits, jacobian, x, 2.0)
+    assert torch.equal(indices, torch.stack((prediction, runner_up)))
+    torch.testing.assert_close(distances.double(), want, rtol=1e-6, atol=0)
+    torch.testing.assert_close(scalars[0].double(), truth["linearized_robustness"], rtol=1e-6, atol=0)
 
 
 @each_norm
@@ -93,17 +108,51 @@ def test_pairs_do_not_depend_on_the_tile(kernels, norm):
 
 
 @each_dtype
-@pytest.mark.parametrize("offset", [1, 3])
-def test_alignment_changes_no_bit(kernels, dtype, offset):
-    """Rows that start anywhere, among NaN that must not be read."""
-    logits, jacobian, x = cases.inputs(2, 6, 4096, dtype)
-    moved = torch.full((2, 6, 4096 + 16), math.nan, dtype=dtype)[..., offset : offset + 4096].copy_(jacobian)
+@pytest.mark.parametrize("D", [256, 4096])  # the rows fit into a block's shared memory, or do not
+@pytest.mark.parametrize("offset", [0, 1, 3])
+def test_alignment_changes_no_bit(kernels, dtype, D, offset):
+    """Rows and x that start anywhere, among NaN that must not be read."""
+    logits, jacobian, x = cases.inputs(2, 6, D, dtype)
+    moved = torch.full((2, 6, D + 16), math.nan, dtype=dtype)[..., offset : offset + D].copy_(jacobian)
+    moved_x = torch.full((2, D + 16), math.nan, dtype=dtype)[..., offset : offset + D].copy_(x)
     for run in (
-        lambda j: kernels.margin_geometry(logits, j, x, 2.0),
-        lambda j: (kernels.row_distances(j[:, 2], j, 2.0),),
-        lambda j: kernels.pairwise_margins(logits, j, x, 2.0),
+        lambda j, x: kernels.margin_geometry(logits, j, x, 2.0),
+        lambda j, x: (kernels.row_distances(j[:, 2], j, 2.0),),
+        lambda j, x: kernels.pairwise_margins(logits, j, x, 2.0),
     ):
-        assert_all_same(run_poisoned(run, jacobian), run_poisoned(run, moved))
+        expected = run_poisoned(run, jacobian, x)
+        for rows, inputs in ((moved, x), (jacobian, moved_x), (moved, moved_x)):
+            assert_all_same(expected, run_poisoned(run, rows, inputs))
+
+
+@each_norm
+def test_x_in_float32_beside_narrower_rows(kernels, norm):
+    """x is as exact as the rows, wherever it starts."""
+    logits, jacobian, _ = cases.inputs(2, 6, 256, torch.bfloat16)
+    x = cases.inputs(2, 6, 256, torch.float32)[2]
+    moved = torch.full((2, 300), math.nan)[:, 1:257].copy_(x)
+    expected = run_poisoned(kernels.margin_geometry, logits, jacobian, x, norm)
+    assert_all_same(expected, run_poisoned(kernels.margin_geometry, logits, jacobian, moved, norm))
+    truth = reference.margin_geometry(logits, jacobian, x, norm)[0]
+    torch.testing.assert_close(expected[0][1].double(), truth["alignment"], rtol=1e-6, atol=0)
+
+
+class NothingIsRead(TorchDispatchMode):
+    """Raises where a value of a tensor comes to the host, or a shape depends on one."""
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        assert func._schema.name not in ("aten::_local_scalar_dense", "aten::nonzero", "aten::equal"), func
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("fused", [True, False])
+def test_nothing_is_read_back(kernels, monkeypatch, fused):
+    """A GPU would stop for it, and a CUDA graph could not be captured."""
+    monkeypatch.setattr(cuda, "_fused", lambda *_: fused)
+    with NothingIsRead():
+        everything(kernels, torch.bfloat16, 2.0)
+        with pytest.raises(AssertionError, match="_local_scalar_dense"):
+            torch.ones(1).item()
 
 
 def test_an_example_does_not_depend_on_its_batch(kernels):
@@ -158,6 +207,24 @@ def test_pairwise_backward(kernels, norm, dtype, with_x):
         # n additions of float64, and one rounding to the result's type
         error = 32 * torch.finfo(torch.float64).eps * other.abs().max() + torch.finfo(dtype).eps * other.abs()
         assert ((one.double() - other).abs() <= error + torch.finfo(dtype).smallest_normal).all()
+
+
+def test_launches_go_to_the_tensors_device(monkeypatch):
+    """Whatever device is the current one: its current stream, and the caller's device again afterwards."""
+    current = ["cuda:0"]
+
+    @contextlib.contextmanager
+    def device(of):
+        before, current[0] = current[0], of
+        yield
+        current[0] = before
+
+    stream_of = {"cuda:0": 5, "cuda:1": 7}
+    monkeypatch.setattr(torch.cuda, "device", device)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda: SimpleNamespace(cuda_stream=stream_of[current[0]]))
+    with cuda._launching(SimpleNamespace(device="cuda:1")) as stream:
+        assert (stream, current) == (7, ["cuda:1"])
+    assert current == ["cuda:0"]
 
 
 def test_every_scalar_is_written(kernels, monkeypatch):

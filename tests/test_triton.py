@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 TESTS = Path(__file__).resolve().parent
+HOME = Path(importlib.util.find_spec("fastsal").origin).parent.parent
 SPILL_BUDGET = 16  # bytes a thread
 pytestmark = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed")
 
@@ -16,11 +17,10 @@ pytestmark = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reas
 def test_interpreter(run_python):
     """Values against long double: tests/triton_interpreter.py, in a process whose kernels are numpy programs."""
     file = TESTS / "triton_interpreter.py"
-    home = Path(importlib.util.find_spec("fastsal").origin).parent.parent
     result = run_python(
         *("-m", "pytest", "-q", "-p", "no:cacheprovider", "--rootdir", str(TESTS), str(file)),
         TRITON_INTERPRET="1",
-        PYTHONPATH=os.pathsep.join((str(home), str(TESTS))),
+        PYTHONPATH=os.pathsep.join((str(HOME), str(TESTS))),
     )
     assert result.returncode == 0, result.stdout[-8000:] + result.stderr[-2000:]
 
@@ -50,6 +50,28 @@ def test_every_kernel_compiles_within_the_spill_budget(run_python, tmp_path, cap
     # ptxas may give up a few bytes outside the loops for one more block on a multiprocessor.
     assert [row for row in rows if row["spilled_bytes"] > SPILL_BUDGET] == []
     assert max(row["shared_bytes"] for row in rows) <= 48 << 10
+
+
+def test_another_batch_compiles_nothing(run_python):
+    """The last batch of a data set, one example alone and a few classes less take the kernels that are there."""
+    code = (
+        "from bench.tools.triton_matrix import caught\n"
+        "for shapes in (((64, 10, 784),), ((64, 10, 784), (63, 10, 784), (1, 10, 784), (64, 16, 784), (3, 9, 784))):\n"
+        "    print(len(list(caught(90, shapes))))"
+    )
+    result = run_python("-c", code, TRITON_INTERPRET="0", PYTHONPATH=os.pathsep.join((str(HOME), str(TESTS.parent))))
+    first, all_of_them = result.stdout.split()
+    assert first == all_of_them, result.stderr
+
+
+def test_a_grid_that_is_too_large_is_an_error(run_python):
+    """Before the launch, with the kernel's name: the driver says "invalid argument"."""
+    code = (
+        "from fastsal.kernels.triton_ops import launching, row_distances\n"
+        "launching.launch(row_distances.row_distances_combine_kernel, 2**31)"
+    )
+    result = run_python("-c", code, TRITON_INTERPRET="0")
+    assert "RuntimeError: row_distances_combine_kernel: the problem is too large for one grid" in result.stderr
 
 
 def test_importing_fastsal_leaves_triton_alone(run_python):

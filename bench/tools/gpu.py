@@ -1,14 +1,20 @@
 """Everything that wants a GPU, in one command: `python -m bench gpu`, from the root of a checkout.
 
 Four phases, each with a deadline, all within nine minutes: `build` (fastsal._cuda in place, for this device), `test` (the GPU
-tier), `sanitize` (compute-sanitizer's four tools on a small run) and `bench` (the kernels beside what PyTorch offers, with the
-read bandwidth measured in the same run). The JSON is rewritten after every phase and every case; a table comes last.
+tier, on each backend), `sanitize` (compute-sanitizer's four tools on a small run) and `bench` (the kernels beside what PyTorch
+offers, with the read bandwidth measured in the same run). A table comes last.
+
+The JSON is rewritten after every step of a phase and every case. What it holds of this machine and commit is not done again:
+an interrupted run goes on where it was, and a step that failed is tried once more. `--fresh` forgets it.
 
 It needs PyTorch, Triton, nvcc, pybind11, setuptools, pytest and hypothesis, and no network. `--dry-run` goes through the
 motions on a CPU, with small shapes.
 """
 
 import argparse
+import functools
+import importlib.metadata
+import importlib.util
 import json
 import math
 import os
@@ -16,6 +22,7 @@ import re
 import shutil
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -29,32 +36,50 @@ from bench import RESULTS, ROOT
 DEADLINES = {"build": 130, "test": 150, "sanitize": 110, "bench": 140}  # seconds
 PYTHON_M = (sys.executable, "-m")
 SANITIZERS = ("memcheck", "racecheck", "initcheck", "synccheck")
+SHARED_TESTS = ("tests/test_geometry.py", "tests/test_pairwise.py", "tests/test_determinism.py")  # by every backend
 
 
 class Report:
-    """The results so far, on disk after every change."""
+    """The results so far, on disk after every change; with what a file of this machine and commit holds already."""
 
     data: dict[str, Any]
 
-    def __init__(self, path: Path, device: torch.device, resume: bool = False) -> None:
+    def __init__(self, path: Path, device: torch.device, fresh: bool = False) -> None:
         self.path = path
-        if resume:
-            self.data = json.loads(path.read_text(encoding="utf-8"))
-            return
         self.data = {"machine": machine(device), "phases": {}, "cases": []}
+        if path.exists() and not fresh:
+            before = json.loads(path.read_text(encoding="utf-8"))
+            if before["machine"] == self.data["machine"]:
+                self.data = before
         self.save()
 
     def save(self) -> None:
         self.path.parent.mkdir(parents=True, exist_ok=True)
         self.path.write_text(json.dumps(self.data, indent=1) + "\n", encoding="utf-8")
 
-    def phase(self, name: str, **result: Any) -> None:
-        self.data["phases"][name] = result
+    def step(self, name: str, work: Callable[[], dict[str, Any]]) -> None:
+        """Does a step of a phase that has not succeeded yet, and keeps its result."""
+        before = self.data["phases"].get(name, {})
+        if before.get("code") == 0:
+            print(f"[{name}] done already", flush=True)
+            return
+        result = self.data["phases"][name] = work()
         self.save()
         print(f"[{name}] " + ", ".join(f"{key} {value}" for key, value in result.items() if key != "tail"), flush=True)
 
-    def case(self, **row: Any) -> None:
-        self.data["cases"].append(row)
+    def has(self, row: dict[str, Any], what: str) -> bool:
+        """Whether a case has been measured."""
+        return any(row.items() <= case.items() and case["what"] == what and "failed" not in case for case in self.cases)
+
+    @property
+    def cases(self) -> list[dict[str, Any]]:
+        return self.data["cases"]
+
+    def case(self, row: dict[str, Any], what: str, **result: Any) -> None:
+        """Keeps a case, in the place of one that failed before."""
+        self.data["cases"] = [
+            case for case in self.cases if not (row.items() <= case.items() and case["what"] == what)
+        ] + [{**row, "what": what, **result}]
         self.save()
 
 
@@ -67,8 +92,6 @@ def output_of(*command: str) -> str:
 
 
 def machine(device: torch.device) -> dict[str, Any]:
-    import importlib.metadata
-
     facts = {
         "torch": torch.__version__,
         "commit": output_of("git", "rev-parse", "HEAD"),
@@ -93,13 +116,13 @@ def machine(device: torch.device) -> dict[str, Any]:
     }
 
 
-def run(command: list[str], deadline: float, **environment: str) -> dict[str, Any]:
-    """Runs a command in the checkout until its deadline; seconds, exit code (124 past it) and the end of its output."""
+def run(command: list[str], deadline: float, folder: Path = ROOT, **environment: str) -> dict[str, Any]:
+    """Runs a command in a folder until its deadline; seconds, exit code (124 past it) and the end of its output."""
     start = time.monotonic()
     paths = os.pathsep.join((str(ROOT), str(ROOT / "tests")))
     process = subprocess.Popen(
         command,
-        cwd=ROOT,
+        cwd=folder,
         env={**os.environ, "PYTHONPATH": paths, **environment},
         stdin=subprocess.DEVNULL,
         stdout=subprocess.PIPE,
@@ -117,53 +140,74 @@ def run(command: list[str], deadline: float, **environment: str) -> dict[str, An
 
 
 def build(report: Report, device: torch.device, deadline: float) -> None:
+    """In place, and out of sight of pyproject.toml, whose license a setuptools before 77 takes for an error."""
     environment = {"FASTSAL_CUDA": "auto"}
     if device.type == "cuda":
         environment = {
             "FASTSAL_CUDA": "1",
             "FASTSAL_CUDA_ARCHS": "".join(map(str, torch.cuda.get_device_capability(device))),
         }
-    report.phase("build", **run([sys.executable, "setup.py", "build_ext", "--inplace"], deadline, **environment))
+
+    def built() -> dict[str, Any]:
+        with tempfile.TemporaryDirectory() as folder:
+            for name in ("setup.py", "csrc", "fastsal"):
+                Path(folder, name).symlink_to(ROOT / name)
+            command = [sys.executable, "setup.py", "build_ext", "--inplace"]
+            return run(command, deadline, Path(folder), **environment)
+
+    report.step("build", built)
 
 
 def test(report: Report, device: torch.device, deadline: float) -> None:
-    command = [*PYTHON_M, "pytest", "-q", "--maxfail=20", "-p", "no:cacheprovider", "--durations=5"]
-    files = ["tests/gpu", "tests/test_geometry.py", "tests/test_pairwise.py", "tests/test_determinism.py"]
+    """A step for each backend, CUDA first: Triton's kernels are compiled while its tests run."""
+    command = [*PYTHON_M, "pytest", "-q", "--maxfail=20", "-p", "no:cacheprovider", "--durations=5", "tests/gpu"]
     if device.type == "cuda":
-        command += ["-p", "gpu.on_gpu"]
-    else:
-        files = ["tests/gpu"]
-    result = run([*command, *files], deadline)
-    counts = {
-        word: int(count) for count, word in re.findall(r"(\d+) (passed|failed|skipped|errors?)\b", result["tail"])
-    }
-    report.phase("test", **counts, **result)
+        command += [*SHARED_TESTS, "-p", "gpu.on_gpu"]
+        if importlib.util.find_spec("xdist"):
+            command += ["-n", str(min(8, os.cpu_count() or 1))]
+
+    def counted(backend: str, seconds: float) -> dict[str, Any]:
+        result = run([*command, "-k", backend], seconds)
+        counts = re.findall(r"(\d+) (passed|failed|skipped|errors?)\b", result["tail"])
+        return {word: int(count) for count, word in counts} | result
+
+    end = time.monotonic() + deadline
+    report.step("test cuda", lambda: counted("cuda", 0.45 * deadline))
+    report.step("test triton", lambda: counted("triton", end - time.monotonic()))
 
 
 def sanitize(report: Report, device: torch.device, deadline: float) -> None:
     sanitizer = shutil.which("compute-sanitizer")
     if device.type != "cuda" or sanitizer is None:
-        report.phase("sanitize", refused="no GPU" if device.type != "cuda" else "no compute-sanitizer on PATH")
+        why = "no GPU" if device.type != "cuda" else "no compute-sanitizer on PATH"
+        report.step("sanitize", lambda: {"refused": why})
         return
-    end = time.monotonic() + deadline
-    for index, tool in enumerate(SANITIZERS):
-        share = (end - time.monotonic()) / (len(SANITIZERS) - index)
+
+    def watched(tool: str, seconds: float) -> dict[str, Any]:
         command = [sanitizer, "--tool", tool, "--error-exitcode", "9", *PYTHON_M, "bench", "gpu", "--small-run"]
-        result = run(command, share, PYTORCH_NO_CUDA_MEMORY_CACHING="1")
+        result = run(command, seconds, PYTORCH_NO_CUDA_MEMORY_CACHING="1")
         refusal = re.search(
             r"Device not supported|not supported on this device|Unable to find injection", result["tail"]
         )
         summary = re.findall(r"(?:ERROR|RACECHECK) SUMMARY: .*", result["tail"])
-        report.phase(tool, summary=summary[-1] if summary else "", refused=refusal.group() if refusal else "", **result)
+        return {"summary": summary[-1] if summary else "", "refused": refusal.group() if refusal else ""} | result
+
+    end = time.monotonic() + deadline
+    for index, tool in enumerate(SANITIZERS):
+        share = (end - time.monotonic()) / (len(SANITIZERS) - index)
+        report.step(tool, functools.partial(watched, tool, share))
 
 
 def small_run(device: torch.device) -> None:
-    """Every CUDA kernel once, on small odd shapes: what the sanitizer watches."""
+    """Every CUDA kernel once, on small shapes, odd ones too: what the sanitizer watches."""
     from fastsal import ops
 
     for dtype in (torch.float32, torch.float64, torch.bfloat16):
-        for B, n, D in ((2, 10, 133), (1, 20, 2500)):
+        for B, n, D in ((2, 10, 133), (2, 10, 160), (1, 20, 2500), (1, 4100, 24)):
             logits, jacobian, x = inputs(B, n, D, dtype, device)
+            if n > 100:
+                ops.margin_geometry(logits, jacobian, x, 2.0, "cuda" if device.type == "cuda" else "auto")
+                continue
             w = torch.ones(B, n, n, dtype=torch.float64, device=device)
             for norm in (2.0, math.inf, 1.0):
                 backend = "cuda" if device.type == "cuda" else "auto"
@@ -186,17 +230,21 @@ def inputs(B: int, n: int, D: int, dtype: torch.dtype, device: torch.device) -> 
 
 def bench(report: Report, device: torch.device, deadline: float) -> None:
     """bench/tools/gpu_speed.py, in a process of its own."""
-    command = [*PYTHON_M, "bench.tools.gpu_speed", "--json", str(report.path), "--device", str(device)]
-    result = run([*command, "--seconds", str(0.9 * deadline)], deadline)
-    report.data = json.loads(report.path.read_text(encoding="utf-8"))
-    report.phase("bench", **result)
+
+    def measured() -> dict[str, Any]:
+        command = [*PYTHON_M, "bench.tools.gpu_speed", "--json", str(report.path), "--device", str(device)]
+        result = run([*command, "--seconds", str(0.9 * deadline)], deadline)
+        report.data = json.loads(report.path.read_text(encoding="utf-8"))
+        return result
+
+    report.step("bench", measured)
 
 
 def table(report: Report) -> None:
     """The short table that comes last."""
     for name, phase in report.data["phases"].items():
         facts = {key: value for key, value in phase.items() if key not in ("tail", "seconds") and value != ""}
-        print(f"{name:10} {phase.get('seconds', 0):6} s  {facts}")
+        print(f"{name:11} {phase.get('seconds', 0):6} s  {facts}")
     if "bandwidth" in report.data:
         print(f"read bandwidth {report.data['bandwidth']['best'] / 1e9:.0f} GB/s", end=", ")
         print(
@@ -219,7 +267,8 @@ def main() -> int:
     }
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", action="append", choices=phases, help="this phase only (may be repeated)")
-    parser.add_argument("--json", type=Path, help="where to write (bench/results/<device>.json)")
+    parser.add_argument("--fresh", action="store_true", help="forget what the file holds")
+    parser.add_argument("--json", type=Path, help="where to write (bench/results/gpu.json)")
     parser.add_argument("--dry-run", action="store_true", help="on the CPU, with small shapes")
     parser.add_argument("--small-run", action="store_true", help=argparse.SUPPRESS)
     options = parser.parse_args()
@@ -229,10 +278,8 @@ def main() -> int:
     if options.small_run:
         small_run(device)
         return 0
-    facts = machine(device)
-    name = re.sub(r"\W+", "-", facts["device"].lower()).strip("-")
-    default = (ROOT / "build" if options.dry_run else RESULTS) / f"{name}.json"
-    report = Report(options.json or default, device)
+    default = (ROOT / "build" if options.dry_run else RESULTS) / "gpu.json"
+    report = Report(options.json or default, device, options.fresh)
     for phase in options.only or phases:
         phases[phase](report, device, DEADLINES[phase])
     table(report)

@@ -64,16 +64,16 @@ def caught(capability: int, shapes: tuple[tuple[int, int, int], ...]) -> Iterato
         values = dict(zip(names, args, strict=False)) | constants
         signature, fixed, aligned = [], [], []
         for place, key in enumerate(names):
-            value = values[key]
+            value, counted = values[key], kernel.params[place].do_not_specialize
             if isinstance(value, torch.Tensor):
                 signature.append((key, "*" + TYPES[value.dtype]))
                 aligned += [place]
-            elif key in constants or value is None or (value == 1 and type(value) is int):
+            elif key in constants or value is None or (value == 1 and type(value) is int and not counted):
                 signature.append((key, "constexpr"))
                 fixed.append((key, value))
             else:
                 signature.append((key, "i32" if -(2**31) <= value < 2**31 else "i64"))
-                aligned += [place] if value % 16 == 0 else []
+                aligned += [place] if value % 16 == 0 and not counted else []
         where = (kernel.__module__, kernel.__name__)
         launches[Launch(*where, tuple(signature), tuple(fixed), tuple(aligned), warps)] = None
 

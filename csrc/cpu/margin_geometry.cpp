@@ -10,11 +10,6 @@
 namespace fastsal {
 namespace {
 
-// The squared direction gap for q = 2 by way of the cosine: no second pass over the rows, good to about 1e-12 where the
-// gap is not small.
-double squared_gap(const TwoRowSums& s) { return 2 - 2 * (s.cross.value / s.norm_d.value / s.norm_g.value); }
-constexpr double kSmallSquaredGap = 1e-3;
-
 struct Winners {
   int64_t prediction;
   Candidate runner_up;

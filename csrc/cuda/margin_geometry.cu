@@ -1,7 +1,6 @@
 // margin_geometry, which reads the Jacobian once. It takes six small steps: predict, fold the rows, join their folds,
 // sum over the two winning rows, fold the direction gap, finalize. Either one block takes all of them for an example,
-// in its shared memory (the fused kernel), or six kernels spread one step each over the device. Both give the same
-// bits.
+// in its shared memory (the fused kernel), or four kernels spread them over the device. Both give the same bits.
 #include "dispatch.cuh"
 #include "fastsal/scalars.h"
 #include "launch.cuh"
@@ -14,10 +13,16 @@ namespace {
 
 constexpr int kThreads = 256;
 constexpr int kWarps = kThreads / kWarpSize;
+constexpr int kCopyWarps = 4;  // the most of a block that copies its example
 // The shared memory that an example may take in the fused kernel. It is less than the 48 KiB that every device grants,
 // so that several blocks fit beside the first level cache.
 constexpr int64_t kSharedBytes = 40 * 1024;
+// The most that its workspace and a copy of its rows and x may take. Beside what the kernel has of its own, 48 KiB.
+constexpr int64_t kCopyBytes = 46 * 1024;
 constexpr int64_t kGapBlocks = 64;  // an example has no more of them, since each first joins all its TwoRowFolds
+// A block of the fold kernel predicts before it folds, so its warps take some tasks each where enough blocks are left.
+constexpr int64_t kMostRounds = 4, kManyBlocks = 8 * kFewBlocks;
+constexpr int64_t kManyClasses = 4096;  // from which on a kernel of its own predicts: every block would for too long
 
 template <class T>
 struct Problem {
@@ -25,8 +30,7 @@ struct Problem {
   const Out* logits_ptr;  // [B, n]
   const T* jacobian_ptr;
   int64_t stride_b, stride_n;
-  const void* x_ptr;
-  bool x_is_float;
+  Input<T> x;
   int64_t x_stride_b;
   Shape shape;
   Out* scalars_ptr;      // [kScalars, B]
@@ -39,131 +43,175 @@ struct Problem {
 template <class T>
 struct Workspace {
   TwoRowSums* totals;
-  TwoRowFolds* two_rows;  // [segments]
+  int64_t* arrived;       // the blocks that have folded their part of the gap
+  TwoRowFolds* two_rows;  // [slices]
   Fold<T>* folds;         // [n, segments]
   double* ratios;         // [n]
-  double* gaps;           // [segments]
+  double* gaps;           // [slices]
 
-  static __host__ __device__ int64_t bytes(int64_t n, int64_t segments) {
-    const int64_t sizes[] = {static_cast<int64_t>(sizeof(TwoRowSums)),
-                             static_cast<int64_t>(sizeof(TwoRowFolds)) * segments,
-                             static_cast<int64_t>(sizeof(Fold<T>)) * n * segments, 8 * n, 8 * segments};
-    return ceil_div(sizes[0] + sizes[1] + sizes[2] + sizes[3] + sizes[4], kPackBytes) * kPackBytes;
+  static __host__ __device__ int64_t bytes(int64_t n, int64_t D) {
+    const int64_t all = sizeof(TwoRowSums) + kPackBytes + (sizeof(TwoRowFolds) + sizeof(double)) * slices<T>(D) +
+                        (sizeof(Fold<T>) * segments<T>(D) + sizeof(double)) * n;
+    return ceil_div(all, kPackBytes) * kPackBytes;
   }
-  __device__ Workspace(char* at, int64_t n, int64_t segments)
+  __device__ Workspace(char* at, int64_t n, int64_t D)
       : totals(reinterpret_cast<TwoRowSums*>(at)),
-        two_rows(reinterpret_cast<TwoRowFolds*>(totals + 1)),
-        folds(reinterpret_cast<Fold<T>*>(two_rows + segments)),
-        ratios(reinterpret_cast<double*>(folds + n * segments)),
+        arrived(reinterpret_cast<int64_t*>(totals + 1)),
+        two_rows(reinterpret_cast<TwoRowFolds*>(at + sizeof(TwoRowSums) + kPackBytes)),
+        folds(reinterpret_cast<Fold<T>*>(two_rows + slices<T>(D))),
+        ratios(reinterpret_cast<double*>(folds + n * segments<T>(D))),
         gaps(ratios + n) {}
 };
+
+// Whether a block copies a whole example to its shared memory first: all of it is then on its way at once.
+template <class T>
+bool copies_examples(const Problem<T>& p) {
+  const int64_t n = p.shape.n, D = p.shape.D, row_bytes = D * static_cast<int64_t>(sizeof(T));
+  const int64_t x_bytes = D * (p.x.is_float ? sizeof(float) : sizeof(T));
+  return D % Layout<T>::kPack == 0 && Workspace<T>::bytes(n, D) + n * row_bytes + x_bytes <= kCopyBytes &&
+         is_aligned(reinterpret_cast<uintptr_t>(p.jacobian_ptr) | p.stride_b * sizeof(T) | p.stride_n * sizeof(T));
+}
 
 // One example of a problem: its tensors, its workspace, and the steps.
 template <int q, class T>
 struct Example {
   using Out = Real<T>;
   const Problem<T>& p;
-  int64_t b, segment_count;
-  Workspace<T> w;
+  const int64_t b, segment_count, slice_count;
+  const Workspace<T> w;
+  const T* rows;
+  int64_t stride_n;
+  Input<T> x;
 
   __device__ Example(const Problem<T>& problem, int64_t index, char* workspace)
       : p(problem),
         b(index),
         segment_count(segments<T>(problem.shape.D)),
-        w(workspace, problem.shape.n, segment_count) {}
+        slice_count(slices<T>(problem.shape.D)),
+        w(workspace, problem.shape.n, problem.shape.D),
+        rows(problem.jacobian_ptr + index * problem.stride_b),
+        stride_n(problem.stride_n),
+        x(problem.x.from(index * problem.x_stride_b)) {}
   __device__ Example(const Problem<T>& problem, int64_t index)
-      : Example(problem, index,
-                problem.scratch_ptr + index * Workspace<T>::bytes(problem.shape.n, segments<T>(problem.shape.D))) {}
+      : Example(problem, index, problem.scratch_ptr + index * Workspace<T>::bytes(problem.shape.n, problem.shape.D)) {}
 
   __device__ double logit(int64_t j) const { return p.logits_ptr[b * p.shape.n + j]; }
-  __device__ const T* row(int64_t j) const { return p.jacobian_ptr + b * p.stride_b + j * p.stride_n; }
+  __device__ const T* row(int64_t j) const { return rows + j * stride_n; }
   __device__ int64_t& prediction() const { return p.indices_ptr[b]; }
   __device__ int64_t& runner_up() const { return p.indices_ptr[p.shape.B + b]; }
-  __device__ double margin(int64_t j) const { return logit(prediction()) - logit(j); }
-  __device__ WinningRows<T> winners(int64_t other) const {
-    const int64_t offset = b * p.x_stride_b * static_cast<int64_t>(p.x_is_float ? sizeof(float) : sizeof(T));
-    return {row(prediction()), row(other), {static_cast<const char*>(p.x_ptr) + offset, p.x_is_float}};
-  }
+  __device__ double margin(int64_t i, int64_t j) const { return logit(i) - logit(j); }
+  __device__ WinningRows<T> winners(int64_t i, int64_t j) const { return {row(i), row(j), x, p.shape.D}; }
 
-  // By a whole block. The argmax of the logits is the nearest of their negatives.
-  __device__ void predict() const {
-    const int64_t best = block_nearest(p.shape.n, [&](int64_t j) { return Candidate{-logit(j), 0, j}; }).index;
-    if (threadIdx.x == 0) prediction() = best;
+  // By a whole block: begins to copy the rows, and x where it is aligned, behind the workspace.
+  __device__ void copy() {
+    const int64_t n = p.shape.n, D = p.shape.D, row_bytes = D * static_cast<int64_t>(sizeof(T));
+    char* to = dynamic_shared() + Workspace<T>::bytes(n, D);
+    const char* from = reinterpret_cast<const char*>(rows);
+    if (stride_n == D) {
+      begin_copy(to, from, n * row_bytes);
+    } else {
+      for (int64_t j = 0; j < n; ++j) begin_copy(to + j * row_bytes, from + j * stride_n * sizeof(T), row_bytes);
+    }
+    rows = reinterpret_cast<const T*>(to);
+    stride_n = D;
+    if (!is_aligned(reinterpret_cast<uintptr_t>(x.first))) return;
+    begin_copy(to + n * row_bytes, x.first, D * x.entry_bytes());
+    x.first = to + n * row_bytes;
   }
-  __device__ void fold_rows(int64_t task) const {
-    const int64_t i = prediction();
-    fold_task<q, T>(task, row(i), {row(0), p.stride_n, p.shape.n}, i, p.shape.D, w.folds);
+  // By a whole block. The argmax of the logits is the nearest of their negatives. Every thread has the result.
+  __device__ int64_t predict() const {
+    return block_nearest(p.shape.n, [&](int64_t j) { return Candidate{-logit(j), 0, j}; }).index;
+  }
+  template <bool copied>
+  __device__ __forceinline__ void fold_rows(int64_t task, int64_t i) const {
+    fold_task<q, T, copied>(task, row(i), {rows, stride_n, p.shape.n}, i, p.shape.D, w.folds);
   }
   // By `lanes` lanes, row j; j < 0 is no row, see join_segments.
-  __device__ void join_row(int64_t j, int lanes) const {
+  __device__ void join_row(int64_t i, int64_t j, int lanes) const {
     const double distance = join_segments<q, T>(w.folds, j, segment_count, lanes);
     if (j < 0 || lane_id() % lanes != 0) return;
-    w.ratios[j] = j == prediction() ? INFINITY : ratio(margin(j), distance);
+    w.ratios[j] = j == i ? INFINITY : ratio(margin(i, j), distance);
     store(&p.distances_ptr[b * p.shape.n + j], w.ratios[j]);
   }
   // By a whole block: the runner-up. Every thread has the result.
-  __device__ int64_t select() const {
-    const int64_t i = prediction();
-    const auto candidate = [&](int64_t j) { return Candidate{w.ratios[j], margin(j), j == i ? -1 : j}; };
+  __device__ int64_t select(int64_t i) const {
+    const auto candidate = [&](int64_t j) { return Candidate{w.ratios[j], margin(i, j), j == i ? -1 : j}; };
     return block_nearest(p.shape.n, candidate).index;
   }
-  __device__ void finalize() const {  // by one warp
-    const double gap = join_gaps<q>(w.gaps, segment_count);
+  __device__ void finalize(int64_t i, int64_t j, const TwoRowSums& totals) const {  // by one warp
+    const double gap = needs_gap<q, T>(totals) ? join_gaps<q>(w.gaps, slice_count) : sqrt(squared_gap(totals));
     if (lane_id() != 0) return;
     double scalars[kScalars];
-    const int64_t j = runner_up();
-    two_row_scalars(logit(prediction()), margin(j), w.ratios[j], *w.totals, gap, scalars);
+    two_row_scalars(logit(i), margin(i, j), w.ratios[j], totals, gap, scalars);
     for (int s = 0; s < kScalars; ++s) store(&p.scalars_ptr[s * p.shape.B + b], scalars[s]);
   }
 };
 
-template <int q, class T>
-__global__ void __launch_bounds__(kThreads, 2) margin_geometry_fused_kernel(const __grid_constant__ Problem<T> p) {
+template <int q, class T, bool copied>
+__global__ void __launch_bounds__(copied ? kCopyWarps * kWarpSize : kThreads, copied ? 3 : 2)
+    margin_geometry_fused_kernel(const __grid_constant__ Problem<T> p) {
+  constexpr int kSteps = copied ? 1 : 2;  // shared memory answers at once
   const int64_t warp = threadIdx.x / kWarpSize, warps = blockDim.x / kWarpSize;
   for (int64_t b = blockIdx.x; b < p.shape.B; b += gridDim.x) {
-    const Example<q, T> example(p, b, dynamic_shared());
-    example.predict();
-    __syncthreads();
+    Example<q, T> example(p, b, dynamic_shared());
+    if constexpr (copied) example.copy();
+    const int64_t i = example.predict();
+    if constexpr (copied) {
+      wait_for_copies();
+      __syncthreads();
+    }
     const int64_t tasks = distance_tasks(p.shape.n, example.segment_count);
-    for (int64_t task = warp; task < tasks; task += warps) example.fold_rows(task);
+    for (int64_t task = warp; task < tasks; task += warps) example.template fold_rows<copied>(task, i);
     __syncthreads();
     const int lanes = joining_lanes(example.segment_count);
     for (int64_t first = 0; first < p.shape.n; first += blockDim.x / lanes) {
       const int64_t j = first + threadIdx.x / lanes;
-      example.join_row(j < p.shape.n ? j : -1, lanes);
+      example.join_row(i, j < p.shape.n ? j : -1, lanes);
     }
     __syncthreads();
-    const int64_t runner_up = example.select();
-    if (threadIdx.x == 0) example.runner_up() = runner_up;
-    const WinningRows<T> winners = example.winners(runner_up);
-    for (int64_t c = warp; c < example.segment_count; c += warps) {
-      two_rows_task<q, T>(c, winners, p.shape.D, example.w.two_rows);
+    const int64_t j = example.select(i);
+    if (threadIdx.x == 0) example.prediction() = i, example.runner_up() = j;
+    const WinningRows<T> winners = example.winners(i, j);
+    for (int64_t c = warp; c < example.slice_count; c += warps) {
+      two_rows_task<q, T, kSteps>(c, winners, p.shape.D, example.w.two_rows);
     }
     __syncthreads();
     if (warp == 0) {
-      const TwoRowSums totals = join_two_rows<q>(example.w.two_rows, example.segment_count);
+      const TwoRowSums totals = join_two_rows<q>(example.w.two_rows, example.slice_count);
       if (lane_id() == 0) *example.w.totals = totals;
     }
     __syncthreads();
-    for (int64_t c = warp; c < example.segment_count; c += warps) {
-      gap_task<q, T>(c, winners, *example.w.totals, p.shape.D, example.w.gaps);
+    if (needs_gap<q, T>(*example.w.totals)) {
+      for (int64_t c = warp; c < example.slice_count; c += warps) {
+        gap_task<q, T, kSteps>(c, winners, *example.w.totals, p.shape.D, example.w.gaps);
+      }
+      __syncthreads();
     }
-    __syncthreads();
-    if (warp == 0) example.finalize();
+    if (warp == 0) example.finalize(i, j, *example.w.totals);
     __syncthreads();  // the workspace is the next example's
   }
 }
 
 template <int q, class T>
 __global__ void __launch_bounds__(kThreads) margin_geometry_predict_kernel(const __grid_constant__ Problem<T> p) {
-  Example<q, T>(p, blockIdx.x).predict();
+  const Example<q, T> example(p, blockIdx.x);
+  const int64_t i = example.predict();
+  if (threadIdx.x == 0) example.prediction() = i;
 }
 
+// `blocks` blocks for each example, each of whose warps takes `rounds` tasks. Where nobody has predicted yet, they all
+// do, and the first of them writes it down.
 template <int q, class T>
-__global__ void __launch_bounds__(kThreads, 2) margin_geometry_fold_kernel(const __grid_constant__ Problem<T> p) {
-  const int64_t tasks = distance_tasks(p.shape.n, segments<T>(p.shape.D));
-  const int64_t task = blockIdx.x * static_cast<int64_t>(kWarps) + threadIdx.x / kWarpSize, b = task / tasks;
-  if (b < p.shape.B) Example<q, T>(p, b).fold_rows(task % tasks);
+__global__ void __launch_bounds__(kThreads, 2)
+    margin_geometry_fold_kernel(const __grid_constant__ Problem<T> p, int64_t blocks, int rounds, bool predicted) {
+  const Example<q, T> example(p, blockIdx.x / blocks);
+  const int64_t tasks = distance_tasks(p.shape.n, example.segment_count), warps = blockDim.x / kWarpSize;
+  const int64_t i = predicted ? example.prediction() : example.predict(), part = blockIdx.x % blocks;
+  if (!predicted && part == 0 && threadIdx.x == 0) example.prediction() = i;
+  for (int round = 0; round < rounds; ++round) {
+    const int64_t task = (part * rounds + round) * warps + threadIdx.x / kWarpSize;
+    if (task < tasks) example.template fold_rows<false>(task, i);
+  }
 }
 
 template <int q, class T>
@@ -171,7 +219,8 @@ __global__ void __launch_bounds__(kThreads)
     margin_geometry_join_kernel(const __grid_constant__ Problem<T> p, int lanes) {
   const int64_t row = (blockIdx.x * static_cast<int64_t>(kThreads) + threadIdx.x) / lanes, b = row / p.shape.n;
   const bool real_row = b < p.shape.B;
-  Example<q, T>(p, real_row ? b : 0).join_row(real_row ? row % p.shape.n : -1, lanes);
+  const Example<q, T> example(p, real_row ? b : 0);
+  example.join_row(example.prediction(), real_row ? row % p.shape.n : -1, lanes);
 }
 
 // The blocks of one example all select the same runner-up; the first of them writes it down.
@@ -179,58 +228,84 @@ template <int q, class T>
 __global__ void __launch_bounds__(kThreads, 1)
     margin_geometry_two_rows_kernel(const __grid_constant__ Problem<T> p, int64_t blocks) {
   const Example<q, T> example(p, blockIdx.x / blocks);
-  const int64_t runner_up = example.select(), segment = blockIdx.x % blocks * kWarps + threadIdx.x / kWarpSize;
-  if (threadIdx.x == 0 && segment == 0) example.runner_up() = runner_up;
-  if (segment < example.segment_count) {
-    two_rows_task<q, T>(segment, example.winners(runner_up), p.shape.D, example.w.two_rows);
+  const int64_t i = example.prediction(), j = example.select(i);
+  const int64_t index = blockIdx.x % blocks * kWarps + threadIdx.x / kWarpSize;
+  if (threadIdx.x == 0 && index == 0) example.runner_up() = j, *example.w.arrived = 0;
+  if (index < example.slice_count) {
+    two_rows_task<q, T, 4>(index, example.winners(i, j), p.shape.D, example.w.two_rows);
   }
 }
 
-// The blocks of one example all join the same totals; the first of them writes them down.
+// The blocks of one example all join the same totals. Where the gap needs its pass, each folds a part of it, and the
+// one that is last finalizes; else the first does at once.
 template <int q, class T>
-__global__ void __launch_bounds__(kThreads)
+__global__ void __launch_bounds__(kThreads, 1)
     margin_geometry_gap_kernel(const __grid_constant__ Problem<T> p, int64_t blocks) {
   __shared__ TwoRowSums totals;
+  __shared__ bool finalizes;
   const Example<q, T> example(p, blockIdx.x / blocks);
-  const int64_t first = blockIdx.x % blocks * kWarps;
+  const int64_t part = blockIdx.x % blocks, i = example.prediction(), j = example.runner_up();
   if (threadIdx.x < kWarpSize) {
-    const TwoRowSums joined = join_two_rows<q>(example.w.two_rows, example.segment_count);
-    if (lane_id() == 0) totals = joined;
-    if (lane_id() == 0 && first == 0) *example.w.totals = joined;
+    const TwoRowSums joined = join_two_rows<q>(example.w.two_rows, example.slice_count);
+    if (lane_id() == 0) totals = joined, finalizes = part == 0;
   }
   __syncthreads();
-  const WinningRows<T> winners = example.winners(example.runner_up());
-  for (int64_t c = first + threadIdx.x / kWarpSize; c < example.segment_count; c += blocks * kWarps) {
-    gap_task<q, T>(c, winners, totals, p.shape.D, example.w.gaps);
+  if (needs_gap<q, T>(totals)) {
+    const WinningRows<T> winners = example.winners(i, j);
+    for (int64_t c = part * kWarps + threadIdx.x / kWarpSize; c < example.slice_count; c += blocks * kWarps) {
+      gap_task<q, T, 4>(c, winners, totals, p.shape.D, example.w.gaps);
+    }
+    __threadfence();  // the folds of this block are seen before its arrival is
+    __syncthreads();
+    if (threadIdx.x == 0) {
+      finalizes = atomicAdd(reinterpret_cast<unsigned long long*>(example.w.arrived), 1ull) + 1 == blocks;
+    }
+    __syncthreads();
+    __threadfence();  // and those of the others after it
   }
+  if (finalizes && threadIdx.x < kWarpSize) example.finalize(i, j, totals);
 }
 
-template <int q, class T>
-__global__ void __launch_bounds__(kWarpSize) margin_geometry_finalize_kernel(const __grid_constant__ Problem<T> p) {
-  Example<q, T>(p, blockIdx.x).finalize();
+// Enough warps for `tasks`, but no round of theirs that is nearly empty.
+int balanced_warps(int64_t tasks, int64_t most) { return static_cast<int>(ceil_div(tasks, ceil_div(tasks, most))); }
+
+template <int q, class T, bool copied>
+void launch_fused(const Problem<T>& p, int64_t warps, int64_t shared_bytes, uintptr_t stream) {
+  launch("margin_geometry_fused_kernel", margin_geometry_fused_kernel<q, T, copied>,
+         p.shape.B < INT32_MAX ? p.shape.B : INT32_MAX, static_cast<int>(warps * kWarpSize), shared_bytes, stream, p);
 }
 
 template <int q, class T>
 void launch_steps(const Problem<T>& p, bool fused, uintptr_t stream) {
-  const int64_t B = p.shape.B, n = p.shape.n, count = segments<T>(p.shape.D), tasks = distance_tasks(n, count);
-  if (fused) {
-    const int64_t warps = tasks < 2 ? 2 : tasks > kWarps ? kWarps : tasks, blocks = B < INT32_MAX ? B : INT32_MAX;
-    launch("margin_geometry_fused_kernel", margin_geometry_fused_kernel<q, T>, blocks,
-           static_cast<int>(warps * kWarpSize), Workspace<T>::bytes(n, count), stream, p);
+  const int64_t B = p.shape.B, n = p.shape.n, D = p.shape.D, tasks = distance_tasks(n, segments<T>(D));
+  if (fused && copies_examples(p)) {
+    // Few warps a block, for many blocks: while some wait for their copies, others compute.
+    const int64_t copy_bytes = n * D * sizeof(T) + D * (p.x.is_float ? sizeof(float) : sizeof(T));
+    launch_fused<q, T, true>(p, balanced_warps(tasks, tasks > 8 ? kCopyWarps : 2),
+                             Workspace<T>::bytes(n, D) + copy_bytes, stream);
     return;
   }
-  const int lanes = joining_lanes(count);
-  const int64_t blocks = ceil_div(count, kWarps), gap_blocks = blocks < kGapBlocks ? blocks : kGapBlocks;
-  launch("margin_geometry_predict_kernel", margin_geometry_predict_kernel<q, T>, B, kThreads, 0, stream, p);
-  launch("margin_geometry_fold_kernel", margin_geometry_fold_kernel<q, T>, ceil_div(B * tasks, kWarps), kThreads, 0,
-         stream, p);
+  if (fused) {
+    launch_fused<q, T, false>(p, balanced_warps(tasks, kWarps), Workspace<T>::bytes(n, D), stream);
+    return;
+  }
+  const int64_t warps = warps_of_block(B * tasks, kWarps), spare = B * tasks / (kManyBlocks * kWarps);
+  const int64_t rounds = spare < 1 ? 1 : spare < kMostRounds ? spare : kMostRounds;
+  const int64_t fold_blocks = ceil_div(tasks, warps * rounds);
+  const int lanes = joining_lanes(segments<T>(D));
+  const int64_t blocks = ceil_div(slices<T>(D), kWarps), gap_blocks = blocks < kGapBlocks ? blocks : kGapBlocks;
+  const bool predicted = n >= kManyClasses;
+  if (predicted) {
+    launch("margin_geometry_predict_kernel", margin_geometry_predict_kernel<q, T>, B, kThreads, 0, stream, p);
+  }
+  launch("margin_geometry_fold_kernel", margin_geometry_fold_kernel<q, T>, B * fold_blocks,
+         static_cast<int>(warps * kWarpSize), 0, stream, p, fold_blocks, static_cast<int>(rounds), predicted);
   launch("margin_geometry_join_kernel", margin_geometry_join_kernel<q, T>, ceil_div(B * n * lanes, kThreads), kThreads,
          0, stream, p, lanes);
   launch("margin_geometry_two_rows_kernel", margin_geometry_two_rows_kernel<q, T>, B * blocks, kThreads, 0, stream, p,
          blocks);
   launch("margin_geometry_gap_kernel", margin_geometry_gap_kernel<q, T>, B * gap_blocks, kThreads, 0, stream, p,
          gap_blocks);
-  launch("margin_geometry_finalize_kernel", margin_geometry_finalize_kernel<q, T>, B, kWarpSize, 0, stream, p);
 }
 
 template <class F>
@@ -248,7 +323,7 @@ int64_t margin_geometry_tasks(int dtype, Shape shape) {
 int64_t margin_geometry_bytes(int dtype, Shape shape) {
   return of_type(dtype, [&](auto type) {
     using T = typename decltype(type)::type;
-    return Workspace<T>::bytes(shape.n, segments<T>(shape.D));
+    return Workspace<T>::bytes(shape.n, shape.D);
   });
 }
 
@@ -268,8 +343,7 @@ void margin_geometry(int norm, int dtype, uintptr_t logits, RowsArgument jacobia
                             pointer<const T>(jacobian.data),
                             jacobian.stride_b,
                             jacobian.stride_n,
-                            pointer<const void>(x.data),
-                            x.dtype == kFloat32,
+                            {pointer<const void>(x.data), x.dtype == kFloat32},
                             x.stride_b,
                             shape,
                             pointer<Real<T>>(scalars),

@@ -30,7 +30,7 @@ int64_t row_distances_scratch(int dtype, Shape shape);
 void row_distances(int norm, int dtype, uintptr_t anchor, int64_t anchor_stride_b, RowsArgument rows, Shape shape,
                    uintptr_t out, uintptr_t scratch, uintptr_t stream);
 
-// `fused`: one block does a whole example in its shared memory, which the example must fit into; otherwise six kernels
+// `fused`: one block does a whole example in its shared memory, which the example must fit into; otherwise four kernels
 // spread it over the device.
 int64_t margin_geometry_bytes(int dtype, Shape shape);  // of memory for one example
 bool margin_geometry_fits(int dtype, Shape shape);

@@ -15,7 +15,7 @@ namespace {
 
 constexpr int kThreads = 256;
 constexpr int kSegment = 2048;
-constexpr int kAdditions = 16;  // to an accumulator before it is flushed to a Running sum
+constexpr int kAdditions = 32;  // to an accumulator before it is flushed to a Running sum
 constexpr int kDot = 3;         // a fourth kind of fold beside kMax, kL1 and kL2: <x, d>
 
 template <class T>
@@ -73,20 +73,34 @@ __device__ __forceinline__ Word<R> word_of(const uint4& words) {
   return word;
 }
 
-// Rows first to first + kRows - 1, entries k to k + kDepth - 1; what lies outside the Jacobian is 0.
-template <class P, class T, bool aligned>
-__device__ void load_tile(const Problem<T>& p, int64_t b, int64_t first, int64_t k, uint4* tile, int pitch) {
-  constexpr int kPack = Layout<T>::kPack, kPacks = P::kDepth / kPack;
-  for (int i = threadIdx.x; i < P::kRows * kPacks; i += P::kThreads) {
-    const int row = i / kPacks, column = i % kPacks * kPack;
-    const int64_t left = first + row < p.shape.n ? p.shape.D - k - column : 0;
-    const T* from = left > 0 ? p.row(b, first + row) + k + column : p.jacobian_ptr;
-    const Pack<T> pack = load_pack<aligned>(from, left < kPack ? static_cast<int>(left) : kPack);
-    Real<T>* to = reinterpret_cast<Real<T>*>(tile + row * pitch) + column;
+// A tile on its way from the Jacobian to shared memory: rows first to first + kRows - 1, entries k to k + kDepth - 1.
+// What lies outside the Jacobian is 0.
+template <class P, class T>
+struct TileInFlight {
+  static constexpr int kPack = Layout<T>::kPack, kPacks = P::kDepth / kPack, kCount = P::kRows * kPacks / P::kThreads;
+  Pack<T> packs[kCount];
+
+  template <bool aligned>
+  __device__ __forceinline__ void load(const Problem<T>& p, int64_t b, int64_t first, int64_t k) {
 #pragma unroll
-    for (int c = 0; c < kPack; ++c) to[c] = real(pack.entries[c]);
+    for (int c = 0; c < kCount; ++c) {
+      const int i = threadIdx.x + c * P::kThreads, row = i / kPacks, column = i % kPacks * kPack;
+      const int64_t left = first + row < p.shape.n ? p.shape.D - k - column : 0;
+      const T* from = left > 0 ? p.row(b, first + row) + k + column : p.jacobian_ptr;
+      packs[c] =
+          load_pack<aligned ? Loads::kReadOnly : Loads::kEntries>(from, left < kPack ? static_cast<int>(left) : kPack);
+    }
   }
-}
+  __device__ __forceinline__ void store(uint4* tile, int pitch) const {
+#pragma unroll
+    for (int c = 0; c < kCount; ++c) {
+      const int i = threadIdx.x + c * P::kThreads;
+      Real<T>* to = reinterpret_cast<Real<T>*>(tile + i / kPacks * pitch) + i % kPacks * kPack;
+#pragma unroll
+      for (int e = 0; e < kPack; ++e) to[e] = real(packs[c].entries[e]);
+    }
+  }
+};
 
 // The bounds promise ptxas one block a multiprocessor: told to make room for two, it spills.
 template <int kind, class T, class P>
@@ -106,31 +120,41 @@ __global__ void __launch_bounds__(P::kThreads, 1) pairwise_margins_tile_kernel(c
       reinterpret_cast<uintptr_t>(p.jacobian_ptr) | (p.stride_b * sizeof(T)) | (p.stride_n * sizeof(T));
   const bool aligned = address % kPackBytes == 0 && p.shape.D % Layout<T>::kPack == 0;
 
-  for (int64_t segment = part; segment < (p.split ? part + 1 : p.segments()); ++segment) {
+  const bool one_side = first_i == first_j;
+  TileInFlight<P, T> next_i, next_j;
+  R next_x = 0;
+  const auto load = [&](int64_t k) {
+    if (aligned) {
+      next_i.template load<true>(p, b, first_i, k);
+      if (!one_side) next_j.template load<true>(p, b, first_j, k);
+    } else {
+      next_i.template load<false>(p, b, first_i, k);
+      if (!one_side) next_j.template load<false>(p, b, first_j, k);
+    }
+    if constexpr (kind == kDot) {
+      const int c = threadIdx.x;
+      next_x = c < P::kDepth && k + c < p.shape.D ? static_cast<R>(p.x(b)(k + c)) : 0;
+    }
+  };
+
+  const int64_t stop = p.split && (part + 1) * kSegment < p.shape.D ? (part + 1) * kSegment : p.shape.D;
+  load(part * kSegment);
+  for (int64_t segment = part; segment * kSegment < stop; ++segment) {
     Running<kind, R> sums[P::kEdge][P::kEdge];
-    const int64_t end = (segment + 1) * kSegment < p.shape.D ? (segment + 1) * kSegment : p.shape.D;
+    const int64_t end = (segment + 1) * kSegment < stop ? (segment + 1) * kSegment : stop;
     for (int64_t k = segment * kSegment; k < end; k += P::kDepth) {
       __syncthreads();  // the tiles are still in use
-      for (int side = 0; side < (first_i == first_j ? 1 : 2); ++side) {
-        if (aligned) {
-          load_tile<P, T, true>(p, b, side == 0 ? first_i : first_j, k, tiles[side], kPitch);
-        } else {
-          load_tile<P, T, false>(p, b, side == 0 ? first_i : first_j, k, tiles[side], kPitch);
-        }
-      }
-      if constexpr (kind == kDot) {
-        const Input<T> x = p.x(b);
-        for (int c = threadIdx.x; c < P::kDepth; c += P::kThreads) {
-          reinterpret_cast<R*>(x_tile)[c] = k + c < p.shape.D ? static_cast<R>(x(k + c)) : 0;
-        }
-      }
+      next_i.store(tiles[0], kPitch);
+      if (!one_side) next_j.store(tiles[1], kPitch);
+      if (kind == kDot && threadIdx.x < P::kDepth) reinterpret_cast<R*>(x_tile)[threadIdx.x] = next_x;
       __syncthreads();
+      if (k + P::kDepth < stop) load(k + P::kDepth);  // arrives while this one is summed
       const uint4* rows_i = tiles[0] + ty * kPitch;
-      const uint4* rows_j = tiles[first_i == first_j ? 0 : 1] + tx * kPitch;
+      const uint4* rows_j = tiles[one_side ? 0 : 1] + tx * kPitch;
 #pragma unroll 1
       for (int start = 0; start < kWords; start += kAdditions / kWordEntries) {
         R partials[P::kEdge][P::kEdge] = {};
-#pragma unroll
+#pragma unroll 4
         for (int w = start; w < start + kAdditions / kWordEntries; ++w) {
           Word<R> a[P::kEdge], c[P::kEdge], x{};
 #pragma unroll

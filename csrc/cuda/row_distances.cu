@@ -14,7 +14,7 @@ __global__ void __launch_bounds__(kThreads, 2)
     row_distances_fold_kernel(const T* anchor_ptr, int64_t anchor_stride_b, const T* rows_ptr, int64_t stride_b,
                               int64_t stride_n, Shape shape, Fold<T>* folds) {
   const int64_t tasks = distance_tasks(shape.n, segments<T>(shape.D));
-  const int64_t task = (blockIdx.x * static_cast<int64_t>(kThreads) + threadIdx.x) / kWarpSize, b = task / tasks;
+  const int64_t task = (blockIdx.x * static_cast<int64_t>(blockDim.x) + threadIdx.x) / kWarpSize, b = task / tasks;
   if (b >= shape.B) return;
   fold_task<q, T>(task % tasks, anchor_ptr + b * anchor_stride_b, {rows_ptr + b * stride_b, stride_n, shape.n}, -1,
                   shape.D, folds + b * shape.n * segments<T>(shape.D));
@@ -43,10 +43,11 @@ void row_distances(int norm, int dtype, uintptr_t anchor, int64_t anchor_stride_
     using T = typename decltype(type)::type;
     with_norm(norm, [&](auto q) {
       Fold<T>* folds = pointer<Fold<T>>(scratch);
-      const int64_t count = segments<T>(shape.D), threads = shape.B * distance_tasks(shape.n, count) * kWarpSize;
-      launch("row_distances_fold_kernel", row_distances_fold_kernel<q.value, T>, ceil_div(threads, kThreads), kThreads,
-             0, stream, pointer<const T>(anchor), anchor_stride_b, pointer<const T>(rows.data), rows.stride_b,
-             rows.stride_n, shape, folds);
+      const int64_t count = segments<T>(shape.D), tasks = shape.B * distance_tasks(shape.n, count);
+      const int64_t warps = warps_of_block(tasks, kThreads / kWarpSize);
+      launch("row_distances_fold_kernel", row_distances_fold_kernel<q.value, T>, ceil_div(tasks, warps),
+             static_cast<int>(warps * kWarpSize), 0, stream, pointer<const T>(anchor), anchor_stride_b,
+             pointer<const T>(rows.data), rows.stride_b, rows.stride_n, shape, folds);
       const int lanes = joining_lanes(count);
       launch("row_distances_join_kernel", row_distances_join_kernel<q.value, T>,
              ceil_div(shape.B * shape.n * lanes, kThreads), kThreads, 0, stream, static_cast<const Fold<T>*>(folds),

@@ -1,7 +1,8 @@
 // How stages 1 and 2 cut rows along D, and which lane gets which entry.
 //
-// A segment has 4096 bytes and is the work of one warp. Entry k of a segment belongs to a lane and to one of its
-// accumulators by k alone, so that the sum of a segment has the same bits however the row lies in memory.
+// A segment of stage 1 has 4096 bytes and is the work of one warp, as a slice of stage 2 is. Entry k of a segment
+// belongs to a lane and to one of its accumulators by k alone, so that the sum of a segment has the same bits however
+// the row lies in memory.
 #pragma once
 
 #include "fastsal/types.h"
@@ -11,6 +12,8 @@ namespace fastsal {
 constexpr int kWarpSize = 32;   // lanes
 constexpr int kPackBytes = 16;  // the widest load of a lane
 constexpr int kSegmentBytes = 4096;
+// Stage 2 has two rows and x only: it cuts rows up to kShortBytes finer, so that more warps share them.
+constexpr int kShortBytes = 16384, kShortSliceBytes = 1024;
 
 template <class T>
 struct Layout {
@@ -27,10 +30,19 @@ FASTSAL_HD inline int64_t segments(int64_t D) {
   return ceil_div(D, Layout<T>::kSegment);
 }
 
-// How many entries the segment that begins at `start` has: fewer than the others where it is the last.
+// The entries of a slice of stage 2, and how many slices there are.
 template <class T>
-FASTSAL_HD inline int segment_length(int64_t start, int64_t D) {
-  return static_cast<int>(D - start < Layout<T>::kSegment ? D - start : Layout<T>::kSegment);
+FASTSAL_HD inline int64_t slice(int64_t D) {
+  return (D * static_cast<int64_t>(sizeof(T)) <= kShortBytes ? kShortSliceBytes : kSegmentBytes) / sizeof(T);
+}
+template <class T>
+FASTSAL_HD inline int64_t slices(int64_t D) {
+  return ceil_div(D, slice<T>(D));
+}
+
+// How many entries the part of `size` that begins at `start` has: fewer than the others where it is the last.
+FASTSAL_HD inline int part_length(int64_t start, int64_t D, int64_t size) {
+  return static_cast<int>(D - start < size ? D - start : size);
 }
 
 // How many lanes join the folds of a row's segments: lane i takes segments i, i + lanes, ..., then neighbours pair up.

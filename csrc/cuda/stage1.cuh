@@ -8,7 +8,8 @@
 
 namespace fastsal {
 
-constexpr int kGroupRows = 4;  // a power of two: join_lanes shares them out between the lanes
+constexpr int64_t kFewBlocks = 264;  // two for every multiprocessor of the largest devices
+constexpr int kGroupRows = 4;        // a power of two: join_lanes shares them out between the lanes
 
 // Rows of one example: row j starts at `first + j * stride`.
 template <class T>
@@ -19,17 +20,17 @@ struct ExampleRows {
 };
 
 // The folds of one segment by a warp; lane l has that of row `row_of_lane<kGroupRows>(l)`.
-template <int q, class T, bool aligned>
+template <int q, class T, Loads loads>
 __device__ __forceinline__ double fold_segment(const T* anchor, const T* const (&rows)[kGroupRows], int length) {
   using L = Layout<T>;
-  constexpr int kUnroll = aligned ? 2 : 1;  // entry by entry, two steps' loads would spill
+  constexpr int kUnroll = loads == Loads::kReadOnly ? 2 : 1;  // entry by entry, two steps' loads would spill
   Real<T> sums[kGroupRows][L::kAccumulators] = {};
 #pragma unroll kUnroll
   for (int k = lane_id() * L::kPack; k - lane_id() * L::kPack < length; k += L::kStep) {
-    const Pack<T> a = load_pack<aligned>(anchor + k, length - k);
+    const Pack<T> a = load_pack<loads>(anchor + k, length - k);
     Pack<T> b[kGroupRows];
 #pragma unroll
-    for (int r = 0; r < kGroupRows; ++r) b[r] = load_pack<aligned>(rows[r] + k, length - k);
+    for (int r = 0; r < kGroupRows; ++r) b[r] = load_pack<loads>(rows[r] + k, length - k);
 #pragma unroll
     for (int r = 0; r < kGroupRows; ++r) {
 #pragma unroll
@@ -58,26 +59,38 @@ __host__ __device__ inline int64_t distance_tasks(int64_t rows, int64_t segments
   return ceil_div(rows, kGroupRows) * segments;
 }
 
+// The warps of a block, at most `most`, with which `tasks` warps make enough blocks for every multiprocessor.
+inline int64_t warps_of_block(int64_t tasks, int64_t most) {
+  const int64_t enough = ceil_div(tasks, kFewBlocks);
+  return enough < 1 ? 1 : enough < most ? enough : most;
+}
+
 // Task `task` of an example: one segment of one group, so folds[j * segments + segment] for each of its rows j. Row
-// `skip` is left out.
-template <int q, class T>
-__device__ void fold_task(int64_t task, const T* anchor, ExampleRows<T> rows, int64_t skip, int64_t D, Fold<T>* folds) {
+// `skip` is left out. `copied`: anchor and rows are aligned copies in shared memory.
+template <int q, class T, bool copied = false>
+__device__ __forceinline__ void fold_task(int64_t task, const T* anchor, ExampleRows<T> rows, int64_t skip, int64_t D,
+                                          Fold<T>* folds) {
   const int64_t groups = ceil_div(rows.count, kGroupRows), segment = task / groups, first = task % groups * kGroupRows;
   const int64_t start = segment * Layout<T>::kSegment;
-  const int length = segment_length<T>(start, D);
+  const int length = part_length(start, D, Layout<T>::kSegment);
   const auto wanted = [&](int r) { return first + r < rows.count && first + r != skip; };
   const T* segment_of[kGroupRows];
-  uintptr_t address = reinterpret_cast<uintptr_t>(anchor);
+  uintptr_t addresses = reinterpret_cast<uintptr_t>(anchor);
   // The anchor stands in for rows that nobody wants, which costs no memory traffic.
 #pragma unroll
   for (int r = 0; r < kGroupRows; ++r) {
     segment_of[r] = (wanted(r) ? rows.first + (first + r) * rows.stride : anchor) + start;
-    address |= reinterpret_cast<uintptr_t>(segment_of[r]);
+    addresses |= reinterpret_cast<uintptr_t>(segment_of[r]);
   }
   anchor += start;
-  const bool aligned = address % kPackBytes == 0 && D % Layout<T>::kPack == 0;
-  const double fold = aligned ? fold_segment<q, T, true>(anchor, segment_of, length)
-                              : fold_segment<q, T, false>(anchor, segment_of, length);
+  double fold;
+  if constexpr (copied) {
+    fold = fold_segment<q, T, Loads::kAligned>(anchor, segment_of, length);
+  } else if (is_aligned(addresses) && D % Layout<T>::kPack == 0) {
+    fold = fold_segment<q, T, Loads::kReadOnly>(anchor, segment_of, length);
+  } else {
+    fold = fold_segment<q, T, Loads::kEntries>(anchor, segment_of, length);
+  }
   const int r = row_of_lane<kGroupRows>(lane_id());
   const bool writes = wanted(r) && lane_id() % (kWarpSize / kGroupRows) == 0, safe = in_range<q, T>(fold);
   if (writes && safe) folds[(first + r) * segments<T>(D) + segment] = FoldOf<T>::make(fold, 0);

@@ -74,7 +74,7 @@ def row_distances(anchor: Tensor, rows: Tensor, norm: float) -> Tensor:
 
 
 def _fused(jacobian: Tensor) -> bool:
-    """Whether margin_geometry gives each example to one block, in one launch, or spreads it over six."""
+    """Whether margin_geometry gives each example to one block, in one launch, or spreads it over four or five."""
     problem = (layout.DTYPE_CODES[jacobian.dtype], *jacobian.shape)
     if not _cuda.margin_geometry_fits(*problem):
         return False

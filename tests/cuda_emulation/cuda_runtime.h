@@ -65,6 +65,12 @@ struct Barrier {
   unsigned arrived = 0, generation = 0;
 };
 
+struct Copy {
+  void* to;
+  const void* from;
+  size_t bytes;
+};
+
 struct Fiber {
   ucontext_t start;
   jmp_buf state;
@@ -72,6 +78,7 @@ struct Fiber {
   bool started = false, done = false;
   const Barrier* waits_for = nullptr;
   unsigned generation = 0;
+  std::vector<Copy> copies;  // begun, not yet waited for
 };
 
 struct Block {
@@ -185,6 +192,28 @@ template <class V>
 V __ldg(const V* from) {
   if (reinterpret_cast<uintptr_t>(from) % sizeof(V)) emulation::fail("a misaligned load");
   return *from;
+}
+
+inline void __threadfence() {}
+
+template <class V>
+V atomicAdd(V* at, V value) {
+  const V before = *at;
+  *at += value;
+  return before;
+}
+
+// A copy arrives when its thread waits for it, and no earlier.
+inline void __pipeline_memcpy_async(void* to, const void* from, size_t bytes) {
+  if ((reinterpret_cast<uintptr_t>(to) | reinterpret_cast<uintptr_t>(from)) % bytes)
+    emulation::fail("a misaligned copy");
+  emulation::block.fibers[emulation::block.current].copies.push_back({to, from, bytes});
+}
+inline void __pipeline_commit() {}
+inline void __pipeline_wait_prior(size_t) {
+  auto& copies = emulation::block.fibers[emulation::block.current].copies;
+  for (const emulation::Copy& copy : copies) std::memcpy(copy.to, copy.from, copy.bytes);
+  copies.clear();
 }
 
 struct cudaLaunchConfig_t {

@@ -1,14 +1,28 @@
 """How kernels are launched: the one call of Triton's launcher, scratch memory, and what is known about the device."""
 
 import functools
+from collections.abc import Callable
 from typing import Any
 
 import torch
+import triton
 from torch import Tensor
+
+MAX_PROGRAMS = 2**31 - 1  # of a grid
+# Arguments that no address is a multiple of. Triton would compile a kernel again where one of them is 1 or a multiple of 16, as
+# in the last batch of a data set.
+COUNTS = ("n_rows", "n_examples", "n_segments", "n_row_blocks", "n_col_blocks", "n_norms")
+
+
+def kernel(function: Callable[..., Any]) -> Any:
+    """Makes a Triton kernel of a function: one compilation serves every batch and, within a block, every number of classes."""
+    return triton.jit(function, do_not_specialize=COUNTS)
 
 
 def launch(kernel: Any, programs: int, *arguments: Any, warps: int = 4, **constants: int) -> None:
     """Starts `programs` programs of a kernel on the current stream. Triton fuses no multiplication with an addition."""
+    if programs > MAX_PROGRAMS:
+        raise RuntimeError(f"{kernel.__name__}: the problem is too large for one grid ({programs} programs)")
     kernel[(programs,)](*arguments, num_warps=warps, enable_fp_fusion=False, **constants)
 
 

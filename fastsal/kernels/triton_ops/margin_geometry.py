@@ -256,7 +256,7 @@ def _store_gap(
     tl.store(gap_ptr + tl.arange(0, 1), root(reduce(acc, Q), Q))
 
 
-@triton.jit
+@launching.kernel
 def margin_geometry_example_kernel(
     logits_ptr,
     jacobian_ptr,
@@ -303,7 +303,7 @@ def margin_geometry_example_kernel(
     _store_gap(gaps_ptr + b, winner, other, 0, n_cols, n_cols, e_g, norm_g, e_d, norm_d, Q, TWO_ROWS_BLOCK_D)
 
 
-@triton.jit
+@launching.kernel
 def margin_geometry_sums_kernel(
     logits_ptr,
     jacobian_ptr,
@@ -342,7 +342,7 @@ def margin_geometry_sums_kernel(
     _store_sums(sums, winner, other, x_ptr + b * stride_x_b, start, end, n_cols, Q, P, BLOCK_D)
 
 
-@triton.jit
+@launching.kernel
 def margin_geometry_gap_kernel(
     jacobian_ptr,
     stride_jacobian_b,
@@ -384,7 +384,7 @@ def _row_scalars(score, dot, norm, e_x, e_v):
     return shift(tl.abs(dot) / norm, e_x), shift(beta, e), shift(tl.abs(beta) / norm, e - e_v), homogeneity
 
 
-@triton.jit
+@launching.kernel
 def margin_geometry_finish_kernel(
     logits_ptr,
     sums_ptr,

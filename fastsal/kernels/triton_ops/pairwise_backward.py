@@ -67,7 +67,7 @@ def launch(
         )
 
 
-@triton.jit
+@launching.kernel
 def pairwise_backward_top_kernel(
     jacobian_ptr, stride_jacobian_b, stride_jacobian_n, w_ptr, top_ptr, share_ptr, n_rows, n_cols, BLOCK_D: tl.constexpr
 ):
@@ -77,12 +77,13 @@ def pairwise_backward_top_kernel(
     j = pid % n_rows
     row_i = jacobian_ptr + pid // n_rows // n_rows * stride_jacobian_b + i * stride_jacobian_n
     row_j = jacobian_ptr + pid // n_rows // n_rows * stride_jacobian_b + j * stride_jacobian_n
+    end = tl.cast(n_cols, tl.int64)  # the columns of the last block may lie beyond 32 bits
     top = tl.zeros([1, BLOCK_D], tl.int64)
-    for k in range(0, n_cols, BLOCK_D):
+    for k in range(0, end, BLOCK_D):
         top = accumulate(top, entries(row_i, k, n_cols, BLOCK_D) - entries(row_j, k, n_cols, BLOCK_D), 0)
     largest = reduce(top, 0)
     count = tl.zeros([1, BLOCK_D], tl.int64)
-    for k in range(0, n_cols, BLOCK_D):
+    for k in range(0, end, BLOCK_D):
         d = entries(row_i, k, n_cols, BLOCK_D) - entries(row_j, k, n_cols, BLOCK_D)
         mask = (k + tl.arange(0, BLOCK_D) < n_cols)[None, :]
         count += ((tl.abs(d) == largest[:, None]) & mask).to(tl.int64)
@@ -97,7 +98,7 @@ def _narrow(v, T: tl.constexpr):
     return v if T == tl.float64 else v.to(tl.float32).to(T)
 
 
-@triton.jit
+@launching.kernel
 def pairwise_backward_jacobian_kernel(
     w_ptr,  # float64 [B, n, n]; for Q = 0 the shares of pairwise_backward_top_kernel
     v_ptr,  # float64 [B, n, n] or None
@@ -147,7 +148,7 @@ def pairwise_backward_jacobian_kernel(
     tl.store(out, _narrow(acc, grad_ptr.dtype.element_ty), mask=(i < n_rows)[:, None] & (cols < n_cols)[None, :])
 
 
-@triton.jit
+@launching.kernel
 def pairwise_backward_x_kernel(
     v_ptr,
     jacobian_ptr,

@@ -119,7 +119,7 @@ def _scaled_pairs(
     return shift(norm, e_d), shift(tl.where(norm == 0, dot, dot / norm), e_x[:, None])
 
 
-@triton.jit
+@launching.kernel
 def pairwise_margins_partials_kernel(
     jacobian_ptr,
     stride_jacobian_b,
@@ -193,7 +193,7 @@ def pairwise_margins_partials_kernel(
         tl.store(projections_ptr + pair * n_segments + s, dot, mask=needed)
 
 
-@triton.jit
+@launching.kernel
 def pairwise_margins_finish_kernel(
     logits_ptr,
     norms_ptr,

@@ -139,7 +139,7 @@ def _scaled_segment_norms(
         return reduce(acc, Q)
 
 
-@triton.jit
+@launching.kernel
 def row_distances_partials_kernel(
     anchor_ptr,
     stride_anchor_b,
@@ -173,7 +173,7 @@ def row_distances_partials_kernel(
     tl.store(partials_ptr + (b * n_rows + row) * n_segments + s, out, mask=row < n_rows)
 
 
-@triton.jit
+@launching.kernel
 def row_distances_combine_kernel(
     partials_ptr, norms_ptr, n_norms, n_segments, Q: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_S: tl.constexpr
 ):

@@ -1,0 +1,68 @@
+"""`python -m bench gpu` goes on where it was, and the model of the kernels counts with their own constants."""
+
+import re
+from pathlib import Path
+
+import pytest
+import torch
+
+from bench.tools import gpu, gpu_model
+
+CPU = torch.device("cpu")
+ROW = {"op": "margin_geometry", "shape": [2, 3, 4], "dtype": "torch.float32"}
+
+
+@pytest.fixture
+def path(tmp_path, monkeypatch):
+    monkeypatch.setattr(gpu, "machine", lambda device: {"device": device.type, "commit": "a"})
+    return tmp_path / "gpu.json"
+
+
+def test_what_succeeded_is_not_done_again(path):
+    gpu.Report(path, CPU).step("build", lambda: {"code": 0})
+    again = gpu.Report(path, CPU)
+    again.step("build", lambda: pytest.fail("done again"))
+    again.step("test", lambda: {"code": 1})
+    gpu.Report(path, CPU).step("test", lambda: {"code": 0})
+    assert gpu.Report(path, CPU).data["phases"] == {"build": {"code": 0}, "test": {"code": 0}}
+
+
+def test_a_case_is_kept_once(path):
+    report = gpu.Report(path, CPU)
+    report.case(ROW, "cuda", failed="OutOfMemoryError")
+    assert not report.has(ROW, "cuda")
+    report.case(ROW, "cuda", times_us={"p50": 1.0})
+    report.case(ROW, "triton", times_us={"p50": 2.0})
+    again = gpu.Report(path, CPU)
+    assert again.has(ROW, "cuda")
+    assert not again.has({**ROW, "shape": [2, 3, 5]}, "cuda")
+    assert [case["what"] for case in again.cases] == ["cuda", "triton"]
+
+
+@pytest.mark.parametrize("fresh", [True, False])
+def test_another_commit_begins_anew(path, monkeypatch, fresh):
+    gpu.Report(path, CPU).case(ROW, "cuda", times_us={"p50": 1.0})
+    if not fresh:
+        monkeypatch.setattr(gpu, "machine", lambda device: {"device": device.type, "commit": "b"})
+    assert gpu.Report(path, CPU, fresh).cases == []
+
+
+def test_the_model_counts_with_the_kernels_constants():
+    folder = Path(gpu.ROOT) / "csrc/cuda"
+    text = "".join((folder / name).read_text() for name in ("margin_geometry.cu", "stage1.cuh", "segments.cuh"))
+
+    def constant(name):
+        return eval(re.search(rf"\b{name} = ([\d* ]+)[;,]", text)[1])
+
+    assert constant("kGroupRows") == gpu_model.GROUP_ROWS
+    assert constant("kSegmentBytes") == gpu_model.SEGMENT
+    assert constant("kCopyBytes") == gpu_model.COPY_BYTES
+    assert constant("kFewBlocks") == gpu_model.FEW_BLOCKS
+    assert constant("kManyClasses") == gpu_model.MANY_CLASSES
+    assert constant("kWarpSize") * constant("kPackBytes") == gpu_model.STEP
+
+
+def test_more_registers_leave_fewer_warps():
+    """Against NVIDIA's occupancy tables: 256 threads of 96 registers are two blocks, of 80 three."""
+    assert [gpu_model.CHIP.resident(count, 8, 0) for count in (32, 80, 96, 128, 255)] == [8, 3, 2, 2, 1]
+    assert gpu_model.CHIP.resident(32, 1, 100 << 10) == 2
