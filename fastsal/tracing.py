@@ -13,6 +13,7 @@ agree with the gradients that a backward pass gives.
 """
 
 import contextlib
+import copy
 import warnings
 import weakref
 from collections.abc import Iterator
@@ -25,7 +26,7 @@ from torch._guards import TracingContext, tracing
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
 
-from fastsal.linearization import Linearization, Model, call, is_out_of_memory, math_attention
+from fastsal.linearization import Linearization, call, is_out_of_memory, math_attention
 
 # A trace takes about as long as this many bytes of gradients for each operation take longer without one.
 PAYS = 1 << 20
@@ -53,11 +54,15 @@ class UntraceableError(RuntimeError):
     """The model cannot be traced, or its trace cannot be split."""
 
 
-def _state(model: Model) -> dict[str, Tensor]:
-    """The parameters and buffers of a module by name; nothing for any other callable, whose tensors the trace refers to."""
-    if not isinstance(model, nn.Module):
-        return {}
+def _state(model: nn.Module) -> dict[str, Tensor]:
+    """The parameters and buffers by name."""
     return {name: value.detach() for name, value in (*model.named_parameters(), *model.named_buffers())}
+
+
+def _twin(model: nn.Module) -> nn.Module:
+    """A copy that shares the parameters and buffers: what a forward pass leaves in a module, tracing leaves in the copy."""
+    shared = (*model.parameters(), *model.buffers())
+    return copy.deepcopy(model, {id(tensor): tensor for tensor in shared})
 
 
 class Trace:
@@ -71,20 +76,20 @@ class Trace:
         UntraceableError: The model cannot be traced.
     """
 
-    def __init__(self, model: Model, x: Tensor) -> None:
+    def __init__(self, model: nn.Module, x: Tensor) -> None:
         names = tuple(_state(model))
 
         def product(state: tuple[Tensor, ...], x: Tensor, direction: Tensor) -> tuple[Tensor, Tensor]:
+            values = dict(zip(names, state, strict=True))
+
             def logits(value: Tensor) -> Tensor:
-                if isinstance(model, nn.Module):
-                    values = dict(zip(names, state, strict=True))
-                    return call(lambda v: torch.func.functional_call(model, values, (v,)), value.clone())
-                return call(model, value.clone())
+                return call(lambda v: torch.func.functional_call(twin, values, (v,)), value.clone())
 
             both: Any = torch.func.jvp(logits, (x,), (direction,))
             return both[0], both[1]
 
         try:
+            twin = _twin(model)
             # One fake mode for all shapes: make_fx alone would make one for every value, which takes three times as long.
             shapes = tracing(TracingContext(FakeTensorMode(allow_fallback_kernels=True)))
             with torch.no_grad(), math_attention(), warnings.catch_warnings(), shapes:
@@ -148,7 +153,7 @@ class Trace:
         self._of_example = part(EXAMPLE, [*of_weights, example], [value, *of_example])
         self._of_direction = part(DIRECTION, [*of_weights, *of_example, direction], [tangent])
 
-    def at(self, model: Model, x: Tensor) -> tuple[Tensor, "TracedPasses"]:
+    def at(self, model: nn.Module, x: Tensor) -> tuple[Tensor, "TracedPasses"]:
         """Runs the traced model at x [e, *S], one example after the other: its logits [e, n], and the products there.
 
         Raises:
@@ -273,7 +278,7 @@ class _Known:
     examples: int = 0  # how many were looked at without a trace
 
 
-_known: weakref.WeakKeyDictionary[Any, dict[Any, _Known]] = weakref.WeakKeyDictionary()
+_known: weakref.WeakKeyDictionary[nn.Module, dict[Any, _Known]] = weakref.WeakKeyDictionary()
 
 
 class Traces:
@@ -288,10 +293,11 @@ class Traces:
         self._graph, self._examples = graph, examples
         leaf = graph.leaf
         kind = (leaf.shape[1:], leaf.dtype, leaf.device, graph.autocast)
-        try:
-            self._entry = _known.setdefault(graph.model, {}).setdefault(kind, _Known())
-        except TypeError:  # a callable that has no hash, or that nothing can refer to weakly
-            self._entry = _Known(hopeless=True)
+        # Of other callables nobody can tell what they keep between calls, nor make a copy.
+        self._model = graph.model if isinstance(graph.model, nn.Module) else None
+        self._entry = _Known(hopeless=True)
+        if self._model is not None:
+            self._entry = _known.setdefault(self._model, {}).setdefault(kind, _Known())
         gradients = graph.gradient_bytes()
         self._worth = sum(gradients) / len(gradients)
 
@@ -305,12 +311,12 @@ class Traces:
         Raises:
             UntraceableError: The model cannot be traced, or it does not pay yet.
         """
-        entry, model = self._entry, self._graph.model
+        entry, model = self._entry, self._model
         if entry.trace is None and (entry.examples + self._examples) * self._worth < PAYS:
             entry.examples += len(x)
             raise UntraceableError("a trace does not pay yet")
         for _ in range(2):  # a trace that no longer fits the model is made again, once
-            if entry.hopeless:
+            if entry.hopeless or model is None:
                 break
             try:
                 with torch.no_grad(), self._graph.same_precision():

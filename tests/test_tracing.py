@@ -164,9 +164,11 @@ class TestValues:
         torch.testing.assert_close(got, directions @ dense(model, x)[1].mT, rtol=1e-10, atol=1e-12)
 
     def test_an_operation_without_a_batching_rule_stays_quiet(self, capfd, recwarn):
-        def model(x):
-            return (x**2).flatten().take(torch.arange(2 * len(x)).view(-1, 2))
+        class Taken(nn.Module):
+            def forward(self, x):
+                return (x**2).flatten().take(torch.arange(2 * len(x)).view(-1, 2))
 
+        model = Taken()
         x = torch.rand(3, 2, dtype=torch.float64)
         _, products = tracing.Trace(model, x[:1]).at(model, x)
         directions = torch.randn(2, 3, 2, dtype=torch.float64)
@@ -286,14 +288,41 @@ class TestWhatCannotBeTraced:
     def test_a_model_that_differs_at_every_call(self, eager):
         """Noise in the forward pass: no trace has its logits, and it is tried twice, then never again."""
         torch.manual_seed(0)
-        inner = Steered().eval()
 
-        def model(x):
-            return inner(x + 1e-3 * torch.randn_like(x))
+        class Noisy(Steered):
+            def forward(self, x):
+                return super().forward(x + 1e-3 * torch.randn_like(x))
 
+        model = Noisy().eval()
         for _ in range(2):
             analyze(model, torch.randn(3, 30), method="certified")
             assert len(eager) <= 2
+
+    def test_a_callable_that_is_no_module(self, eager):
+        torch.manual_seed(0)
+        model = Steered().eval()
+        assert equals_exact(lambda x: model(2 * x), torch.randn(3, 30))
+        assert eager == []
+
+    def test_a_model_that_keeps_what_it_computed(self, eager):
+        """Tracing leaves nothing behind in the model: neither its attributes nor what other modules hold of it change."""
+
+        class Keeping(Steered):
+            kept = None
+
+            def forward(self, x):
+                if self.kept is None:
+                    self.kept = [self.first.weight.sum() * 1e-3]
+                return super().forward(x + self.kept[0])
+
+        torch.manual_seed(0)
+        model, x = Keeping().eval().requires_grad_(False), torch.randn(3, 30)
+        assert equals_exact(model, x)
+        model.kept = None
+        tracing.Trace(model, x[:1])
+        assert model.kept is None
+        assert len(eager) == 2
+        assert not torch._is_functional_tensor(model(x))
 
     def test_small_batches_of_small_models_wait(self, monkeypatch):
         made = []
