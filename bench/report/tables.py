@@ -98,8 +98,8 @@ def everything(record: Record, known: Container[str] = ()) -> str:
     return "\n\n".join([title, table(["contestant", *grid], rows), *reasons(unknown)])
 
 
-def side_by_side(records: list[Record], figure: Cell, only: tuple[str, ...] = ()) -> str:
-    """One figure: contestants (or `only` some of them) by cases; empty where nobody has that figure."""
+def side_by_side(records: list[Record], figure: Cell) -> str:
+    """One figure: contestants by cases; empty where nobody has that figure."""
 
     def cell(record: Record, name: str) -> str:
         row = next((row for row in record["results"] if row["contestant"] == name), {"status": ""})
@@ -107,7 +107,7 @@ def side_by_side(records: list[Record], figure: Cell, only: tuple[str, ...] = ()
             return f"wrong: {row['error']:.0e}" if row["status"] == "wrong" else "failed"
         return _or_nothing(figure, record, row) or row["status"].removeprefix("right")
 
-    names = only or tuple(dict.fromkeys(row["contestant"] for record in records for row in record["results"]))
+    names = list(dict.fromkeys(row["contestant"] for record in records for row in record["results"]))
     columns = [[_split(record["case"])[0], *(cell(record, name) for name in names)] for record in records]
     columns = [column for column in columns if set(column[1:]) - NOTHING]
     head, *rows = (list(cells) for cells in zip(["", *names], *columns, strict=True))
