@@ -56,7 +56,7 @@ FAMILIES: dict[str, dict[str, int]] = {
         "deit3_small_patch16_224": 32,
         "cait_xxs24_224": 32,
         "convit_tiny": 32,
-        "crossvit_tiny_240": 32,
+        "crossvit_tiny_240": 120,
         "coat_tiny": 32,
         "davit_tiny": 32,
         "eva02_tiny_patch14_224": 32,
