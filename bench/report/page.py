@@ -40,12 +40,8 @@ install in the usual way: one wants a version of requests from 2020, the other a
 def headline(records: list[Record]) -> str:
     """The README's part: photographs."""
     mine = of("imagenet", records)
-    return "\n\n".join(
-        [
-            tables.photographs(mine),
-            f"Measured at {when(mine)}. All figures, with errors, memory and awkward inputs: [{PAGE}]({PAGE}).",
-        ]
-    )
+    more = f"Measured at {when(mine)}. All figures, with errors, memory and awkward inputs: [{PAGE}]({PAGE})."
+    return f"{tables.photographs(mine)} {more}"
 
 
 def page(found: list[Store], certified: Record | None, zoo: Store) -> str:

@@ -361,13 +361,13 @@ def zoo(records: dict[str, Record]) -> str:
 
     def line(name: str, found: Record) -> list[str]:
         if "failed" in found:
-            return [name, f"{found['size']}", *[""] * 5, f"{found['failed']} ({found['where']})"]
+            return [f"{name} {found['size']}", *[""] * 5, f"{found['failed']} ({found['where']})"]
         examples = found["examples"]
         certain = "certified" if found["certified"] == examples else f"{found['certified']} of {examples} certified"
         answer = "equal" if found["equal"] == examples else f"{found['equal']} of {examples} equal"
         faster = found["seconds"]["exact rows"] / found["seconds"]["certified"]
         figures = [f"{found['passes']:.0f}", times(found["pass"]), times(found["exact pass"]), f"{times(faster)}×"]
-        return [name, f"{found['size']}", *figures, f"{found['instability']:.0e}", f"{answer}, {certain}"]
+        return [f"{name} {found['size']}", *figures, f"{found['instability']:.0e}", f"{answer}, {certain}"]
 
-    head = ["network", "pixels", "passes", "price", "exact's", "faster", "instability", "answers"]
+    head = ["network, pixels", "passes", "price", "exact's", "faster", "unstable", "answers"]
     return table(head, [line(name, found) for name, found in records.items()])
