@@ -1,8 +1,8 @@
 """Jacobian-vector products at the price of a forward pass: the derivative of a model, traced once and split in three.
 
 `torch.func.jvp` computes for every direction anew what depends on x alone, and multiplies with the tangents of the weights,
-which are zero: on EfficientNet-Lite0, convolutions and BatchNorms, a product takes some five forward passes. A `Trace` records the
-operations of one such product at one example, drops what is zero, and sorts the others by what they depend on: the weights
+which are zero: on EfficientNet-Lite0, convolutions and BatchNorms, a product takes some five forward passes. A `Trace` records
+the operations of one such product at one example, drops what is zero, and sorts the others by what they depend on: the weights
 only, x too, or the direction too. The first and the second kind are computed once for an example, the third for each direction.
 The bits are those of `torch.func.jvp`.
 
