@@ -4,7 +4,8 @@
 which are zero: on EfficientNet-Lite0, convolutions and BatchNorms, a product takes some five forward passes. A `Trace` records
 the operations of one such product at one example, drops what is zero, and sorts the others by what they depend on: the weights
 only, x too, or the direction too. The first and the second kind are computed once for an example, the third for each direction.
-The bits are those of `torch.func.jvp`.
+There, the factors that a BatchNorm multiplies with go into the weights of the convolution before it, and explicit padding into
+its padding. The logits have the model's bits; the products are those of `torch.func.jvp` up to the rounding of such factors.
 
 A trace knows the operations, not the weights: parameters and buffers of a module are read anew for every batch. What steers the
 model besides (flags, replaced modules, hooks, Python attributes) it cannot see. So `Trace.at` runs the traced model at each
@@ -125,6 +126,7 @@ class Trace:
                     raise UntraceableError(f"{node.target} depends on how an example is stored")
         if kind[value] != EXAMPLE or kind[tangent] != DIRECTION:
             raise UntraceableError("the traced logits do not depend on x")
+        _fold(traced, kind)
 
         def used(source: int, *users: int) -> list[fx.Node]:
             found = (
@@ -232,7 +234,9 @@ def _simplify(traced: fx.GraphModule) -> None:
         if node.op == "get_attr":
             value = getattr(traced, str(node.target))
             return isinstance(value, Tensor) and value._is_zerotensor()
-        if node.target in _PRODUCTS or (node.target is _aten.convolution.default and node.args[2] is None):
+        if node.target is _aten.convolution.default and node.args[2] is not None and node.args[2] not in zero:
+            return False
+        if node.target in _PRODUCTS or node.target is _aten.convolution.default:
             return node.args[0] in zero or node.args[1] in zero
         return node.target in _ZEROS or (node.target in _COPIES and node.args[0] in zero)
 
@@ -249,7 +253,7 @@ def _simplify(traced: fx.GraphModule) -> None:
         args = node.args
         if node.target in _COPIES and node.kwargs.get("memory_format") is None:
             return args[0]
-        if node.target is _aten.copy.default and args[0] in zero:
+        if node.target is _aten.copy.default:
             return args[1]
         if node.target is _aten.add.Tensor and not node.kwargs:
             return args[0] if args[1] in zero else args[1] if args[0] in zero else None
@@ -262,6 +266,49 @@ def _simplify(traced: fx.GraphModule) -> None:
         elif node.op == "call_function" and same(node, other := stands_for(node)):
             node.replace_all_uses_with(other)
     traced.graph.eliminate_dead_code()
+
+
+def _fold(traced: fx.GraphModule, kind: dict[fx.Node, int]) -> None:
+    """Gives convolutions of what depends on the direction the padding before and the factors of channels behind them."""
+    graph = traced.graph
+
+    def drop(node: fx.Node) -> None:
+        if not node.users:
+            graph.erase_node(node)
+            del kind[node]
+
+    for node in [node for node in graph.nodes if kind.get(node) == DIRECTION]:
+        if node.target is _aten.convolution.default and _plain(node):
+            pad, sides = node.args[0], len(node.args[4])
+            if pad.target is _aten.constant_pad_nd.default and not any((*node.args[4], *pad.args[2:])):
+                around = pad.args[1]
+                if around[::2] == around[1::2] and len(around) == 2 * sides and min(around) >= 0:
+                    node.args = (pad.args[0], *node.args[1:4], around[::-2], *node.args[5:])
+                    drop(pad)
+        elif node.target is _aten.mul.Tensor:
+            conv, factor = sorted(node.args, key=lambda arg: -kind.get(arg, WEIGHTS))
+            if not isinstance(factor, fx.Node) or kind[factor] != WEIGHTS or len(conv.users) > 1:
+                continue
+            if conv.target is not _aten.convolution.default or not _plain(conv) or kind[conv.args[1]] != WEIGHTS:
+                continue
+            weight, scale, result = (other.meta["val"] for other in (conv.args[1], factor, node))
+            shape = (result.shape[1], *[1] * (result.dim() - 2))
+            if tuple(scale.shape) not in (shape, (1, *shape)) or not scale.dtype == weight.dtype == result.dtype:
+                continue
+            with graph.inserting_before(node):
+                shaped = graph.call_function(_aten.view.default, (factor, [shape[0], 1, *shape[1:]]))
+                scaled = graph.call_function(_aten.mul.Tensor, (conv.args[1], shaped))
+                folded = graph.call_function(conv.target, (conv.args[0], scaled, *conv.args[2:]))
+            kind |= {shaped: WEIGHTS, scaled: WEIGHTS, folded: DIRECTION}
+            scaled.meta["val"], folded.meta["val"] = weight, result
+            node.replace_all_uses_with(folded)
+            drop(node)
+            drop(conv)
+
+
+def _plain(conv: fx.Node) -> bool:
+    """Whether a convolution is neither transposed nor has a bias."""
+    return conv.args[2] is None and not conv.args[6]
 
 
 def _same(logits: Tensor, others: Tensor) -> bool:

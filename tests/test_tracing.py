@@ -128,7 +128,7 @@ class TestValues:
             assert got.dtype == torch.float64
             torch.testing.assert_close(got, want, rtol=1e-10, atol=1e-12)
 
-    def test_bits_are_those_of_torch(self):
+    def test_logits_have_the_bits_and_products_the_values_of_torch(self):
         model, x = make("cnn with batchnorm")
         logits, products = tracing.Trace(model, x[:1]).at(model, x)
         direction = torch.randn_like(x[:1])
@@ -137,7 +137,43 @@ class TestValues:
             with torch.no_grad():
                 want = torch.func.jvp(lambda v: model(v.clone()), (one,), (direction,))
             assert torch.equal(logits[example : example + 1], want[0])
-            assert torch.equal(products.jvp(torch.tensor([example]), direction.unsqueeze(0))[0], want[1])
+            got = products.jvp(torch.tensor([example]), direction.unsqueeze(0))[0]
+            torch.testing.assert_close(got, want[1], rtol=1e-5, atol=1e-6)
+
+    @pytest.mark.parametrize(
+        "inner", ["zero", "reflected", "uneven", "bias", "one-dimensional", "grouped", "transposed", "constant"]
+    )
+    def test_convolutions_take_padding_and_factors(self, inner):
+        """Explicit padding and BatchNorms cost nothing where they can be folded, and are right where they cannot."""
+        torch.manual_seed(0)
+        dims = 1 if inner == "one-dimensional" else 2
+        conv, norm = (nn.Conv1d, nn.BatchNorm1d) if dims == 1 else (nn.Conv2d, nn.BatchNorm2d)
+        layers = {
+            "zero": [nn.ZeroPad2d((1, 1, 2, 2)), conv(4, 4, 3, bias=False)],
+            "reflected": [nn.ReflectionPad2d(1), conv(4, 4, 3, bias=False)],
+            "uneven": [nn.ZeroPad2d((0, 1, 0, 1)), conv(4, 4, 3, stride=2, bias=False)],
+            "bias": [conv(4, 4, 3, padding=1)],
+            "one-dimensional": [nn.ConstantPad1d(2, 0.0), conv(4, 4, 3, dilation=2, bias=False)],
+            "grouped": [nn.ZeroPad2d((2, 2, 1, 1)), conv(4, 4, 3, groups=2, bias=False)],
+            "transposed": [nn.ConvTranspose2d(4, 4, 3, bias=False)],
+            "constant": [nn.ConstantPad2d(1, 0.5), conv(4, 4, 3, bias=False)],
+        }[inner]
+        model = nn.Sequential(*layers, norm(4), nn.Tanh(), *layers, norm(4), nn.Flatten()).eval().double()
+        for module in model.modules():
+            if isinstance(module, norm):
+                nn.init.uniform_(module.running_var, 0.5, 2.0)
+                nn.init.uniform_(module.weight, -2.0, 2.0)
+        x = torch.randn(3, 4, *[9] * dims, dtype=torch.float64)
+        _, products = tracing.Trace(model, x[:1]).at(model, x)
+        directions = torch.randn(2, *x.shape, dtype=torch.float64)
+        got = products.jvp(torch.arange(3), directions)
+        want = [torch.func.jvp(model, (x,), (direction,))[1] for direction in directions]
+        torch.testing.assert_close(got, torch.stack(want), rtol=1e-12, atol=1e-13)
+        with CountedOperations() as counted:
+            products.jvp(torch.tensor([0]), directions[:1, :1])
+        assert counted["aten.mul.Tensor"] == (4 if inner == "transposed" else 0)
+        assert counted["aten.constant_pad_nd.default"] == (2 if inner == "uneven" else 0)
+        assert counted["aten.add.Tensor"] == 0
 
     def test_a_product_takes_a_forward_pass(self):
         """A convolution for each layer that is one, and nothing that depends on x alone."""

@@ -85,6 +85,7 @@ ROWS = 4  # exact rows at a time: the next may make the one after it needless
 SPARE = 8.0  # η in units of the largest disagreement that was seen
 UNSTABLE = 0.3  # η from which on bounds say nothing
 GROUP_BYTES = 1 << 23  # of a group's bases: what a cache holds, so that a batch of small images is done in a few groups
+GROUP_BYTES_ACCELERATOR = 1 << 30  # a device is not filled by one image, and every group has its own rounds
 
 
 @dataclass(frozen=True)
@@ -135,10 +136,11 @@ class Certified(Method):
     def select(self, graph: Linearization, norm: float, chunk_size: int | None, backend: str) -> Selection:
         """Certifies the batch in groups, so that nobody waits long for the hardest example, and no more is recorded at a time.
 
-        A group's bases, seldom over 20 float64 directions an example, are to fit a cache.
+        A group's bases, seldom over 20 float64 directions an example, are to fit a cache, or a part of a device's memory.
         """
         everyone = torch.arange(len(graph.leaf), device=graph.leaf.device)
-        groups = torch.split(everyone, max(1, GROUP_BYTES // (8 * 20 * graph.x.shape[1])))
+        held = GROUP_BYTES if everyone.device.type == "cpu" else GROUP_BYTES_ACCELERATOR
+        groups = torch.split(everyone, max(1, held // (8 * 20 * graph.x.shape[1])))
         normals = Normals(self.seed, graph.x.shape[1], graph.x.device)
         parts, logits = [], []
         for group in groups:
