@@ -8,11 +8,13 @@ import warnings
 from collections.abc import Callable, Iterator
 from typing import Any, TypeVar
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from fastsal import validation
+from fastsal.host import to_device
 
 Model = Callable[[Tensor], Tensor]
 R = TypeVar("R")
@@ -239,10 +241,11 @@ class Linearization:
         enabled, dtype = self.autocast
         return torch.autocast(self.leaf.device.type, dtype=dtype, enabled=enabled, cache_enabled=False)
 
-    def at(self, examples: Tensor, model: Model | None = None) -> "Linearization":
+    def at(self, examples: Tensor | np.ndarray, model: Model | None = None) -> "Linearization":
         """The same model, or another, recorded at some of the examples only, int64 [e]."""
         with self.same_precision():
-            return Linearization(model or self.model, self.leaf.detach()[examples].requires_grad_())
+            leaf = self.leaf.detach()[to_device(examples, self.leaf.device)]
+            return Linearization(model or self.model, leaf.requires_grad_())
 
     def _grad(self, cotangents: Tensor, batched: bool, create_graph: bool) -> Tensor:
         def grad_of(one: Tensor) -> Tensor | None:

@@ -3,9 +3,11 @@
 from collections.abc import Callable
 from typing import Protocol
 
+import numpy as np
 import torch
 from torch import Tensor
 
+from fastsal.host import of, to_device, to_host
 from fastsal.linearization import Linearization, call, flatten, in_parts, is_out_of_memory, math_attention, vmap
 from fastsal.tracing import TracedPasses, Traces, UntraceableError
 
@@ -17,16 +19,16 @@ class NoJVPError(RuntimeError):
 
 
 class Passes(Protocol):
-    """What the certificate asks of a model at x [E, *S]. `examples` int64 [e] are some of range(E)."""
+    """What the certificate asks of a model at x [E, *S]. `examples`, int64 [e], are some of range(E), ascending."""
 
     logits: Tensor  # [E, n]
     dimension: int  # D
     pairs: int  # how many (example, direction) pairs are best run at once
 
-    def vjp(self, examples: Tensor, cotangents: Tensor) -> Tensor:
+    def vjp(self, examples: np.ndarray, cotangents: Tensor) -> Tensor:
         """Multiplies cotangents [e, c, n] with the Jacobians: [e, c, D]."""
 
-    def jvp(self, examples: Tensor, directions: Tensor) -> Tensor:
+    def jvp(self, examples: np.ndarray, directions: Tensor) -> Tensor:
         """Multiplies the Jacobians with directions [e, k, D]: [e, k, n]. Raises NoJVPError where the model cannot."""
 
 
@@ -38,9 +40,9 @@ class ModelPasses:
     cotangent. All of them compute attention by plain operations.
     """
 
-    def __init__(self, graph: Linearization, examples: Tensor, chunk_size: int | None) -> None:
+    def __init__(self, graph: Linearization, examples: np.ndarray, chunk_size: int | None) -> None:
         self._base, self._own = graph, examples
-        self._record(torch.arange(len(examples), device=examples.device))
+        self._record(np.arange(len(examples)))
         self.logits = self._graph.logits
         self.dimension = graph.x.shape[1]
         self.pairs = self._graph.default_pairs() if chunk_size is None else chunk_size * len(examples)
@@ -48,30 +50,30 @@ class ModelPasses:
         self._ways = [ModelPasses._traced, ModelPasses._forward_mode, ModelPasses._double_backward]
         self._traces = Traces(self._graph, len(graph.leaf))
         self._products: TracedPasses | None = None
-        self._latest: tuple[Tensor, Tensor, Tensor] | None = (
+        self._latest: tuple[np.ndarray, Tensor, Tensor] | None = (
             None  # examples, cotangents and products of the latest VJPs
         )
 
-    def _record(self, examples: Tensor) -> None:
+    def _record(self, examples: np.ndarray) -> None:
         own = self._own[examples]
         self._held, self._graph = examples, self._base if len(own) == len(self._base.leaf) else self._base.at(own)
 
-    def vjp(self, examples: Tensor, cotangents: Tensor) -> Tensor:
+    def vjp(self, examples: np.ndarray, cotangents: Tensor) -> Tensor:
         """Multiplies cotangents [e, c, n] with the Jacobians: [e, c, D].
 
         The recorded pass may hold more examples than these. It is recorded anew where products taken in vain would cost more.
         """
         e, c = cotangents.shape[:2]
-        if (len(self._held) - e) * c > e or not bool(torch.isin(examples, self._held).all()):
+        if (len(self._held) - e) * c > e or not np.isin(examples, self._held).all():
             self._record(examples)
-        slot = torch.searchsorted(self._held, examples)
+        slot = to_device(np.searchsorted(self._held, examples), cotangents.device)
         padded = cotangents.new_zeros(c, len(self._held), cotangents.shape[2])
         padded[:, slot] = cotangents.transpose(0, 1)
         products = torch.cat(self._chunks(self._vjp, padded, len(self._held)), 1)[slot]
         self._latest = (examples, cotangents, products)
         return products
 
-    def jvp(self, examples: Tensor, directions: Tensor) -> Tensor:
+    def jvp(self, examples: np.ndarray, directions: Tensor) -> Tensor:
         """Multiplies the Jacobians with directions [e, k, D]: [e, k, n]. Raises NoJVPError where the model cannot."""
         shape = self._base.leaf.shape[1:]
         tangents = directions.to(self._base.x.dtype).transpose(0, 1).reshape(directions.shape[1], len(examples), *shape)
@@ -94,17 +96,17 @@ class ModelPasses:
         in_parts(stack, max(1, self.pairs // examples), lambda part: results.append(run(part)))
         return results
 
-    def _at(self, examples: Tensor) -> Tensor:
+    def _at(self, examples: np.ndarray) -> Tensor:
         """The model's input at these examples: [e, *S]."""
-        return self._base.leaf.detach()[self._own[examples]]
+        return of(self._base.leaf.detach(), self._own[examples])
 
     def _vjp(self, cotangents: Tensor) -> Tensor:
         return self._graph.vjp(cotangents)
 
-    def _traced(self, examples: Tensor, tangents: Tensor) -> Tensor:
+    def _traced(self, examples: np.ndarray, tangents: Tensor) -> Tensor:
         if self._products is not None:
             return self._products.jvp(examples, tangents)
-        everyone = torch.arange(len(self._own), device=examples.device)
+        everyone = np.arange(len(self._own))
         alone = len(everyone) == 1 and len(self._graph.logits) == 1
         self._products = self._traces.at(self._at(everyone), self._graph.logits if alone else None)
         products = self._products.jvp(examples, tangents)
@@ -113,20 +115,20 @@ class ModelPasses:
             raise UntraceableError("the products of the trace are not the model's")
         return products
 
-    def _disagree(self, examples: Tensor, tangents: Tensor, products: Tensor) -> bool:
+    def _disagree(self, examples: np.ndarray, tangents: Tensor, products: Tensor) -> bool:
         """Whether JVPs [k, e, n] along tangents [k, e, *S] disagree grossly with the latest VJPs."""
         if self._latest is None:
             return False
         known, cotangents, rows = self._latest
-        slot = torch.searchsorted(known, examples).clamp(max=len(known) - 1)
-        same = known[slot] == examples
-        cotangents, rows = cotangents[slot[same]].double(), rows[slot[same]].double()
+        _, here, there = np.intersect1d(examples, known, return_indices=True)
+        same, slot = (to_device(places, rows.device) for places in (here, there))
+        cotangents, rows = cotangents[slot].double(), rows[slot].double()
         along = flatten(tangents, 2)[:, same].double().transpose(0, 1)
         gap = (rows @ along.mT - cotangents @ products[:, same].double().permute(1, 2, 0)).abs()
         size = rows.square().sum(2, keepdim=True).sqrt() * along.square().sum(2).sqrt().unsqueeze(1)
-        return bool((gap > GROSS * size).any())
+        return bool(to_host((gap > GROSS * size).any())[0])
 
-    def _forward_mode(self, examples: Tensor, tangents: Tensor) -> Tensor:
+    def _forward_mode(self, examples: np.ndarray, tangents: Tensor) -> Tensor:
         x = self._at(examples)
 
         def logits(value: Tensor) -> Tensor:
@@ -139,7 +141,7 @@ class ModelPasses:
         with torch.no_grad(), math_attention(), self._base.same_precision():
             return vmap(jvp, tangents)
 
-    def _double_backward(self, examples: Tensor, tangents: Tensor) -> Tensor:
+    def _double_backward(self, examples: np.ndarray, tangents: Tensor) -> Tensor:
         leaf = self._at(examples).requires_grad_()
         with math_attention(), torch.backends.cudnn.flags(enabled=False):  # cudnn's RNNs have no second derivative
             with self._base.same_precision():

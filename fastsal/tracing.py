@@ -21,12 +21,14 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, fx, nn
 from torch._guards import TracingContext, tracing
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
 
+from fastsal.host import of
 from fastsal.linearization import Linearization, call, is_out_of_memory, math_attention
 
 # A trace takes about as long as this many bytes of gradients for each operation take longer without one.
@@ -177,7 +179,7 @@ class TracedPasses:
         self._run, self._shared, self._own = run, shared, own
         self._batched = True
 
-    def jvp(self, examples: Tensor, directions: Tensor) -> Tensor:
+    def jvp(self, examples: np.ndarray, directions: Tensor) -> Tensor:
         """Multiplies the Jacobians of `examples`, int64 [e], with directions [k, e, *S]: [k, e, n]."""
         directions = directions.unsqueeze(2)
         with torch.no_grad():
@@ -197,7 +199,7 @@ class TracedPasses:
                 products.append(torch.cat([self._run(*self._shared, *own, one)[0] for one in directions[:, slot]]))
             return torch.stack(products, 1)
 
-    def _at_once(self, examples: Tensor, directions: Tensor) -> Tensor:
+    def _at_once(self, examples: np.ndarray, directions: Tensor) -> Tensor:
         """The same by vmap, over examples inside of directions, with directions [k, e, 1, *S]: [k, e, 1, n]."""
 
         def run(own: list[Tensor], one: Tensor) -> Tensor:
@@ -205,10 +207,9 @@ class TracedPasses:
             return products
 
         if len(examples) == 1:
-            own = [values[int(examples)] for values in self._own]
+            own = [values[examples[0]] for values in self._own]
             return torch.func.vmap(run, in_dims=(None, 0))(own, directions[:, 0]).unsqueeze(1)
-        everyone = len(examples) == len(self._own[0]) if self._own else True
-        own = self._own if everyone else [values[examples] for values in self._own]
+        own = [of(values, examples) for values in self._own]
         if len(directions) == 1:
             return torch.func.vmap(run)(own, directions[0]).unsqueeze(0)
         return torch.func.vmap(torch.func.vmap(run), in_dims=(None, 0))(own, directions)

@@ -228,7 +228,7 @@ LAYERS = (
     ("kernels",),
     ("tolerance", "_cpu", "_cuda"),
     ("reference",),
-    ("files", "validation"),
+    ("files", "host", "validation"),
 )
 LEAVES = ("files", "reference", "validation")  # these import torch at most, and nothing of fastsal
 

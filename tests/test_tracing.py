@@ -4,6 +4,7 @@ import copy
 import gc
 import weakref
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -121,7 +122,7 @@ class TestValues:
         own, products = tracing.Trace(model, x[:1]).at(model, x)
         torch.testing.assert_close(own, logits, rtol=1e-12, atol=1e-13)
         for examples, count in (([0, 1, 2, 3, 4, 5], 3), ([1, 4], 2), ([5], 4), ([2], 1), ([0, 3], 1)):
-            chosen = torch.tensor(examples)
+            chosen = np.array(examples)
             directions = torch.randn(count, len(examples), *x.shape[1:], dtype=torch.float64)
             want = torch.einsum("end,ked->ken", rows[chosen], directions.flatten(2))
             got = products.jvp(chosen, directions)
@@ -137,7 +138,7 @@ class TestValues:
             with torch.no_grad():
                 want = torch.func.jvp(lambda v: model(v.clone()), (one,), (direction,))
             assert torch.equal(logits[example : example + 1], want[0])
-            got = products.jvp(torch.tensor([example]), direction.unsqueeze(0))[0]
+            got = products.jvp(np.array([example]), direction.unsqueeze(0))[0]
             torch.testing.assert_close(got, want[1], rtol=1e-5, atol=1e-6)
 
     @pytest.mark.parametrize(
@@ -166,11 +167,11 @@ class TestValues:
         x = torch.randn(3, 4, *[9] * dims, dtype=torch.float64)
         _, products = tracing.Trace(model, x[:1]).at(model, x)
         directions = torch.randn(2, *x.shape, dtype=torch.float64)
-        got = products.jvp(torch.arange(3), directions)
+        got = products.jvp(np.arange(3), directions)
         want = [torch.func.jvp(model, (x,), (direction,))[1] for direction in directions]
         torch.testing.assert_close(got, torch.stack(want), rtol=1e-12, atol=1e-13)
         with CountedOperations() as counted:
-            products.jvp(torch.tensor([0]), directions[:1, :1])
+            products.jvp(np.array([0]), directions[:1, :1])
         assert counted["aten.mul.Tensor"] == (4 if inner == "transposed" else 0)
         assert counted["aten.constant_pad_nd.default"] == (2 if inner == "uneven" else 0)
         assert counted["aten.add.Tensor"] == 0
@@ -182,7 +183,7 @@ class TestValues:
             torch.func.jvp(lambda v: model(v.clone()), (x[:1],), (x[:1],))
         _, products = tracing.Trace(model, x[:1]).at(model, x)
         with CountedOperations() as traced:
-            products.jvp(torch.tensor([0]), x[:1].unsqueeze(0))
+            products.jvp(np.array([0]), x[:1].unsqueeze(0))
         assert traced["aten.convolution.default"] == 2
         assert eager["aten.convolution.default"] >= 4
         assert traced["aten.native_batch_norm.default"] == 0
@@ -193,9 +194,9 @@ class TestValues:
     def test_models_of_every_kind_are_traced(self, eager, name):
         model, x = make(name, torch.float64)
         with linearize(model, x) as graph:
-            passes = ModelPasses(graph, torch.arange(len(x)), None)
+            passes = ModelPasses(graph, np.arange(len(x)), None)
             directions = torch.randn(len(x), 3, x[0].numel(), dtype=torch.float64)
-            got = passes.jvp(torch.arange(len(x)), directions)
+            got = passes.jvp(np.arange(len(x)), directions)
         assert len(eager) == 1
         torch.testing.assert_close(got, directions @ dense(model, x)[1].mT, rtol=1e-10, atol=1e-12)
 
@@ -209,7 +210,7 @@ class TestValues:
         _, products = tracing.Trace(model, x[:1]).at(model, x)
         directions = torch.randn(2, 3, 2, dtype=torch.float64)
         want = torch.einsum("end,ked->ken", dense(model, x)[1], directions.flatten(2))
-        torch.testing.assert_close(products.jvp(torch.arange(3), directions), want)
+        torch.testing.assert_close(products.jvp(np.arange(3), directions), want)
         assert capfd.readouterr().err == ""
         assert not recwarn.list
 
@@ -304,7 +305,7 @@ class TestWhatCannotBeTraced:
             tracing.Trace(Written(), x[:1])
         with linearize(Written(), x) as graph:
             directions = torch.randn(6, 3, 5, dtype=torch.float64)
-            got = ModelPasses(graph, torch.arange(6), None).jvp(torch.arange(6), directions)
+            got = ModelPasses(graph, np.arange(6), None).jvp(np.arange(6), directions)
         jacobian = dense(lambda x: Written()(x).unsqueeze(1), x)[1]
         torch.testing.assert_close(got[:, :, 1:], directions @ jacobian.mT / 2)
         assert eager == []

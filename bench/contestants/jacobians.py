@@ -4,9 +4,11 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
 
+from fastsal.host import of
 from fastsal.methods.bounds import Summed
 from fastsal.reference import dual
 
@@ -25,11 +27,11 @@ class Matrices:
     def __post_init__(self) -> None:
         self.dimension = self.jacobian.shape[2]
 
-    def vjp(self, examples: Tensor, cotangents: Tensor) -> Tensor:
-        return cotangents @ self.jacobian[examples]
+    def vjp(self, examples: np.ndarray, cotangents: Tensor) -> Tensor:
+        return cotangents @ of(self.jacobian, examples)
 
-    def jvp(self, examples: Tensor, directions: Tensor) -> Tensor:
-        return directions.to(self.jacobian.dtype) @ self.jacobian[examples].mT
+    def jvp(self, examples: np.ndarray, directions: Tensor) -> Tensor:
+        return directions.to(self.jacobian.dtype) @ of(self.jacobian, examples).mT
 
 
 def distances(logits: Tensor, jacobian: Tensor, norm: float = 2.0) -> Tensor:

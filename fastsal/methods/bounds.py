@@ -3,10 +3,12 @@
 import functools
 import math
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from fastsal import ops
+from fastsal.host import of, to_device, to_host
 
 # (count relative to the first round, share of the failure probability), fixed before any probe is drawn.
 ROUNDS = ((1.0, 0.27), (1.25, 0.22), (1.6, 0.18), (2.0, 0.14), (2.5, 0.11), (3.2, 0.08))
@@ -71,7 +73,7 @@ class Euclidean:
     """What a certificate has to know of the norm that the gradients Δ_j are measured in: here the 2-norm, q = 2.
 
     The certificate works with Δ_j / w, whose part in a basis ("known") and rest are at right angles; w = 1 here. `known` and
-    `rest` are squared Euclidean norms of these two parts, [e, n] or what broadcasts to it, `e` int64 the examples that they
+    `rest` are squared Euclidean norms of these two parts, [e, n] or what broadcasts to it, `e` int64 [e] the examples that they
     belong to, some of those of the batch. Only `upper` has a say in what is certified; the other figures are for planning.
     """
 
@@ -81,15 +83,15 @@ class Euclidean:
     def fit(self, rows: Tensor) -> None:
         """Chooses the weights w by the rows that are taken first: the predicted class's and a few others', [E, c, D]."""
 
-    def rows(self, e: Tensor, rows: Tensor) -> Tensor:
+    def rows(self, e: np.ndarray, rows: Tensor) -> Tensor:
         """Rows [e, c, D] divided by w, float64."""
         return rows.double()
 
-    def directions(self, e: Tensor, directions: Tensor) -> Tensor:
+    def directions(self, e: np.ndarray, directions: Tensor) -> Tensor:
         """The directions u [e, k, D] of the JVPs for which ⟨u, Δ_j⟩ is the product of Δ_j / w with the given ones."""
         return directions
 
-    def measure(self, e: Tensor, classes: Tensor, components: Tensor, basis: Tensor) -> bool:
+    def measure(self, e: np.ndarray, classes: Tensor, components: Tensor, basis: Tensor) -> bool:
         """Measures what `upper` asks for of the known parts, for the classes marked in bool [e, n].
 
         Args:
@@ -103,22 +105,22 @@ class Euclidean:
         """
         return False
 
-    def upper(self, e: Tensor, known: Tensor, rest: Tensor, slack: Tensor) -> Tensor:
+    def upper(self, e: np.ndarray, known: Tensor, rest: Tensor, slack: Tensor) -> Tensor:
         """An upper bound of ‖Δ_j‖_q [e, n], where `known` and `rest` are upper bounds.
 
         `slack` bounds the Euclidean norm of the error of the components that `measure` was given.
         """
         return (known + rest).sqrt()
 
-    def expected(self, e: Tensor, known: Tensor, rest: Tensor) -> Tensor:
+    def expected(self, e: np.ndarray, known: Tensor, rest: Tensor) -> Tensor:
         """What `upper` will say."""
         return (known + rest).sqrt()
 
-    def likely(self, e: Tensor, known: Tensor, rest: Tensor) -> Tensor:
+    def likely(self, e: np.ndarray, known: Tensor, rest: Tensor) -> Tensor:
         """About ‖Δ_j‖_q itself."""
         return (known + rest).sqrt()
 
-    def room(self, e: Tensor, known: Tensor, limit: Tensor) -> Tensor:
+    def room(self, e: np.ndarray, known: Tensor, limit: Tensor) -> Tensor:
         """The largest `rest` for which `expected` is no more than a limit; below 0 where there is none."""
         return limit.square() - known
 
@@ -172,21 +174,22 @@ class Summed(Euclidean):
         square = self.FLOOR + (1 - self.FLOOR) * torch.where(mean > 0, size / mean, 1.0)
         return (square / square.mean(-1, keepdim=True)).sqrt()
 
-    def rows(self, e: Tensor, rows: Tensor) -> Tensor:
-        return rows.double() / self._weights[e].unsqueeze(1)
+    def rows(self, e: np.ndarray, rows: Tensor) -> Tensor:
+        return rows.double() / of(self._weights, e).unsqueeze(1)
 
-    def directions(self, e: Tensor, directions: Tensor) -> Tensor:
-        return directions / self._weights[e].unsqueeze(1)
+    def directions(self, e: np.ndarray, directions: Tensor) -> Tensor:
+        return directions / of(self._weights, e).unsqueeze(1)
 
-    def measure(self, e: Tensor, classes: Tensor, components: Tensor, basis: Tensor) -> bool:
-        new = classes & (self._sums[e] == math.inf)
+    def measure(self, e: np.ndarray, classes: Tensor, components: Tensor, basis: Tensor) -> bool:
+        new = to_host(classes & (of(self._sums, e) == math.inf))[0]
         tile = max(1, self.TILE // basis.shape[2])
-        for slot in new.any(1).nonzero().squeeze(1).tolist():
-            for some in new[slot].nonzero().squeeze(1).split(tile):
+        for slot in np.flatnonzero(new.any(1)):
+            example = e[slot]
+            for some in to_device(new[slot].nonzero()[0], basis.device).split(tile):
                 known = components[slot, :, some].T @ basis[slot]
-                known *= self._weights[e[slot]]
+                known *= self._weights[example]
                 zero = torch.zeros_like(known[:1])
-                self._sums[e[slot], some] = ops.row_distances(zero, known.unsqueeze(0), math.inf, self._backend)[0]
+                self._sums[example, some] = ops.row_distances(zero, known.unsqueeze(0), math.inf, self._backend)[0]
         return bool(new.any())
 
     def _bound(self, known: Tensor, rest: Tensor, cosine: Tensor) -> Tensor:
@@ -195,21 +198,24 @@ class Summed(Euclidean):
         sine = ((1 - cosine) * (1 + cosine)).sqrt()
         return self._root * torch.where(cosine * whole < length, cosine * length + sine * rest.sqrt(), whole)
 
-    def _cosine(self, e: Tensor, known: Tensor) -> Tensor:
+    def _cosine(self, e: np.ndarray, known: Tensor) -> Tensor:
         """cos φ where ‖K_j‖_1 has been measured, and elsewhere the early classes' typical one."""
-        cosine = torch.where(self._sums[e] < math.inf, self._sums[e] / (self._root * known.sqrt()), self._typical[e])
+        sums = of(self._sums, e)
+        cosine = torch.where(sums < math.inf, sums / (self._root * known.sqrt()), of(self._typical, e))
         return cosine.nan_to_num(1.0).clamp(max=1 - 1e-9)
 
-    def upper(self, e: Tensor, known: Tensor, rest: Tensor, slack: Tensor) -> Tensor:
-        return self._bound(known, rest, (self._sums[e] + self._root * slack) / (self._root * known.sqrt()) + 2.0**-40)
+    def upper(self, e: np.ndarray, known: Tensor, rest: Tensor, slack: Tensor) -> Tensor:
+        return self._bound(
+            known, rest, (of(self._sums, e) + self._root * slack) / (self._root * known.sqrt()) + 2.0**-40
+        )
 
-    def expected(self, e: Tensor, known: Tensor, rest: Tensor) -> Tensor:
+    def expected(self, e: np.ndarray, known: Tensor, rest: Tensor) -> Tensor:
         return self._bound(known, rest, self._cosine(e, known))
 
-    def likely(self, e: Tensor, known: Tensor, rest: Tensor) -> Tensor:
-        return self._root * self._typical[e] * (known + rest).sqrt()
+    def likely(self, e: np.ndarray, known: Tensor, rest: Tensor) -> Tensor:
+        return self._root * of(self._typical, e) * (known + rest).sqrt()
 
-    def room(self, e: Tensor, known: Tensor, limit: Tensor) -> Tensor:
+    def room(self, e: np.ndarray, known: Tensor, limit: Tensor) -> Tensor:
         cosine, length, limit = self._cosine(e, known), known.sqrt(), limit / self._root
         sine = ((1 - cosine) * (1 + cosine)).sqrt()
         straight = (limit - cosine * length) / sine

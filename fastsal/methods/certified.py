@@ -66,6 +66,7 @@ import torch
 from torch import Tensor
 
 from fastsal import reference
+from fastsal.host import of, to_device, to_host
 from fastsal.linearization import Linearization
 from fastsal.methods.bounds import NORMS, ROUNDS, chi_square_exceeds, schedule, widened
 from fastsal.methods.selection import Method, Nearest, Selection
@@ -138,13 +139,13 @@ class Certified(Method):
 
         A group's bases, seldom over 20 float64 directions an example, are to fit a cache, or a part of a device's memory.
         """
-        everyone = torch.arange(len(graph.leaf), device=graph.leaf.device)
-        held = GROUP_BYTES if everyone.device.type == "cpu" else GROUP_BYTES_ACCELERATOR
-        groups = torch.split(everyone, max(1, held // (8 * 20 * graph.x.shape[1])))
-        normals = Normals(self.seed, graph.x.shape[1], graph.x.device)
+        device = graph.x.device
+        held = GROUP_BYTES if device.type == "cpu" else GROUP_BYTES_ACCELERATOR
+        size = max(1, held // (8 * 20 * graph.x.shape[1]))
+        normals = Normals(self.seed, graph.x.shape[1], device)
         parts, logits = [], []
-        for group in groups:
-            passes = ModelPasses(graph, group, chunk_size)
+        for start in range(0, len(graph.leaf), size):
+            passes = ModelPasses(graph, np.arange(start, min(start + size, len(graph.leaf))), chunk_size)
             parts.append(certify(passes, self, backend, norm, normals))
             logits.append(passes.logits)
         graph.logits = torch.cat(logits)
@@ -195,13 +196,12 @@ class Normals:
         return self._probes[:count]
 
 
-def of(values: Tensor, e: Tensor) -> Tensor:
-    """The entries of values [E, ...] for examples e, ascending; not copied where these are all."""
-    return values if len(e) == len(values) else values[e]
-
-
 class _Search:
-    """The state of a group of E examples. Squares are in units of each example's own gradient scale, float64."""
+    """The state of a group of E examples. Squares are in units of each example's own gradient scale, float64.
+
+    `e` is always int64 [e], ascending: the examples that a step is about. The passes that they have used, plans and
+    rounds are on the host too. What decides comes there in one copy a round, so that a device is waited for once.
+    """
 
     def __init__(
         self, passes: Passes, method: Certified, backend: str, norm: float = 2.0, normals: Normals | None = None
@@ -216,10 +216,10 @@ class _Search:
         self.prediction, self.margin = self.nearest.prediction, self.nearest.margin
         self.seen = torch.zeros_like(logits, dtype=torch.bool).scatter_(1, self.prediction.unsqueeze(1), True)
         self.lower = torch.zeros_like(self.margin)
-        self.vjps, self.jvps = torch.zeros_like(self.prediction), torch.zeros_like(self.prediction)
-        everyone = torch.arange(E, device=self.device)
-        self.vjps += 1
-        anchor = self._rows(everyone, self.prediction.unsqueeze(1))
+        self.vjps, self.jvps = np.ones(E, np.int64), np.zeros(E, np.int64)
+        self.drawn = np.zeros(E, np.int64)  # how many probes
+        self.everyone = np.arange(E)
+        anchor = self._rows(self.everyone, self.prediction.unsqueeze(1))
         self.nearest.visit(self.prediction.unsqueeze(1), anchor)
         self.unit = torch.ones_like(self.margin[:, 0])
         self.basis = anchor.new_zeros(E, 0, passes.dimension, dtype=torch.float64)
@@ -228,78 +228,81 @@ class _Search:
         self.piloted = self.margin.new_zeros(E, PILOTS, self.n)  # J times the pilots
         self.probed = self.margin.new_zeros(E, 0, self.n)  # J times the probes, projected
         self.shadow = self.margin.new_zeros(E, 0, 0)  # the probes' components in the basis
-        self.drawn = torch.zeros_like(self.prediction)  # how many probes
         self.eta = torch.full_like(self.margin[:, 0], SPARE * torch.finfo(logits.dtype).eps)
         self.typical = torch.zeros_like(self.margin[:, 0])  # about the root mean square of all ‖g_j‖
         self.odd = torch.zeros_like(self.seen)  # classes whose products disagree among themselves
         # The highest other logits, the lowest class first among equals. The early rows are checked once there are probes.
         others = reference.other_classes(self.prediction, self.n)
         order = logits.gather(1, others).sort(stable=True, dim=1, descending=True).indices
-        early = others.gather(1, order[:, : min(TOP, int(self._left(everyone).min()))])
-        rows = self.evaluate(everyone, early)
+        early = others.gather(1, order[:, : min(TOP, self._left(self.everyone).min())])
+        rows = self.evaluate(self.everyone, early)
         self.early = torch.cat((self.prediction.unsqueeze(1), early), 1)
         self.early_rows = torch.cat((anchor, rows), 1)
 
-    def _left(self, e: Tensor) -> Tensor:
+    def _left(self, e: np.ndarray) -> np.ndarray:
         """How many passes the limit leaves each of examples e."""
         limit = self.method.max_passes
-        return torch.full_like(e, 1 << 40) if limit is None else limit - (self.vjps + self.jvps)[e]
+        return np.full(len(e), 1 << 40) if limit is None else limit - self.vjps[e] - self.jvps[e]
 
-    def _rows(self, e: Tensor, classes: Tensor) -> Tensor:
+    def _device(self, values: Any) -> Tensor:
+        return to_device(values, self.device)
+
+    def _rows(self, e: np.ndarray, classes: Tensor) -> Tensor:
         one_hot = self.passes.logits.new_zeros(*classes.shape, self.n).scatter_(2, classes.unsqueeze(2), 1.0)
         return self.passes.vjp(e, one_hot)
 
-    def products(self, e: Tensor, directions: Tensor) -> Tensor:
+    def products(self, e: np.ndarray, directions: Tensor) -> Tensor:
         """J times directions [e, k, D], in the examples' units: [e, k, n]."""
         products = self.passes.jvp(e, self.norm.directions(e, directions))
         self.jvps[e] += directions.shape[1]
-        return products.double() / self.unit[e].view(-1, 1, 1)
+        return products.double() / of(self.unit, e).view(-1, 1, 1)
 
-    def differences(self, e: Tensor, values: Tensor) -> Tensor:
+    def differences(self, e: np.ndarray, values: Tensor) -> Tensor:
         """a_{i*} − a_j of values [e, k, n]."""
-        return values.gather(2, self.prediction[e].view(-1, 1, 1).expand(-1, values.shape[1], 1)) - values
+        return values.gather(2, of(self.prediction, e).view(-1, 1, 1).expand(-1, values.shape[1], 1)) - values
 
     @property
     def best(self) -> Tensor:
         """The best exact ratio so far; NaN once there is one."""
         return self.nearest.distances.amin(1)
 
-    def undecided(self, e: Tensor) -> Tensor:
+    def undecided(self, e: np.ndarray) -> Tensor:
         """Which classes may still change the answer, [e, n]: L_j below the best ratio; ties only where the class is lower.
 
         A NaN bound has to be looked at, lowest class first, until a NaN row settles the matter.
         """
-        best, lower, runner_up = self.best[e].unsqueeze(1), self.lower[e], self.nearest.runner_up[e]
+        best, lower, runner_up = of(self.best, e).unsqueeze(1), of(self.lower, e), of(self.nearest.runner_up, e)
         before = torch.arange(self.n, device=self.device) < runner_up
-        tie = (lower == best) & before & ((self.margin[e] == 0) | (best > 0)) & (best < math.inf)
+        tie = (lower == best) & before & ((of(self.margin, e) == 0) | (best > 0)) & (best < math.inf)
         unknown = lower.isnan() & (before | ~best.isnan())
-        return ~self.seen[e] & ((lower < best) | tie | unknown)
+        return ~of(self.seen, e) & ((lower < best) | tie | unknown)
 
-    def evaluate(self, e: Tensor, classes: Tensor) -> Tensor:
+    def evaluate(self, e: np.ndarray, classes: Tensor) -> Tensor:
         """Takes the exact rows [e, c, D] of classes int64 [e, c] of examples e, and returns them.
 
         An example whose rows disagree with its JVPs by more than η, or hold a NaN, loses its bounds: every class is to be seen.
         """
         rows = self._rows(e, classes)
         self.vjps[e] += classes.shape[1]
-        self.seen[e.unsqueeze(1), classes] = True
-        self.nearest.visit(classes, rows, None if len(e) == len(self.seen) else e)
+        self.seen[self._device(e).unsqueeze(1), classes] = True
+        self.nearest.visit(classes, rows, None if len(e) == len(self.seen) else self._device(e))
         self.check(e, classes, rows)
         return rows
 
-    def check(self, e: Tensor, classes: Tensor, rows: Tensor) -> None:
+    def check(self, e: np.ndarray, classes: Tensor, rows: Tensor) -> None:
         """Takes their bounds from the examples whose rows [e, c, D] disagree with their JVPs by more than η."""
         if self.probed.shape[1]:
-            good = self.disagreement(e, classes, rows) <= self.eta[e]
-            self.lower[e] = torch.where((good | (self.drawn[e] == 0)).unsqueeze(1), self.lower[e], 0.0)
+            good = self.disagreement(e, classes, rows) <= of(self.eta, e)
+            good |= self._device(self.drawn[e] == 0)
+            self.lower[self._device(e)] = torch.where(good.unsqueeze(1), of(self.lower, e), 0.0)
 
-    def disagreement(self, e: Tensor, classes: Tensor, rows: Tensor) -> Tensor:
+    def disagreement(self, e: np.ndarray, classes: Tensor, rows: Tensor) -> Tensor:
         """How far rows [e, c, D] are from the JVPs of their classes, in the units of η: [e], the largest over the classes.
 
         The larger of two figures: the norm over the basis, and the root mean square over the pilots and the probes; relative to
         the norm of the row, or to the typical one where that is larger.
         """
-        rows = self.norm.rows(e, rows) / self.unit[e].view(-1, 1, 1)
+        rows = self.norm.rows(e, rows) / of(self.unit, e).view(-1, 1, 1)
         inside = rows @ of(self.basis, e).mT
         s = self.probed.shape[1]
         outside = rows @ self.pilots.T
@@ -311,15 +314,15 @@ class _Search:
             return got - of(values, e).gather(2, pick.expand(-1, values.shape[1], -1)).mT
 
         along = gap(outside, torch.cat((self.piloted, self.probed), 1))
-        count = PILOTS + self.drawn[e].view(-1, 1, 1)
+        count = self._device(PILOTS + self.drawn[e]).view(-1, 1, 1)
         along = torch.where(torch.arange(PILOTS + s, device=self.device) < count, along, 0.0).square().sum(2)
         square = torch.maximum(gap(inside, self.components).square().sum(2), along / count.squeeze(2))
-        size = torch.maximum(rows.square().sum(2).sqrt(), self.typical[e].unsqueeze(1))
+        size = torch.maximum(rows.square().sum(2).sqrt(), of(self.typical, e).unsqueeze(1))
         return torch.where(square == 0, 0.0, square.sqrt() / size).amax(1)
 
     # Step 1: the basis.
 
-    def span(self, e: Tensor, rows: Tensor) -> None:
+    def span(self, e: np.ndarray, rows: Tensor) -> None:
         """Adds rows [e, c, D] to the basis of examples e, orthonormalised, and takes the JVPs."""
         basis = of(self.basis, e)
         directions = basis.new_zeros(rows.shape)
@@ -338,35 +341,36 @@ class _Search:
         products = self.products(e, directions)
         r, c = self.basis.shape[1], directions.shape[1]
         self.basis = torch.cat((self.basis, self.basis.new_zeros(len(self.basis), c, self.basis.shape[2])), 1)
-        self.basis[e, r:] = directions
+        self.basis[self._device(e), r:] = directions
         self.components = torch.cat((self.components, self.components.new_zeros(len(self.basis), c, self.n)), 1)
-        self.components[e, r:] = products
+        self.components[self._device(e), r:] = products
 
-    def residual(self, e: Tensor) -> Tensor:
+    def residual(self, e: np.ndarray) -> Tensor:
         """J times the pilots' parts outside the basis, [e, PILOTS, n]: no pass is needed."""
         return of(self.piloted, e) - (self.pilots @ of(self.basis, e).mT) @ of(self.components, e)
 
-    def outside(self, e: Tensor) -> Tensor:
+    def outside(self, e: np.ndarray) -> Tensor:
         """The pilots' estimate of the squared norm of every Δ_j's part outside the basis, [e, n]; it proves nothing."""
         energy = self.differences(e, self.residual(e)).square().sum(1)
         return (energy + PRIOR * self._average(e, energy / PILOTS).unsqueeze(1)) / (PRIOR + PILOTS)
 
-    def weights(self, e: Tensor) -> Tensor:
+    def weights(self, e: np.ndarray) -> Tensor:
         """1 / m_j⁴ of the classes not seen, in units of the largest: how much a class's gradient matters."""
-        margin = torch.where(self.seen[e] | ~(self.margin[e] > 0), math.inf, self.margin[e])
+        margin = of(self.margin, e)
+        margin = torch.where(of(self.seen, e) | ~(margin > 0), math.inf, margin)
         return (margin.amin(1, keepdim=True) / margin).pow(4).nan_to_num(0.0)
 
-    def _average(self, e: Tensor, values: Tensor) -> Tensor:
+    def _average(self, e: np.ndarray, values: Tensor) -> Tensor:
         """The average over classes of values [e, n], weighted by how much they matter: [e]."""
         weights = self.weights(e)
         return ((weights * values).sum(1) / weights.sum(1)).nan_to_num(0.0)
 
-    def widen(self, e: Tensor) -> None:
+    def widen(self, e: np.ndarray) -> None:
         """Adds a step of the range finder to the bases of examples e."""
-        newest = torch.cat((self.components[e, PILOTS - BLOCK :], self.residual(e)), 1)
+        newest = torch.cat((of(self.components, e)[:, PILOTS - BLOCK :], self.residual(e)), 1)
         mixture = self.weights(e).square().unsqueeze(1) * self.differences(e, newest)
         cotangents = -mixture
-        own = self.prediction[e].view(-1, 1, 1).expand_as(mixture[:, :, :1])
+        own = of(self.prediction, e).view(-1, 1, 1).expand_as(mixture[:, :, :1])
         cotangents.scatter_(2, own, mixture.sum(2, keepdim=True))
         largest = cotangents.abs().amax(2, keepdim=True)
         cotangents = cotangents / torch.where(largest > 0, largest, 1.0)
@@ -375,7 +379,7 @@ class _Search:
 
     # Step 2: the plan.
 
-    def forecast(self, e: Tensor, inside: Tensor, outside: Tensor, share: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def forecast(self, e: np.ndarray, inside: Tensor, outside: Tensor, share: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """What further passes will achieve if only `share` [e] of what is outside the basis now is outside it then.
 
         `inside` and `outside` are the squared norms of the two parts of every Δ_j now, [e, n].
@@ -385,11 +389,11 @@ class _Search:
         """
         rest = outside * share.unsqueeze(1)
         known = inside + (outside - rest)
-        waiting = ~self.seen[e]
-        margin = self.margin[e] / self.unit[e].unsqueeze(1)
+        waiting = ~of(self.seen, e)
+        margin = of(self.margin, e) / of(self.unit, e).unsqueeze(1)
         likely = torch.where(waiting, margin / self.norm.likely(e, known, rest), math.inf).amin(1)
-        target = torch.minimum(self.best[e], likely).unsqueeze(1)
-        left = self._left(e) - 1  # `compare` takes one
+        target = torch.minimum(of(self.best, e), likely).unsqueeze(1)
+        left = self._device(self._left(e) - 1)  # `compare` takes one
         room = self.norm.room(e, known, margin / target) / rest
         root = torch.where(waiting, room.nan_to_num(0.0, posinf=math.inf).clamp(min=0), math.inf).float() ** (1 / 3)
         whole = waiting.sum(1).double()
@@ -398,59 +402,55 @@ class _Search:
             quantile = schedule(count, self.method.failure_probability)[0][1]
             cost = count + chi_square_exceeds(count, root * quantile ** (1 / 3)).sum(1, dtype=torch.float64)
             promise = (left >= count).double()
-            short = cost > left
-            if bool(short.any()):
+            if self.method.max_passes is not None:
                 upper = self.norm.expected(e, known, rest * (count / quantile))
                 bound = torch.where(waiting, margin / upper / target, math.inf)
                 rows = (left - count).clamp(0, self.n - 1).unsqueeze(1)
                 reached = bound.sort(1).values.gather(1, rows).squeeze(1).clamp(max=1.0).nan_to_num(0.0)
-                promise = torch.where(short, torch.where(left >= count, reached, -1.0), promise)
+                promise = torch.where(cost > left, torch.where(left >= count, reached, -1.0), promise)
             promises.append(promise)
             costs.append(cost)
         promise, cost = torch.stack(promises, 1), torch.stack(costs, 1)
         cost = torch.where(promise == promise.amax(1, keepdim=True), cost, math.inf)
         which = cost.argmin(1)
-        counts = torch.tensor((0, *COUNTS), device=self.device)
-        return promise.amax(1), cost.amin(1), counts[which]
+        return promise.amax(1), cost.amin(1), self._device((0, *COUNTS))[which]
 
-    def prepare(self) -> Tensor:
+    def prepare(self) -> np.ndarray:
         """Builds the bases and returns the plans: the first rounds' counts of probes [E], 0 where rows are cheaper."""
         self.norm.fit(self.early_rows)
-        everyone = torch.arange(len(self.prediction), device=self.device)
-        scale = reference.vector_norm(self.norm.rows(everyone, self.early_rows), 2.0).amax(1)
+        scale = reference.vector_norm(self.norm.rows(self.everyone, self.early_rows), 2.0).amax(1)
         usable = torch.isfinite(scale) & torch.isfinite(self.margin).all(1)
-        self.lower[~usable] = math.nan
+        self.lower = torch.where(usable.unsqueeze(1), self.lower, math.nan)
         self.unit = torch.where(usable & (scale > 0), scale, 1.0)
-        plan = torch.zeros_like(self.prediction)
-        worthwhile = usable & (self.undecided(everyone).sum(1) > WORTHWHILE)
-        e = everyone[worthwhile & (self._left(everyone) >= self.early.shape[1] + PILOTS + 1 + COUNTS[0])]
+        plan = np.zeros_like(self.vjps)
+        worthwhile = to_host(usable & (self.undecided(self.everyone).sum(1) > WORTHWHILE))[0] > 0
+        e = self.everyone[worthwhile & (self._left(self.everyone) >= self.early.shape[1] + PILOTS + 1 + COUNTS[0])]
         if not len(e):
             return plan
         try:
-            self.span(e, self.early_rows[e])
+            self.span(e, of(self.early_rows, e))
         except NoJVPError as error:
             warnings.warn(f"{error}; taking every row", stacklevel=2)
             return plan
-        self.piloted[e] = self.products(e, self.pilots.expand(len(e), -1, -1))
-        self.typical[e] = self.sizes(e).square().mean(1).sqrt()
+        self.piloted[self._device(e)] = self.products(e, self.pilots.expand(len(e), -1, -1))
+        self.typical[self._device(e)] = self.sizes(e).square().mean(1).sqrt()
         active = e[self.trust(e)]
-        fall = torch.full_like(self.unit, FIRST_FALL)
+        fall = torch.full_like(of(self.unit, active), FIRST_FALL)
         for step in range(MAX_STEPS + 1):
-            parts = self.differences(active, self.components[active]).square().sum(1), self.outside(active)
-            promise_now, cost_now, plan[active] = self.forecast(active, *parts, torch.ones_like(fall[active]))
-            better = torch.zeros_like(active, dtype=torch.bool)
+            parts = self.differences(active, of(self.components, active)).square().sum(1), self.outside(active)
+            promise_now, cost_now, count = self.forecast(active, *parts, torch.ones_like(fall))
+            better, left = torch.zeros_like(count, dtype=torch.bool), self._device(self._left(active))
             for steps in AHEAD:
-                promise, cost, _ = self.forecast(active, *parts, fall[active] ** steps)
+                promise, cost, _ = self.forecast(active, *parts, fall**steps)
                 cost += steps * BLOCK * 2
-                better |= (cost <= self._left(active)) & (
-                    (promise > promise_now) | ((promise == promise_now) & (cost < cost_now))
-                )
-            active = active[better]
-            if step == MAX_STEPS or not len(active):
+                better |= (cost <= left) & ((promise > promise_now) | ((promise == promise_now) & (cost < cost_now)))
+            plan[active], go = to_host(count, better)
+            if step == MAX_STEPS or not go.any():
                 break
-            before = self._average(active, parts[1][better])
+            before = self._average(active, parts[1])[self._device(go.nonzero()[0])]
+            active = active[go > 0]
             self.widen(active)
-            fall[active] = (self._average(active, self.outside(active)) / before).nan_to_num(0.0).clamp(max=0.97)
+            fall = (self._average(active, self.outside(active)) / before).nan_to_num(0.0).clamp(max=0.97)
         e = e[plan[e] > 0]
         plan[e[~self.trust(e)]] = 0
         self.compare(e[plan[e] > 0])
@@ -458,65 +458,70 @@ class _Search:
 
     # Rounding, known before the first probe.
 
-    def trust(self, e: Tensor) -> Tensor:
+    def trust(self, e: np.ndarray) -> np.ndarray:
         """Sets η of examples e by the rows known so far, and tells for which of them JVPs can be used at all, [e]."""
         if not len(e):
-            return e > 0
-        seen = self.disagreement(e, self.early[e], self.early_rows[e])
-        self.eta[e] = torch.maximum(self.eta[e], SPARE * seen)
-        unstable = self.eta[e] > UNSTABLE
-        if bool(unstable.any()):
+            return np.zeros(0, bool)
+        seen = self.disagreement(e, of(self.early, e), of(self.early_rows, e))
+        self.eta[self._device(e)] = torch.maximum(of(self.eta, e), SPARE * seen)
+        seen, eta = to_host(seen, of(self.eta, e))
+        unstable = eta > UNSTABLE
+        if unstable.any():
             warnings.warn(
-                f"model: {int(unstable.sum())} of {len(e)} examples have gradients that differ by up to "
+                f"model: {unstable.sum()} of {len(e)} examples have gradients that differ by up to "
                 f"{seen[unstable].max():.1e} of themselves between a backward and a forward-mode pass; they are finished with "
                 "exact rows",
                 stacklevel=2,
             )
-        return ~unstable & ~seen.isnan()
+        trusted: np.ndarray = ~unstable & ~np.isnan(seen)
+        return trusted
 
-    def compare(self, e: Tensor) -> None:
+    def compare(self, e: np.ndarray) -> None:
         """Compares one JVP along a random combination of all directions so far with the combination of their products."""
         if not len(e):
             return
         scale = 1 / math.sqrt(self.passes.dimension)
         directions = torch.cat((of(self.basis, e), scale * self.pilots.expand(len(e), -1, -1)), 1)
         values = torch.cat((of(self.components, e), scale * of(self.piloted, e)), 1)
-        mixture = torch.from_numpy(stream(self.method.seed, "combination").standard_normal((1, directions.shape[1])))
-        mixture = (mixture / mixture.norm()).to(self.device)
+        normal = stream(self.method.seed, "combination").standard_normal((1, directions.shape[1]))
+        mixture = self._device(normal / np.linalg.norm(normal))
         products = self.products(e, mixture @ directions)
-        self.odd[e] = (products - mixture @ values).squeeze(1).abs() > self.slack(e, self.sizes(e))
+        self.odd[self._device(e)] = (products - mixture @ values).squeeze(1).abs() > self.slack(e, self.sizes(e))
 
-    def sizes(self, e: Tensor) -> Tensor:
+    def sizes(self, e: np.ndarray) -> Tensor:
         """About ‖g_j‖ of every class [e, n], from the basis and the pilots."""
         return (of(self.components, e).square().sum(1) + self.residual(e).square().mean(1)).sqrt()
 
-    def slack(self, e: Tensor, size: Tensor) -> Tensor:
+    def slack(self, e: np.ndarray, size: Tensor) -> Tensor:
         """How far the products of every class may be off [e, n], from about ‖g_j‖ [e, n]."""
-        return self.eta[e].unsqueeze(1) * torch.maximum(size, self.typical[e].unsqueeze(1))
+        return of(self.eta, e).unsqueeze(1) * torch.maximum(size, of(self.typical, e).unsqueeze(1))
 
     # Step 3: the probes.
 
-    def probe(self, plan: Tensor) -> None:
-        """Draws the rounds that the plan lays down, int64 [E], for each example as long as they are worth it."""
-        e = (plan > 0).nonzero().squeeze(1)
+    def probe(self, plan: np.ndarray) -> None:
+        """Draws the rounds that the plan lays down, [E], for each example as long as they are worth it."""
+        e = self.everyone[plan > 0]
         rounds = [schedule(first, self.method.failure_probability) for first in plan[e].tolist()]
-        table = torch.tensor(rounds, dtype=torch.float64, device=self.device).view(len(e), len(ROUNDS), 2)
-        counts, quantiles = table[:, :, 0].long(), table[:, :, 1]
-        stage = torch.zeros_like(e)
+        table = np.array(rounds).reshape(len(e), len(ROUNDS), 2)
+        counts, quantiles = table[:, :, 0].astype(np.int64), self._device(table[:, :, 1])
+        stage, left, go = np.zeros(len(e), np.int64), self._left(e), np.ones(len(e), bool)
         known = self.differences(e, of(self.components, e)).square().sum(1)
         length = of(self.components, e).square().sum(1)
         sums, squares = torch.zeros_like(known), torch.zeros_like(known)
         done = 0
         while True:
-            end = counts.gather(1, stage.unsqueeze(1)).squeeze(1)
-            go = self._left(e) >= end - done
-            e, end, stage, counts, quantiles, known, length, sums, squares = (
-                value[go] for value in (e, end, stage, counts, quantiles, known, length, sums, squares)
-            )
+            go[go] = stage[go] < len(ROUNDS)
+            go[go] = left[go] >= counts[go, stage[go]]
+            if not go.all():
+                kept = self._device(go.nonzero()[0])
+                e, counts, stage, left = (value[go] for value in (e, counts, stage, left))
+                quantiles, known, length, sums, squares = (
+                    value[kept] for value in (quantiles, known, length, sums, squares)
+                )
             if not len(e):
                 return
-            upto = int(end.min())
-            for part in torch.split(self.normals.probes(upto)[done:], max(1, self.passes.pairs // len(e))):
+            end = counts[np.arange(len(e)), stage]
+            for part in torch.split(self.normals.probes(int(end.min()))[done:], max(1, self.passes.pairs // len(e))):
                 basis = of(self.basis, e)
                 shadow = part @ basis.mT
                 values = self.products(e, part - shadow @ basis)
@@ -525,36 +530,36 @@ class _Search:
                 squares += values.square().sum(1)
                 done += len(part)
             self.drawn[e] = done
-            at = end == done
-            quantile = quantiles[at].gather(1, stage[at].unsqueeze(1))
-            self.bound(e[at], known[at], sums[at], (length[at] + squares[at] / done).sqrt(), done, quantile)
-            go = torch.ones_like(at)
-            go[at] = self.worth_more(e[at], known[at], sums[at], done, counts[at], quantiles[at], stage[at])
-            stage = stage + at
-            go &= stage < len(ROUNDS)
-            e, stage, counts, quantiles, known, length, sums, squares = (
-                value[go] for value in (e, stage, counts, quantiles, known, length, sums, squares)
-            )
+            at = (end == done).nonzero()[0]
+            here, round_ = self._device(at), self._device(stage[at])
+            size = (length[here] + squares[here] / done).sqrt()
+            self.bound(e[at], known[here], sums[here], size, done, quantiles[here].gather(1, round_.unsqueeze(1)))
+            further = self._device(counts[at])
+            worth = self.worth_more(e[at], known[here], sums[here], done, further, quantiles[here], round_)
+            go = np.ones(len(e), bool)
+            go[at] = to_host(worth)[0] > 0
+            stage[at] += 1
 
-    def bound(self, e: Tensor, known: Tensor, sums: Tensor, size: Tensor, count: int, quantile: Tensor) -> None:
+    def bound(self, e: np.ndarray, known: Tensor, sums: Tensor, size: Tensor, count: int, quantile: Tensor) -> None:
         """Raises the lower bounds of the ratios of examples e by a round of `count` probes. `size`: about ‖g_j‖, [e, n]."""
-        known, rest, slack = widened(known, sums, self.slack(e, size), self.prediction[e], count, quantile)
+        known, rest, slack = widened(known, sums, self.slack(e, size), of(self.prediction, e), count, quantile)
         while True:
             upper = self.norm.upper(e, known, rest, slack)
-            lower = reference.ratios(self.margin[e], upper * self.unit[e].unsqueeze(1))
-            self.lower[e] = torch.maximum(self.lower[e], torch.where(self.odd[e], 0.0, lower))
+            lower = reference.ratios(of(self.margin, e), upper * of(self.unit, e).unsqueeze(1))
+            lower = torch.where(of(self.odd, e), 0.0, lower)
+            self.lower[self._device(e)] = torch.maximum(of(self.lower, e), lower)
             components = self.differences(e, of(self.components, e))
             if not self.norm.measure(e, self.undecided(e), components, of(self.basis, e)):
                 return
 
     def worth_more(
-        self, e: Tensor, known: Tensor, sums: Tensor, done: int, counts: Tensor, quantiles: Tensor, stage: Tensor
+        self, e: np.ndarray, known: Tensor, sums: Tensor, done: int, counts: Tensor, quantiles: Tensor, stage: Tensor
     ) -> Tensor:
         """Whether some later round is expected to save more exact rows than its probes cost, [e]."""
-        margin, waiting = self.margin[e] / self.unit[e].unsqueeze(1), ~self.seen[e]
+        margin, waiting = of(self.margin, e) / of(self.unit, e).unsqueeze(1), ~of(self.seen, e)
         likely = torch.where(waiting, margin / self.norm.likely(e, known, sums / done), math.inf).amin(1)
-        target = torch.minimum(self.best[e], likely).unsqueeze(1)
-        now = (waiting & ~(self.lower[e] >= target)).sum(1).double()
+        target = torch.minimum(of(self.best, e), likely).unsqueeze(1)
+        now = (waiting & ~(of(self.lower, e) >= target)).sum(1).double()
         later = torch.full_like(now, math.inf)
         for round_ in range(1, counts.shape[1]):
             count, quantile = counts[:, round_].double(), quantiles[:, round_]
@@ -563,7 +568,7 @@ class _Search:
             later = torch.where(stage < round_, torch.minimum(later, cost), later)
         return (later < now) & self.undecided(e).any(1)
 
-    def _record(self, e: Tensor, start: int, values: Tensor, shadow: Tensor) -> None:
+    def _record(self, e: np.ndarray, start: int, values: Tensor, shadow: Tensor) -> None:
         """Keeps the products with the probes from number `start` on, for `check`."""
         stop = start + values.shape[1]
         if stop > self.probed.shape[1]:
@@ -572,30 +577,37 @@ class _Search:
             held = self.shadow.new_zeros(E, stop, self.basis.shape[1])  # the basis is complete by now
             held[:, : self.shadow.shape[1], : self.shadow.shape[2]] = self.shadow
             self.shadow = held
-        self.probed[e, start:stop], self.shadow[e, start:stop] = values, shadow
+        index = self._device(e)
+        self.probed[index, start:stop], self.shadow[index, start:stop] = values, shadow
 
     # Step 4: exact rows.
 
     def finish(self) -> None:
         """Exact rows, the smallest lower bound first (the smallest margin among equals), as long as any may matter."""
-        probed = (self.drawn > 0).nonzero().squeeze(1)
+        probed = self.everyone[self.drawn > 0]
         if len(probed):
-            self.check(probed, self.early[probed], self.early_rows[probed])
-        e = torch.arange(len(self.prediction), device=self.device)
+            self.check(probed, of(self.early, probed), of(self.early_rows, probed))
+        e = self.everyone
         while True:
             waiting = self.undecided(e)
-            keep = waiting.any(1) & (self._left(e) > 0)
-            e, waiting = e[keep], waiting[keep]
-            if not len(e):
+            number, unbounded = to_host(waiting.sum(1), (waiting & ~(of(self.lower, e) > 0)).sum(1))
+            keep = (number > 0) & (self._left(e) > 0)
+            if not keep.any():
                 return
+            e, number, unbounded, waiting = (
+                e[keep],
+                number[keep],
+                unbounded[keep],
+                waiting[self._device(keep.nonzero()[0])],
+            )
             # A few at a time, for the next row may decide; but all that have no bound have to be seen.
-            unbounded = (waiting & ~(self.lower[e] > 0)).sum(1)
-            count = torch.maximum(unbounded, waiting.sum(1).clamp(max=ROWS))
-            most = min(int(torch.minimum(count, self._left(e)).min()), max(ROWS, 2 * self.passes.pairs // len(e)))
-            by_margin = self.margin[e].sort(stable=True, dim=1).indices
+            count = np.minimum(np.maximum(unbounded, np.minimum(number, ROWS)), self._left(e))
+            most = min(int(count.min()), max(ROWS, 2 * self.passes.pairs // len(e)))
+            lower, margin = of(self.lower, e), of(self.margin, e)
+            by_margin = margin.sort(stable=True, dim=1).indices
             by_class = torch.arange(self.n, device=self.device).expand_as(by_margin)
-            order = torch.where(self.lower[e].isnan().any(1, keepdim=True), by_class, by_margin)
-            key = torch.where(waiting, self.lower[e].nan_to_num(-math.inf), math.inf).gather(1, order)
+            order = torch.where(lower.isnan().any(1, keepdim=True), by_class, by_margin)
+            key = torch.where(waiting, lower.nan_to_num(-math.inf), math.inf).gather(1, order)
             self.evaluate(e, order.gather(1, key.sort(stable=True, dim=1).indices[:, :most]))
 
 
@@ -610,12 +622,11 @@ def certify(
     search.probe(search.prepare())
     search.finish()
     best = search.best
-    everyone = torch.arange(len(best), device=search.device)
     return Certificate(
         winners=search.nearest.winners,
         pair=search.nearest.pair,
-        vjps=search.vjps,
-        jvps=search.jvps,
-        certified=~best.isnan() & ~search.undecided(everyone).any(1),
+        vjps=to_device(search.vjps, search.device),
+        jvps=to_device(search.jvps, search.device),
+        certified=~best.isnan() & ~search.undecided(search.everyone).any(1),
         lower_bound=torch.minimum(best, torch.where(search.seen, math.inf, search.lower).amin(1)),
     )

@@ -162,12 +162,12 @@ class TestGuarantee:
     @pytest.mark.parametrize("norm", KINDS)
     def test_the_sums_are_chi_square(self, monkeypatch, norm):
         """S_j / ‖the part of Δ_j / w outside the basis‖² after the first round, one class an example (Kolmogorov, Smirnov)."""
-        monkeypatch.setattr(certify._Search, "worth_more", lambda self, e, *rest: torch.zeros_like(e, dtype=torch.bool))
+        monkeypatch.setattr(certify._Search, "worth_more", lambda self, e, *rest: torch.zeros(len(e), dtype=torch.bool))
         pivots = []
         for batch in range(self.BATCHES):
             logits, rows = KINDS[norm]["ordinary"](torch.Generator().manual_seed(batch), self.E)
             search = certify._Search(Matrices(logits, rows), Certified(self.DELTA, None, batch), "reference", norm)
-            plan = torch.full_like(search.prepare(), certify.COUNTS[2])
+            plan = np.full_like(search.prepare(), certify.COUNTS[2])
             search.probe(plan)
             everyone = torch.arange(self.E)
             measured = search.differences(everyone, search.probed)[:, : certify.COUNTS[2], -1].square().sum(1)
@@ -397,8 +397,8 @@ class TestRounding:
             # The class, not the value: the values of rows that noisy differ from call to call.
             wrong += int((found.runner_up != exact.runner_up).sum())
             with linearize(model, x) as graph:
-                search = certify._Search(ModelPasses(graph, torch.arange(3), None), Certified(seed=seed), "auto")
-                rows_alone = search.prepare() == 0
+                search = certify._Search(ModelPasses(graph, np.arange(3), None), Certified(seed=seed), "auto")
+                rows_alone = torch.from_numpy(search.prepare() == 0)
             odd += int((search.odd[:, cancelled] | search.seen[:, cancelled] | rows_alone).sum())
             assert search.odd.sum() <= 5
         assert wrong == 0
