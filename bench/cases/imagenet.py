@@ -1,4 +1,4 @@
-"""Trained on ImageNet: the linearised robustness ρ̃ of photographs, one, four and fourteen at a time.
+"""Trained on ImageNet: the linearised robustness ρ̃ of photographs, one, four and fourteen at a time, and in the largest entry.
 
     python -m bench imagenet
 
@@ -13,6 +13,7 @@ import argparse
 import functools
 import importlib.util
 import json
+import math
 import subprocess
 import sys
 import time
@@ -34,13 +35,19 @@ from bench.suite import core, memory
 from bench.suite.session import Session
 
 LEVEL = "imagenet"
-BATCHES = (1, 4, 14)
+CASES = {  # the size of a batch, and the p of the perturbation
+    "batches of 1": (1, 2.0),
+    "batches of 4": (4, 2.0),
+    "batches of 14": (14, 2.0),
+    "batches of 14, p = ∞": (14, math.inf),
+}
 LONG = 60.0  # seconds: what would take longer is extrapolated
 FEW, MANY = 2, 20  # classes to extrapolate from
 HELD = 100  # classes for the peak memory of exact rows, of which it holds 40 at a time at most
 BUDGET = 40.0  # seconds of timing, about
 YARDSTICK = "fastsal exact, rows"
 CERTIFIED = "fastsal certified"
+SMALL = "CNN, n = 100, 3×32×32"  # of so many classes that certified does all that it does anywhere
 ONE_PASS = "one backward pass"
 
 Run = Callable[[nn.Module, Tensor], tuple[Tensor, Tensor | None]]
@@ -72,26 +79,26 @@ class FirstClasses(nn.Module):
         return self.model(x)[:, : self.n]
 
 
-def _analyze(method: Any, model: nn.Module, x: Tensor) -> tuple[Tensor, Tensor]:
-    result = fastsal.analyze(model, x, method=method)
+def _analyze(method: Any, norm: float, model: nn.Module, x: Tensor) -> tuple[Tensor, Tensor]:
+    result = fastsal.analyze(model, x, norm=norm, method=method)
     return result.linearized_robustness, result.vjps + result.jvps
 
 
-def _step(peer: str, model: nn.Module, x: Tensor) -> tuple[Tensor, None]:
-    return PEERS[peer].step(model, x), None
+def _step(peer: str, norm: float, model: nn.Module, x: Tensor) -> tuple[Tensor, None]:
+    return PEERS[peer].step(model, x, norm=norm), None
 
 
-def ways() -> dict[str, Way]:
-    """Exact rows first, the yardstick; then who needs fewer passes, and the peers, installed or not."""
+def ways(norm: float = 2.0) -> dict[str, Way]:
+    """Exact rows first, the yardstick; then who needs fewer passes, and the peers, installed or not. `norm`: the p of ρ̃."""
     found = {}
     for name in (YARDSTICK, CERTIFIED, "fastsal candidates, 9"):
         method, classes = METHODS[name]
         what = "all outputs" if classes is None else f"all outputs, {classes} classes"
-        found[name] = Way(functools.partial(_analyze, method), VALUE_LIMIT, classes, name == YARDSTICK, what)
+        found[name] = Way(functools.partial(_analyze, method, norm), VALUE_LIMIT, classes, name == YARDSTICK, what)
     for name in ("foolbox DeepFool, 10 candidates", "foolbox DeepFool, all", "adv-lib FAB"):
         classes = PEERS[name].classes
         what = "one step" if classes is None else f"one step, {classes} classes"
-        found[name] = Way(functools.partial(_step, name), STEP_LIMIT, classes, classes is None, what)
+        found[name] = Way(functools.partial(_step, name, norm), STEP_LIMIT, classes, classes is None, what)
     return found
 
 
@@ -107,16 +114,16 @@ def subject(tiny: bool) -> tuple[nn.Module, Tensor]:
     if not tiny:
         return imagenet.network(), imagenet.images()
     model, x = models.tiny()
-    return model, x.repeat(5, 1)[: BATCHES[-1]] * torch.linspace(0.9, 1.1, BATCHES[-1]).unsqueeze(1)
+    return model, x.repeat(5, 1)[:14] * torch.linspace(0.9, 1.1, 14).unsqueeze(1)
 
 
-def alone(name: str, batch: int, classes: int | None, tiny: bool) -> dict[str, Any]:
-    """Seconds, peak memory and answers of a way on the first batch; a first run, on a tiny model, takes what imports take.
+def alone(name: str, batch: int, norm: float, classes: int | None, tiny: bool) -> dict[str, Any]:
+    """Seconds, peak memory and answers of a way on the first batch; a first run, on a small model, takes what imports take.
 
     `classes` is how many the network is to have, None for all.
     """
-    way, answer = ways()[name], []
-    way.run(*models.tiny())
+    way, answer = ways(norm)[name], []
+    way.run(*(models.tiny() if tiny else models.load(SMALL)))
     model, images = subject(tiny)
     cut = model if classes is None else FirstClasses(model, classes).eval()
     start = time.perf_counter()
@@ -124,9 +131,9 @@ def alone(name: str, batch: int, classes: int | None, tiny: bool) -> dict[str, A
     return {"seconds": time.perf_counter() - start, "peak memory": peak, "answer": answer[0].tolist()}
 
 
-def in_fresh_process(name: str, batch: int, classes: int | None, tiny: bool) -> dict[str, Any]:
+def in_fresh_process(name: str, batch: int, norm: float, classes: int | None, tiny: bool) -> dict[str, Any]:
     """`alone` in a process of its own, with as many threads as this one."""
-    options = ["--alone", name, "--batch", str(batch), "--threads", str(torch.get_num_threads())]
+    options = ["--alone", name, "--batch", str(batch), "--norm", str(norm), "--threads", str(torch.get_num_threads())]
     options += (["--tiny"] if tiny else []) + (["--classes", str(classes)] if classes else [])
     command = [sys.executable, "-m", "bench", LEVEL, *options]
     done = subprocess.run(command, cwd=ROOT, stdout=subprocess.PIPE, text=True, check=True)
@@ -156,7 +163,9 @@ def checked(way: Way, answer: Tensor, truth: Tensor) -> dict[str, Any]:
     }
 
 
-def on_one_batch(name: str, way: Way, whole: list[float], truth: Tensor, batch: int, tiny: bool) -> dict[str, Any]:
+def on_one_batch(
+    name: str, way: Way, whole: list[float], truth: Tensor, batch: int, norm: float, tiny: bool
+) -> dict[str, Any]:
     """The figures of who takes a backward pass for every class, which is said to take `whole` seconds in several rounds.
 
     What is extrapolated counts as right: its answers are checked where it is run in full, on one image.
@@ -164,26 +173,28 @@ def on_one_batch(name: str, way: Way, whole: list[float], truth: Tensor, batch: 
     rounds = [value / batch for value in whole]
     row: dict[str, Any] = {"extrapolated": core.three(rounds)[1]}
     if core.three(whole)[1] <= LONG:
-        full = in_fresh_process(name, batch, None, tiny)
+        full = in_fresh_process(name, batch, norm, None, tiny)
         row |= checked(way, torch.tensor(full["answer"], dtype=torch.float64), truth)
         return row | {"peak memory": full["peak memory"], "rounds": [full["seconds"] / batch]}
     row |= {"status": "right", "rough": True, "rounds": rounds, "what": f"{way.what}, extrapolated from {MANY} classes"}
     if name == YARDSTICK:
-        row["peak memory"] = in_fresh_process(name, batch, HELD, tiny)["peak memory"]
+        row["peak memory"] = in_fresh_process(name, batch, norm, HELD, tiny)["peak memory"]
     return row
 
 
-def record(batch: int, tiny: bool = False) -> dict[str, Any]:
-    """The figures of batches of one size, in the form of those of `core.measure`."""
+def record(case: str, tiny: bool = False) -> dict[str, Any]:
+    """The figures of one of CASES, in the form of those of `core.measure`."""
+    batch, norm = CASES[case]
     load = core.OtherLoad()
     model, images = subject(tiny)
-    truth = imagenet.truth(model, images, None if tiny else RESULTS / "imagenet_truth.json")
+    truth = imagenet.truth(model, images, norm, None if tiny else RESULTS / "imagenet_truth.json")
     batches, n = images.split(batch), len(model(images[:1])[0])
     answers: dict[str, list[tuple[Tensor, Tensor | None]]] = {}
     runs: dict[str, Callable[[Sequence[Tensor]], object]] = {ONE_PASS: one_pass(model, batches[0])}
     first: dict[str, float] = {}
     rows: dict[str, dict[str, Any]] = {}
-    for name, way in ways().items():
+    everyone = ways(norm)
+    for name, way in everyone.items():
         rows[name] = row = {"contestant": name, "what": way.what}
         if name in PEERS and (reason := PEERS[name].missing()):
             row |= {"status": "skipped", "reason": reason}
@@ -199,23 +210,25 @@ def record(batch: int, tiny: bool = False) -> dict[str, Any]:
         first[name] = time.perf_counter() - start
     times = core.take_turns(runs, [batches], BUDGET)
     one = core.three(times[ONE_PASS])[1] / batch
-    for name, way in ways().items():
+    for name, way in everyone.items():
         row = rows[name]
         if "status" in row:
             continue
         if way.every:
             few, many = (times[f"{name}, {count}"] for count in (FEW, MANY))
             whole = [a + (b - a) / (MANY - FEW) * (n - FEW) for a, b in zip(few, many, strict=False)]
-            row |= on_one_batch(name, way, whole, truth, batch, tiny)
+            row |= on_one_batch(name, way, whole, truth, batch, norm, tiny)
             passes = n if name == YARDSTICK else None
         else:
             row |= checked(way, torch.cat([rho for rho, _ in answers[name]]).double(), truth)
-            row["peak memory"] = in_fresh_process(name, batch, None, tiny)["peak memory"]
+            row["peak memory"] = in_fresh_process(name, batch, norm, None, tiny)["peak memory"]
             row["rounds"] = [value / len(images) for value in times[name]]
             if name == CERTIFIED:
                 row["start"] = max(0.0, first[name] - batch * core.three(row["rounds"])[1])
             counts = [count for _, count in answers[name] if count is not None]
             passes = torch.cat(counts).double().mean().item() if counts else None
+            if counts:
+                row["passes of each"] = torch.cat(counts).tolist()
         if row["status"] == "right":
             row["seconds"] = core.three(row["rounds"])
             if "seconds" in rows[YARDSTICK]:
@@ -224,7 +237,7 @@ def record(batch: int, tiny: bool = False) -> dict[str, Any]:
                 row |= {"passes": passes, "pass": row["seconds"][1] / passes / one}
     return {
         "level": LEVEL,
-        "case": f"batches of {batch}",
+        "case": case,
         "threads": torch.get_num_threads(),
         "yardstick": YARDSTICK,
         "bytes": 0,
@@ -241,8 +254,8 @@ def section(fresh: bool) -> None:
         return
     session = Session(quick=False, fresh=fresh, path=RESULTS / "imagenet.json")
     print(f"\n{where(session.store.environment)}", flush=True)
-    for batch in BATCHES:
-        print(f"\n{everything(session.keep(f'batches of {batch}', functools.partial(record, batch)))}", flush=True)
+    for case in CASES:
+        print(f"\n{everything(session.keep(case, functools.partial(record, case)))}", flush=True)
 
 
 def main() -> None:
@@ -251,12 +264,13 @@ def main() -> None:
     parser.add_argument("--fresh", action="store_true", help="forget what the file holds")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--alone", metavar="NAME", help="what a process of its own is asked for: one way on one batch")
-    parser.add_argument("--batch", type=int, default=BATCHES[0], help="with --alone")
+    parser.add_argument("--batch", type=int, default=1, help="with --alone")
+    parser.add_argument("--norm", type=float, default=2.0, help="with --alone: the p of the perturbation")
     parser.add_argument("--classes", type=int, help="with --alone: of the network, the first so many")
     parser.add_argument("--tiny", action="store_true", help="with --alone: a network that takes no time")
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
     if arguments.alone:
-        print(json.dumps(alone(arguments.alone, arguments.batch, arguments.classes, arguments.tiny)))
+        print(json.dumps(alone(arguments.alone, arguments.batch, arguments.norm, arguments.classes, arguments.tiny)))
     else:
         section(arguments.fresh)

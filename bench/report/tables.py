@@ -50,6 +50,11 @@ def _passes(record: Record, row: Record) -> str:
     return f"{row['passes']:.0f}"
 
 
+def _each(record: Record, row: Record) -> str:
+    each = row.get("passes of each", [row["passes"]])
+    return f"{_passes(record, row)} ({median(each):.0f}, {max(each):.0f})"
+
+
 def _pass(record: Record, row: Record) -> str:
     return times(row["pass"])
 
@@ -154,13 +159,13 @@ LEVELS = {
     "imagenet": Level(
         "Trained on ImageNet",
         "ρ̃ of fourteen squares of eleven photographs, by EfficientNet-Lite0 with its weights of ImageNet (n = 1000, D = "
-        "3·224·224). Figures are those of one image. Who takes a backward pass for every class is measured on one batch, "
-        "or, where that would last more than a minute (≈), on the first 2 and 20 classes, of which each costs the same. "
-        "The price of a pass is its time in units of the backward pass of one class through a recorded batch, for each "
-        "image of it.",
+        "3·224·224), for perturbations in the 2-norm, and in the largest entry (p = ∞). Figures are those of one image. Who "
+        "takes a backward pass for every class is measured on one batch, or, where that would last more than a minute (≈), on "
+        "the first 2 and 20 classes, of which each costs the same. The price of a pass is its time in units of the backward "
+        "pass of one class through a recorded batch, for each image of it.",
         {
             "Time of an image, and how many times as fast as `fastsal exact, rows`": faster,
-            "Passes of an image, backward and forward-mode, on average": _passes,
+            "Passes of an image, backward and forward-mode: mean (median, most)": _each,
             "Time of a pass, in backward passes": _pass,
             "How much longer than a later batch the first one of its size takes": _start,
             "Peak memory of a batch in a fresh process, beyond what it held before": _memory,

@@ -5,6 +5,7 @@ import json
 import pytest
 import torch
 
+import fastsal
 from bench.cases import imagenet as case
 from bench.contestants import imagenet, models
 from bench.report import tables
@@ -21,13 +22,15 @@ def row(record, name):
     return next(row for row in record["results"] if row["contestant"] == name)
 
 
-def test_every_answer_is_checked_and_every_figure_is_of_one_image(here):
-    record = case.record(4, tiny=True)
+@pytest.mark.parametrize("name", ["batches of 4", "batches of 14, p = ∞"])
+def test_every_answer_is_checked_and_every_figure_is_of_one_image(here, name):
+    record = case.record(name, tiny=True)
+    batch = case.CASES[name][0]
     for found in record["results"]:
         if found["status"] != "skipped":
             assert found["status"] == "right", found
             every = case.ways()[found["contestant"]].every
-            assert (found["equal"], found["images"]) == ((4, 4) if every else (14, 14))
+            assert (found["equal"], found["images"]) == ((batch, batch) if every else (14, 14))
     exact, certified = row(record, case.YARDSTICK), row(record, case.CERTIFIED)
     assert exact["passes"] == 12
     assert certified["start"] >= 0
@@ -37,7 +40,7 @@ def test_every_answer_is_checked_and_every_figure_is_of_one_image(here):
 
 def test_what_would_take_too_long_is_extrapolated_and_marked(here, monkeypatch):
     monkeypatch.setattr(case, "LONG", 0.0)
-    record = case.record(14, tiny=True) | {"commit": "abc", "date": "2026-01-01"}
+    record = case.record("batches of 14", tiny=True) | {"commit": "abc", "date": "2026-01-01"}
     exact = row(record, case.YARDSTICK)
     assert exact["what"].endswith("extrapolated from 20 classes")
     assert exact["seconds"][1] == exact["extrapolated"] > 0
@@ -57,20 +60,20 @@ def test_extrapolation_is_linear_in_the_classes(here, monkeypatch):
             if run(inputs[0]) or True
         },
     )
-    record = case.record(1, tiny=True)  # of 12 classes
+    record = case.record("batches of 1", tiny=True)  # of 12 classes
     assert row(record, case.YARDSTICK)["seconds"][1] == pytest.approx(3.0 + (12 - 2) * 0.5)
 
 
 def test_wrong_answers_get_no_speed(here, monkeypatch):
     truth = imagenet.truth
     monkeypatch.setattr(imagenet, "truth", lambda *arguments: truth(*arguments) * 1.1)
-    record = case.record(14, tiny=True)
+    record = case.record("batches of 14", tiny=True)
     for found in record["results"]:
         assert found["status"] == "skipped" or (found["status"] == "wrong" and "seconds" not in found)
 
 
 def test_a_process_of_its_own_says_what_it_took():
-    found = case.in_fresh_process(case.CERTIFIED, 4, None, tiny=True)
+    found = case.in_fresh_process(case.CERTIFIED, 4, 2.0, None, tiny=True)
     assert sorted(found) == ["answer", "peak memory", "seconds"]
     model, x = case.subject(tiny=True)
     least = imagenet.truth(model, x[:4])[:, 0]
@@ -80,16 +83,22 @@ def test_a_process_of_its_own_says_what_it_took():
 def test_exact_answers_are_kept_for_these_weights_and_images(tmp_path, monkeypatch):
     model, x = models.tiny()
     path = tmp_path / "truth.json"
-    first = imagenet.truth(model, x, path)
+    first = {norm: imagenet.truth(model, x, norm, path) for norm in imagenet.RATIOS}
+    for norm, ratios in first.items():
+        exact = fastsal.analyze(model.double(), x.double(), norm=norm).linearized_robustness
+        model.float()
+        torch.testing.assert_close(ratios[:, 0], exact, rtol=1e-6, atol=0.0)
     held = path.read_text()
-    path.write_text(json.dumps(json.loads(held) | {imagenet.RATIOS: json.loads(held)[imagenet.RATIOS][:1]}))
-    assert torch.equal(imagenet.truth(model, x, path), first)  # goes on where it was
-    assert path.read_text() == held
+    for key in imagenet.RATIOS.values():
+        path.write_text(json.dumps(json.loads(held) | {key: json.loads(held)[key][:1]}))
+        for norm, ratios in first.items():
+            assert torch.equal(imagenet.truth(model, x, norm, path), ratios)  # goes on where it was
+        assert path.read_text() == held
     calls = []
     monkeypatch.setattr(imagenet, "least", lambda *arguments: calls.append(1) or [1.0, 1.0])
-    assert torch.equal(imagenet.truth(model, x, path), first)
+    assert torch.equal(imagenet.truth(model, x, 2.0, path), first[2.0])
     assert not calls
-    assert torch.equal(imagenet.truth(model, x * 1.01, path), torch.ones(len(x), 2, dtype=torch.float64))
+    assert torch.equal(imagenet.truth(model, x * 1.01, 2.0, path), torch.ones(len(x), 2, dtype=torch.float64))
     assert len(calls) == len(x)
 
 

@@ -30,7 +30,7 @@ def figures(home, measured, work_on_a_jacobian, monkeypatch):
     photographs.begin(fresh=True)
     monkeypatch.setattr(imagenet, "in_fresh_process", imagenet.alone)
     monkeypatch.setattr(imagenet, "BUDGET", 0.0)
-    photographs.put("4", imagenet.record(4, tiny=True), "abc")
+    photographs.put("4", imagenet.record("batches of 4", tiny=True), "abc")
     store.put("edge", json.loads((RESULTS / "bench.json").read_text(encoding="utf-8"))["records"]["edge"], "abc")
     return home
 
