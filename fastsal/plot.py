@@ -128,7 +128,6 @@ def scatter(
         ImportError: matplotlib is missing.
 
     Example:
-        >>> import matplotlib; matplotlib.use("Agg")
         >>> import torch, fastsal
         >>> _ = torch.manual_seed(0)
         >>> model, images = torch.nn.Linear(6, 3), torch.randn(50, 6)
@@ -197,7 +196,6 @@ def medians(
         ValueError, ImportError: As `scatter`.
 
     Example:
-        >>> import matplotlib; matplotlib.use("Agg")
         >>> import torch, fastsal
         >>> _ = torch.manual_seed(0)
         >>> results = {name: fastsal.analyze(torch.nn.Linear(6, 3), torch.randn(50, 6)) for name in ("a", "b")}
@@ -241,11 +239,9 @@ def homogeneity(results: Results, x: Quantity = "linearized_robustness", *, ax: 
         The axes.
 
     Raises:
-        ValueError: The quantity has no such name, or not one value for each example.
-        ImportError: matplotlib is missing.
+        ValueError, ImportError: As `scatter`.
 
     Example:
-        >>> import matplotlib; matplotlib.use("Agg")
         >>> import torch, fastsal
         >>> _ = torch.manual_seed(0)
         >>> ax = fastsal.plot.homogeneity(fastsal.analyze(torch.nn.Linear(6, 3), torch.randn(50, 6)))
@@ -278,7 +274,6 @@ def saliency_grid(x: Tensor, results: Results, *, columns: int = 8, figure: Any 
         ImportError: matplotlib is missing.
 
     Example:
-        >>> import matplotlib; matplotlib.use("Agg")
         >>> import torch, fastsal
         >>> _ = torch.manual_seed(0)
         >>> model, images = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(36, 3)), torch.rand(4, 1, 6, 6)

@@ -8,7 +8,7 @@ their 1e-13.
 import contextlib
 import itertools
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -55,14 +55,19 @@ each_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=lambda dtype: str(dtyp
 
 
 @contextlib.contextmanager
-def poisoned() -> Iterator[None]:
-    """Inside, torch.empty and its kin hand out NaN and the largest integers: what a kernel does not write shows."""
-    before = torch.are_deterministic_algorithms_enabled()
-    torch.use_deterministic_algorithms(True)
+def switched(read: Callable[[], Any], switch: Callable[[Any], None], value: Any) -> Iterator[None]:
+    """Inside, a setting that one function reads and another switches has this value; afterwards, what it had before."""
+    before = read()
+    switch(value)
     try:
         yield
     finally:
-        torch.use_deterministic_algorithms(before)
+        switch(before)
+
+
+def poisoned() -> contextlib.AbstractContextManager[None]:
+    """Inside, torch.empty and its kin hand out NaN and the largest integers: what a kernel does not write shows."""
+    return switched(torch.are_deterministic_algorithms_enabled, torch.use_deterministic_algorithms, True)
 
 
 def out_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -244,8 +249,8 @@ def assert_close(name: str, got: Tensor, value: Any, scale: Any, tol: float) -> 
     )
 
 
-def assert_geometry(result: Any, logits: Tensor, jacobian: Tensor, x: Tensor, p: float) -> Truth:
-    """Every field of a `Geometry` of flat inputs against the truth; returns the truth."""
+def assert_geometry(result: Any, logits: Tensor, jacobian: Tensor, x: Tensor, p: float) -> None:
+    """Every field of a `Geometry` of flat inputs against the truth."""
     B, n, _ = jacobian.shape
     dtype, device = out_dtype(jacobian.dtype), jacobian.device
     for name in (*reference.SCALARS, "lower_bound"):
@@ -282,11 +287,10 @@ def assert_geometry(result: Any, logits: Tensor, jacobian: Tensor, x: Tensor, p:
     for name in (*reference.SCALARS, "distances"):
         assert_close(name, getattr(result, name), truth.values[name], truth.scales[name], tol)
     assert_same(result.lower_bound, result.linearized_robustness)
-    return truth
 
 
-def assert_pairwise(result: Any, logits: Tensor, jacobian: Tensor, x: Tensor | None, p: float) -> Truth:
-    """Every field of a `PairwiseMargins` of flat inputs against the truth; returns the truth."""
+def assert_pairwise(result: Any, logits: Tensor, jacobian: Tensor, x: Tensor | None, p: float) -> None:
+    """Every field of a `PairwiseMargins` of flat inputs against the truth."""
     B, n, _ = jacobian.shape
     dtype = out_dtype(jacobian.dtype)
     assert (result.nearest.shape, result.nearest.dtype) == ((B, n), torch.int64)
@@ -306,7 +310,6 @@ def assert_pairwise(result: Any, logits: Tensor, jacobian: Tensor, x: Tensor | N
             assert np.abs(rows[b, i, j] - rows[b, i, want]) <= 2e-6 * np.abs(rows[b, i, want]), (b, i, j, want)
     name = "nearest_margin"
     assert_close(name, result.nearest_margin, truth.values[name], truth.scales[name], tol)
-    return truth
 
 
 def fields(result: Any) -> dict[str, Tensor]:
@@ -342,6 +345,20 @@ def pairwise_margins(target: Target, logits: Tensor, jacobian: Tensor, x: Tensor
     moved = (None if tensor is None else tensor.to(target.device) for tensor in (logits, jacobian, x))
     with poisoned():
         return fastsal.pairwise_margins(*moved, norm=norm, backend=target.backend)
+
+
+def check_geometry(target: Target, logits: Tensor, jacobian: Tensor, x: Tensor, norm: float = 2.0) -> Any:
+    """margin_geometry on the target's backend and device, every field compared with the truth; returns the result."""
+    result = margin_geometry(target, logits, jacobian, x, norm)
+    assert_geometry(result, *(tensor.to(target.device) for tensor in (logits, jacobian, x)), norm)
+    return result
+
+
+def check_pairwise(target: Target, logits: Tensor, jacobian: Tensor, x: Tensor | None, norm: float = 2.0) -> Any:
+    """pairwise_margins on the target's backend and device, every field compared with the truth; returns the result."""
+    result = pairwise_margins(target, logits, jacobian, x, norm)
+    assert_pairwise(result, logits, jacobian, x, norm)
+    return result
 
 
 def assert_v_and_x_go_together(backend: str, device: str = "cpu") -> None:

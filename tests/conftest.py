@@ -16,6 +16,7 @@ ROOT = Path(__file__).resolve().parent.parent
 
 # Threads that spin while they wait cost a busy machine more than the tests do. libgomp reads this when torch loads it.
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+os.environ["MPLBACKEND"] = "agg"  # figures without a display
 
 # `python -m pytest` puts the checkout first: its ./fastsal shadows the installed one and, unless they were built in
 # place, lacks the native modules.

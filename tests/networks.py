@@ -94,6 +94,20 @@ class CountedOperations(TorchDispatchMode, collections.Counter):
         return func(*args, **(kwargs or {}))
 
 
+class LargestTensor(TorchDispatchMode):
+    """The most entries, and the most bytes, of a tensor that an operation inside gives back."""
+
+    entries = bytes = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        for one in result if isinstance(result, tuple | list) else (result,):
+            if isinstance(one, torch.Tensor):
+                self.entries = max(self.entries, one.numel())
+                self.bytes = max(self.bytes, one.numel() * one.element_size())
+        return result
+
+
 def spy(monkeypatch, fail=lambda count: None):
     """The number of rows of every backward pass from here on; `fail(count)` may raise."""
     calls, grad = [], Linearization._grad

@@ -7,9 +7,8 @@ import cases
 import pytest
 import torch
 import torch.nn.functional as F
-from networks import MODELS, dense, make
+from networks import MODELS, LargestTensor, dense, make
 from torch import nn
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from fastsal import Candidates, Exact, analyze, reference
 
@@ -171,20 +170,10 @@ class TestMemory:
         classes, chunk, batch, entries = 60, 2, 2, 768
         model = nn.Sequential(nn.Linear(entries, 8), nn.ReLU(), nn.Linear(8, classes))
 
-        class Largest(TorchDispatchMode):
-            size = 0
-
-            def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-                out = func(*args, **(kwargs or {}))
-                for tensor in out if isinstance(out, tuple | list) else (out,):
-                    if isinstance(tensor, torch.Tensor):
-                        self.size = max(self.size, tensor.numel() * tensor.element_size())
-                return out
-
-        with Largest() as largest:
+        with LargestTensor() as largest:
             x, rows = torch.randn(batch, entries), Exact(memory_limit=0)
             analyze(model, x, chunk_size=chunk, differentiable=differentiable, method=rows)
-        assert 0 < largest.size <= chunk * batch * entries * 8
+        assert 0 < largest.bytes <= chunk * batch * entries * 8
 
     def test_peak_memory(self, run_python):
         """A Jacobian of 39 MB is streamed in less than 12 MB."""

@@ -55,7 +55,7 @@ def test_values_of_every_backend(module_path, run_python):
     result = run_python(
         *("-m", "pytest", "-q", "-p", "no:cacheprovider", "-p", "cuda_emulation.emulated", f"--rootdir={TESTS.parent}"),
         *("-c", str(TESTS.parent / "pyproject.toml"), "-k", "not long_rows"),
-        *(str(TESTS / name) for name in ("test_geometry.py", "test_pairwise.py")),
+        *(str(TESTS / name) for name in ("test_geometry.py", "test_pairwise.py", "test_tensor_level.py")),
         FASTSAL_EMULATED_CUDA=str(module_path),
         PYTHONPATH=f"{Path(cuda.__file__).resolve().parents[2]}:{TESTS}",
     )

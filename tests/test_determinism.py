@@ -4,7 +4,6 @@ docs/design.md, "Determinism", asks it of one backend at one SIMD level, so that
 each other.
 """
 
-import contextlib
 import itertools
 
 import cases
@@ -28,14 +27,8 @@ each_target_and_width = pytest.mark.parametrize(
 )
 
 
-@contextlib.contextmanager
 def threads(count):
-    before = torch.get_num_threads()
-    torch.set_num_threads(count)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
+    return cases.switched(torch.get_num_threads, torch.set_num_threads, count)
 
 
 def on(target, B, n, D, dtype, seed=0):
@@ -262,11 +255,10 @@ def test_simd_levels(simd, level, norm, dtype, D):
     target = cases.Target("cpu", "cpu")
     for scale in (1.0, {torch.float64: 1e-200, torch.float16: 1e-6}.get(dtype, 1e-30)):
         inputs = cases.inputs(2, 5, D, dtype, scale=scale)
-        result = cases.margin_geometry(target, *inputs, norm)
-        cases.assert_geometry(result, *inputs, norm)
+        result = cases.check_geometry(target, *inputs, norm)
         alone = cases.margin_geometry(target, *(v[1:] for v in inputs), norm)
         cases.assert_same_results(result, alone, slice(1, 2))
-        cases.assert_pairwise(cases.pairwise_margins(target, *inputs, norm), *inputs, norm)
+        cases.check_pairwise(target, *inputs, norm)
 
 
 @each_norm
@@ -277,13 +269,8 @@ def test_rows_in_few_streams(norm, dtype, n, D):
     native = pytest.importorskip("fastsal._cpu")
     target = cases.Target("cpu", "cpu")
     inputs = cases.inputs(2, n, D, dtype)
-    before = native.reads_few_streams()
     results = []
-    try:
-        for few in (False, True):
-            native.set_reads_few_streams(few)
-            results.append(cases.margin_geometry(target, *inputs, norm))
-            cases.assert_geometry(results[-1], *inputs, norm)
-    finally:
-        native.set_reads_few_streams(before)
+    for few in (False, True):
+        with cases.switched(native.reads_few_streams, native.set_reads_few_streams, few):
+            results.append(cases.check_geometry(target, *inputs, norm))
     cases.assert_same_results(*results)

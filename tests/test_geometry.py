@@ -1,4 +1,4 @@
-"""margin_geometry: values, edge cases, storage and gradients on every backend."""
+"""margin_geometry alone, on every backend: its definition, values, edge cases, storage and gradients."""
 
 import math
 
@@ -6,19 +6,13 @@ import cases
 import numpy as np
 import pytest
 import torch
+from cases import check_geometry as check
 from cases import each_dtype, each_kernel, each_norm, each_target
-from hypothesis import given, settings
 
 import fastsal
 from fastsal import reference
 
 NAN, INF = math.nan, math.inf
-
-
-def check(target, logits, jacobian, x, norm):
-    result = cases.margin_geometry(target, logits, jacobian, x, norm)
-    cases.assert_geometry(result, *(v.to(target.device) for v in (logits, jacobian, x)), norm)
-    return result
 
 
 # --- values ---------------------------------------------------------------------------------------------------------
@@ -51,55 +45,12 @@ def test_truth_is_exact():
 
 
 @cases.long_double
-@each_target
-@each_norm
-@each_dtype
-@pytest.mark.parametrize(("B", "n", "D"), [(5, 2, 1), (4, 10, 7), (3, 11, 784), (2, 5, 4097), (2, 3, 16385)])
-def test_values(target, norm, dtype, B, n, D):
-    check(target, *cases.inputs(B, n, D, dtype), norm)
-
-
-@cases.long_double
-@each_target
-@each_norm
-@each_dtype
-@pytest.mark.parametrize("D", [4097, 2**15 + 3])
-def test_constant_rows(target, norm, dtype, D):
-    """Every partial sum rounds the same way: 128 float32 additions in one lane would already fail."""
-    generator = torch.Generator().manual_seed(D)
-    levels = 1 + torch.rand((1, 3, 1), generator=generator, dtype=torch.float64)
-    logits, jacobian, x = torch.tensor([[0.3, -1.7]]), levels[:, :2].expand(1, 2, D), levels[:, 2].expand(1, D)
-    check(target, *(v.to(dtype).contiguous() for v in (logits, jacobian, x)), norm)
-
-
-@cases.long_double
 @each_kernel
 @pytest.mark.parametrize(("dtype", "norm"), [(torch.float32, 2.0), (torch.float64, INF)])
 def test_long_rows(target, norm, dtype):
     """D = 2²², constant: the worst case for a running sum."""
     levels = [torch.full((1, 2**22), value, dtype=dtype) for value in (1.1, -0.7, 1.3)]
     check(target, torch.tensor([[0.3, -1.7]], dtype=dtype), torch.stack(levels[:2], 1), levels[2], norm)
-
-
-@cases.long_double
-@each_target
-@each_norm
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_nearly_identical_rows(target, norm, dtype):
-    """Rows that differ by one part in 10⁶ keep full accuracy: no ⟨x,g⟩ − ⟨x,g_j⟩, no Gram matrix."""
-    logits, jacobian, x = cases.inputs(3, 6, 785, torch.float64)
-    jacobian = jacobian[:, :1] * (1 + 1e-6 * jacobian)
-    check(target, logits.to(dtype), jacobian.to(dtype), x.to(dtype), norm)
-
-
-@cases.long_double
-@each_target
-@each_norm
-@pytest.mark.parametrize(("dtype", "scale"), cases.SCALES)
-@pytest.mark.parametrize("D", [9, 300])
-def test_scaled_gradients(target, norm, dtype, scale, D):
-    """Saturated and exploding models: the right class and the right values far below and above 1."""
-    check(target, *cases.inputs(3, 7, D, dtype, scale=scale), norm)
 
 
 @cases.long_double
@@ -298,16 +249,6 @@ def test_empty_batch(target):
         assert result.distances.shape == (0, n)
 
 
-@cases.long_double
-@each_target
-@each_norm
-@settings(derandomize=True, max_examples=150, deadline=None)
-@given(inputs=cases.special_inputs())
-def test_special_values(target, norm, inputs):
-    """Zeros, extremes, infinities, NaN and equal rows anywhere, against the rules of docs/design.md, "Edge cases"."""
-    check(target, *inputs, norm)
-
-
 # --- storage --------------------------------------------------------------------------------------------------------
 
 
@@ -318,18 +259,6 @@ def test_input_shapes_are_kept_out_of_the_way(target):
     flat = cases.margin_geometry(target, logits, jacobian, x)
     shaped = cases.margin_geometry(target, logits, jacobian.view(2, 4, 3, 4, 5), x.view(2, 3, 4, 5))
     cases.assert_same_results(shaped, flat)
-
-
-@each_target
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
-@pytest.mark.parametrize("axis", ["batch", "class"])
-def test_offsets_beyond_32_bits(target, tmp_path, dtype, axis):
-    logits, near, x = cases.inputs(2, 3, 33, dtype)
-    jacobian = cases.far_jacobian(tmp_path, near, axis)
-    expected = cases.margin_geometry(target, logits, near, x)
-    with cases.poisoned():
-        result = fastsal.margin_geometry(logits, jacobian, x, backend=target.backend)
-    cases.assert_same_results(result, expected)
 
 
 # --- gradients ------------------------------------------------------------------------------------------------------

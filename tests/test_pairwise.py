@@ -1,4 +1,4 @@
-"""pairwise_margins: values, edge cases, storage and gradients on every backend."""
+"""pairwise_margins alone, on every backend: its tables, edge cases and gradients."""
 
 import math
 
@@ -6,8 +6,8 @@ import cases
 import numpy as np
 import pytest
 import torch
+from cases import check_pairwise as check
 from cases import each_dtype, each_norm, each_target
-from hypothesis import given, settings
 
 import fastsal
 from fastsal import ops, reference
@@ -15,27 +15,20 @@ from fastsal import ops, reference
 NAN, INF = math.nan, math.inf
 
 
-def check(target, logits, jacobian, x, norm):
-    result = cases.pairwise_margins(target, logits, jacobian, x, norm)
-    cases.assert_pairwise(result, logits, jacobian, x, norm)
-    return result
-
-
 # --- values ---------------------------------------------------------------------------------------------------------
 
 
-@cases.long_double
 @each_target
 @each_norm
 @each_dtype
 @pytest.mark.parametrize(("B", "n", "D"), [(3, 2, 1), (3, 10, 7), (2, 7, 784), (1, 5, 4097), (1, 3, 16385)])
-def test_values(target, norm, dtype, B, n, D):
+def test_without_x(target, norm, dtype, B, n, D):
+    """No alignment; the rest has the bits that it has with x."""
     logits, jacobian, x = cases.inputs(B, n, D, dtype)
-    result = check(target, logits, jacobian, x, norm)
+    result = cases.pairwise_margins(target, logits, jacobian, x, norm)
     without_x = cases.pairwise_margins(target, logits, jacobian, None, norm)
     assert without_x.alignment is None
-    for name, value in cases.fields(without_x).items():
-        cases.assert_same(value, cases.fields(result)[name], name)
+    cases.assert_same_results(without_x, result)
 
 
 @cases.long_double
@@ -44,36 +37,6 @@ def test_values(target, norm, dtype, B, n, D):
 def test_many_classes(target, norm):
     """More rows than any tile holds, and a last tile that is not full."""
     check(target, *cases.inputs(1, 41, 67, torch.float32), norm)
-
-
-@cases.long_double
-@each_target
-@each_norm
-@each_dtype
-@pytest.mark.parametrize("D", [4097, 2**15 + 3])
-def test_constant_rows(target, norm, dtype, D):
-    levels = torch.tensor([1.1, -0.7, 1.3, 1.9], dtype=dtype).view(1, 4, 1).expand(1, 4, D).contiguous()
-    check(target, torch.tensor([[0.3, -1.7, 2.0]], dtype=dtype), levels[:, :3], levels[:, 3], norm)
-
-
-@cases.long_double
-@each_target
-@each_norm
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_nearly_identical_rows(target, norm, dtype):
-    """Rows that differ by one part in 10⁶, where a Gram matrix has no digit left."""
-    logits, jacobian, x = cases.inputs(2, 6, 785, torch.float64)
-    jacobian = jacobian[:, :1] * (1 + 1e-6 * jacobian)
-    check(target, logits.to(dtype), jacobian.to(dtype), x.to(dtype), norm)
-
-
-@cases.long_double
-@each_target
-@each_norm
-@pytest.mark.parametrize(("dtype", "scale"), cases.SCALES)
-@pytest.mark.parametrize("D", [9, 300])
-def test_scaled_gradients(target, norm, dtype, scale, D):
-    check(target, *cases.inputs(2, 5, D, dtype, scale=scale), norm)
 
 
 @each_target
@@ -156,29 +119,6 @@ def test_nan_stays_in_its_pairs(target, norm, where):
 def test_empty_batch(target):
     result = check(target, torch.empty(0, 3), torch.empty(0, 3, 7), torch.empty(0, 7), 2.0)
     assert result.nearest_margin.shape == (0, 3)
-
-
-@cases.long_double
-@each_target
-@each_norm
-@settings(derandomize=True, max_examples=100, deadline=None)
-@given(inputs=cases.special_inputs())
-def test_special_values(target, norm, inputs):
-    check(target, *inputs, norm)
-
-
-# --- storage --------------------------------------------------------------------------------------------------------
-
-
-@each_target
-@pytest.mark.parametrize("axis", ["batch", "class"])
-def test_offsets_beyond_32_bits(target, tmp_path, axis):
-    logits, near, x = cases.inputs(2, 3, 33, torch.bfloat16)
-    jacobian = cases.far_jacobian(tmp_path, near, axis)
-    expected = cases.pairwise_margins(target, logits, near, x)
-    with cases.poisoned():
-        result = fastsal.pairwise_margins(logits, jacobian, x, backend=target.backend)
-    cases.assert_same_results(result, expected)
 
 
 # --- gradients ------------------------------------------------------------------------------------------------------

@@ -10,13 +10,11 @@ from torch import nn
 import fastsal
 from fastsal import plot
 
-matplotlib = pytest.importorskip("matplotlib")
 Figure = pytest.importorskip("matplotlib.figure").Figure
 
 
 @pytest.fixture(autouse=True)
-def _no_display():
-    matplotlib.use("Agg")
+def _closed():
     yield
     pytest.importorskip("matplotlib.pyplot").close("all")
 

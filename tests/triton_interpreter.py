@@ -43,10 +43,10 @@ def edges(dtype):
 
 @cases.each_dtype
 @cases.each_norm
-def test_geometry_of_one_segment(dtype, norm):
-    logits, jacobian, x = edges(dtype)
-    result = cases.margin_geometry(TRITON, logits, jacobian, x, norm)
-    cases.assert_geometry(result, logits, jacobian, x, norm)
+def test_edges(dtype, norm):
+    inputs = edges(dtype)
+    cases.check_geometry(TRITON, *inputs, norm)
+    cases.check_pairwise(TRITON, *inputs, norm)
 
 
 @cases.each_dtype
@@ -55,8 +55,7 @@ def test_geometry_of_two_segments(dtype, norm):
     logits, jacobian, x = cases.inputs(1, 3, SEGMENT_SIZE + 37, dtype)
     jacobian[:, 1, :4000] = jacobian[:, 0, :4000]
     jacobian[:, :, 4096:] /= {torch.float64: 1e200, torch.float16: 1e4}.get(dtype, 1e30)
-    result = cases.margin_geometry(TRITON, logits, jacobian, x, norm)
-    cases.assert_geometry(result, logits, jacobian, x, norm)
+    cases.check_geometry(TRITON, logits, jacobian, x, norm)
 
 
 def test_bits_do_not_depend_on_who_computes_them(monkeypatch):
@@ -94,29 +93,18 @@ def test_constant_rows_do_not_drift(dtype, norm):
     assert ((got - want).abs() <= cases.tolerance(dtype) * want).all()
 
 
-@cases.each_dtype
-@cases.each_norm
-def test_pairwise_edges(dtype, norm):
-    logits, jacobian, x = edges(dtype)
-    result = cases.pairwise_margins(TRITON, logits, jacobian, x, norm)
-    cases.assert_pairwise(result, logits, jacobian, x, norm)
-
-
 @cases.each_norm
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("with_x", [True, False])
 def test_pairwise_of_many_segments_and_row_blocks(dtype, norm, with_x, monkeypatch):
     monkeypatch.setattr(pairwise_margins, "SEGMENT_SIZE", 64)
     logits, jacobian, x = cases.inputs(1, 18, 150, dtype)  # 18 rows: two blocks of 16, or three of 8
-    result = cases.pairwise_margins(TRITON, logits, jacobian, x if with_x else None, norm)
-    cases.assert_pairwise(result, logits, jacobian, x if with_x else None, norm)
+    cases.check_pairwise(TRITON, logits, jacobian, x if with_x else None, norm)
 
 
 @cases.each_norm
 def test_pairwise_flushes(norm):
-    logits, jacobian, x = cases.inputs(1, 2, 1100, torch.float32)
-    result = cases.pairwise_margins(TRITON, logits, jacobian, x, norm)
-    cases.assert_pairwise(result, logits, jacobian, x, norm)
+    cases.check_pairwise(TRITON, *cases.inputs(1, 2, 1100, torch.float32), norm)
 
 
 @cases.each_dtype
@@ -165,8 +153,8 @@ def test_gradients_flow():
 def test_low_precision_jacobian_with_float32_x():
     logits, jacobian, _ = cases.inputs(1, 3, 33, torch.bfloat16)
     x = cases.inputs(1, 3, 33, torch.float32)[2]
-    cases.assert_geometry(cases.margin_geometry(TRITON, logits, jacobian, x), logits, jacobian, x, 2.0)
-    cases.assert_pairwise(cases.pairwise_margins(TRITON, logits, jacobian, x), logits, jacobian, x, 2.0)
+    cases.check_geometry(TRITON, logits, jacobian, x)
+    cases.check_pairwise(TRITON, logits, jacobian, x)
 
 
 def test_no_examples():

@@ -9,13 +9,11 @@ from bench.report.words import Record, count, times
 from bench.suite.store import stores
 
 
-def _pyplot() -> Any:
-    import matplotlib
+def _figure(width: float, height: float) -> Any:
+    """An empty figure of so many inches, without pyplot, which would ask for a display and keep every figure."""
+    from matplotlib.figure import Figure
 
-    matplotlib.use("agg")
-    from matplotlib import pyplot
-
-    return pyplot
+    return Figure(figsize=(width, height), layout="constrained")
 
 
 def every(results: Path) -> None:
@@ -34,12 +32,11 @@ def every(results: Path) -> None:
 
 def bars(level: str, records: list[Record], path: Path) -> None:
     """Times relative to the yardstick, one panel for each case."""
-    pyplot = _pyplot()
     names = list(dict.fromkeys(row["contestant"] for record in records for row in record["results"] if "ratio" in row))
     across = min(4, len(records))
     down = -(-len(records) // across)
-    size = (2.2 + 2.6 * across, 0.7 + down * (0.7 + 0.22 * len(names)))
-    figure, grid = pyplot.subplots(down, across, figsize=size, layout="constrained", squeeze=False, sharey=True)
+    figure = _figure(2.2 + 2.6 * across, 0.7 + down * (0.7 + 0.22 * len(names)))
+    grid = figure.subplots(down, across, squeeze=False, sharey=True)
     for axes, record in zip(grid.flat, records, strict=False):
         found = {row["contestant"]: row for row in record["results"]}
         for place, name in enumerate(names):
@@ -63,13 +60,12 @@ def bars(level: str, records: list[Record], path: Path) -> None:
     threads = count(records[0]["threads"])
     figure.supxlabel(f"{LEVELS[level].axis}\n{threads}; log scale; lines join the quartiles", size=8)
     figure.savefig(path, dpi=110)
-    pyplot.close(figure)
 
 
 def growth(rows: list[Record], path: Path) -> None:
     """Passes of certified as classes grow, beside those of exact rows."""
-    pyplot = _pyplot()
-    figure, axes = pyplot.subplots(figsize=(5, 3.5), layout="constrained")
+    figure = _figure(5, 3.5)
+    axes = figure.subplots()
     classes = [row["n"] for row in rows]
     axes.loglog(classes, classes, "--", label="exact rows")
     axes.loglog(classes, [row["median"] for row in rows], "o-", label="certified, median")
@@ -77,13 +73,12 @@ def growth(rows: list[Record], path: Path) -> None:
     axes.set(xlabel="classes n", ylabel="passes an example")
     axes.legend()
     figure.savefig(path, dpi=120)
-    pyplot.close(figure)
 
 
 def limits(rows: list[Record], path: Path) -> None:
     """What is known of ρ̃ under a limit of passes: from the lower bound to the value found."""
-    pyplot = _pyplot()
-    figure, axes = pyplot.subplots(figsize=(5, 3.5), layout="constrained")
+    figure = _figure(5, 3.5)
+    axes = figure.subplots()
     allowed = [row["limit"] for row in rows]
     axes.fill_between(
         allowed, [row["lower"] for row in rows], [row["value"] for row in rows], alpha=0.25, label="median"
@@ -94,4 +89,3 @@ def limits(rows: list[Record], path: Path) -> None:
     axes.set(xlabel="limit of passes", ylabel="relative to ρ̃", ylim=(0, None))
     axes.legend()
     figure.savefig(path, dpi=120)
-    pyplot.close(figure)

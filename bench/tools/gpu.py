@@ -36,7 +36,8 @@ from bench import RESULTS, ROOT
 DEADLINES = {"build": 130, "test": 150, "sanitize": 110, "bench": 140}  # seconds
 PYTHON_M = (sys.executable, "-m")
 SANITIZERS = ("memcheck", "racecheck", "initcheck", "synccheck")
-SHARED_TESTS = ("tests/test_geometry.py", "tests/test_pairwise.py", "tests/test_determinism.py")  # by every backend
+# For every backend.
+SHARED_TESTS = tuple(f"tests/test_{name}.py" for name in ("tensor_level", "geometry", "pairwise", "determinism"))
 
 
 class Report:

@@ -50,14 +50,17 @@ def digits(trained):
 
 
 @pytest.fixture
-def run_script():
-    """`run_script(script, before, after, **given)`: what a script binds with one line of it and with another."""
+def run_script(digits):
+    """`run_script(script, before, after, **given)`: what a script binds with one line of it and with another.
+
+    The script is given the digits' model, images and labels, and what else it wants.
+    """
 
     def run(script, before, after, **given):
         assert script.count(before) == 1
         bound = []
         for text in (script, script.replace(before, after)):
-            names = dict(given)
+            names = {"model": digits.model, "images": digits.images, "labels": digits.labels, **given}
             exec(compile(text, "script", "exec"), names)
             bound.append(names)
         return bound

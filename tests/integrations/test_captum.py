@@ -246,8 +246,7 @@ class TestWhereverCaptumTakesAMethod:
         "method", ["heat_map", "blended_heat_map", "original_image", "masked_image", "alpha_scaling"]
     )
     def test_visualization(self, digits, method):
-        matplotlib = pytest.importorskip("matplotlib")
-        matplotlib.use("Agg")
+        pytest.importorskip("matplotlib")
         attribution = MarginSaliency(digits.model, binarized=True).attribute(digits.images[:1])
         image, saliency = (one[0].permute(1, 2, 0).numpy() for one in (digits.images.repeat(1, 3, 1, 1), attribution))
         figure, _ = visualization.visualize_image_attr(

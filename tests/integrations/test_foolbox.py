@@ -48,9 +48,6 @@ def test_script(digits, run_script):
         SCRIPT,
         "from foolbox.attacks import LinfDeepFoolAttack",
         "from fastsal.integrations.foolbox import LinfDeepFoolAttack",
-        model=digits.model,
-        images=digits.images,
-        labels=digits.labels,
     )
     assert after["attack"].__class__ is drop_in.LinfDeepFoolAttack
     assert torch.equal(after["success"], before["success"])

@@ -72,7 +72,7 @@ static inline double reduce(VecD v) {
 template <int Q>
 static inline VecD flush(VecD sum, VecF a, VecF b) {
   const VecF both = join<Q>(a, b);
-  return join<Q>(sum, join<Q>(low_half(both), high_half(both)));
+  return join<Q>(sum, join<Q>(half_as_doubles<0>(both), half_as_doubles<1>(both)));
 }
 template <int Q>
 static inline VecD flush(VecD sum, VecD a, VecD b) {

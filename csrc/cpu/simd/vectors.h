@@ -87,24 +87,16 @@ static inline VecD load_doubles(const double* p) { return load_vector<VecD>(p); 
 #endif
 #endif
 
-// The two halves of a vector of floats, as doubles.
-static inline VecD low_half(VecF v) {
+// The first half (Which = 0) or the second (Which = 1) of a vector of floats, as doubles.
+template <int Which>
+static inline VecD half_as_doubles(VecF v) {
+  constexpr int k = Which * kDoubles;
 #if defined(FASTSAL_SHUFFLE) && FASTSAL_BYTES == 64
-  return to_doubles(__builtin_shufflevector(v, v, 0, 1, 2, 3, 4, 5, 6, 7));
+  return to_doubles(__builtin_shufflevector(v, v, k, k + 1, k + 2, k + 3, k + 4, k + 5, k + 6, k + 7));
 #elif defined(FASTSAL_SHUFFLE) && FASTSAL_BYTES == 32
-  return __builtin_convertvector(__builtin_shufflevector(v, v, 0, 1, 2, 3), VecD);
+  return __builtin_convertvector(__builtin_shufflevector(v, v, k, k + 1, k + 2, k + 3), VecD);
 #else
-  return __builtin_convertvector(load_vector<HalfVecF>(&v), VecD);
-#endif
-}
-
-static inline VecD high_half(VecF v) {
-#if defined(FASTSAL_SHUFFLE) && FASTSAL_BYTES == 64
-  return to_doubles(__builtin_shufflevector(v, v, 8, 9, 10, 11, 12, 13, 14, 15));
-#elif defined(FASTSAL_SHUFFLE) && FASTSAL_BYTES == 32
-  return __builtin_convertvector(__builtin_shufflevector(v, v, 4, 5, 6, 7), VecD);
-#else
-  return __builtin_convertvector(load_vector<HalfVecF>(reinterpret_cast<const char*>(&v) + sizeof(HalfVecF)), VecD);
+  return __builtin_convertvector(load_vector<HalfVecF>(reinterpret_cast<const float*>(&v) + k), VecD);
 #endif
 }
 
