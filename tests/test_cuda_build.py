@@ -24,6 +24,14 @@ KERNELS = {
     *(f"pairwise_margins_{step}_kernel" for step in ("tile", "finish")),
     *(f"pairwise_backward_{step}_kernel" for step in ("sum_weights", "tops", "rows", "x")),
 }
+ALONE = {"probe_kernel", "margin_geometry_fused_kernel"}  # in no chain of csrc/cuda/launch.cuh
+FIRST = {"row_distances_fold_kernel", "margin_geometry_predict_kernel", "pairwise_backward_sum_weights_kernel"}
+LAST = {
+    *("row_distances_join_kernel", "margin_geometry_gap_kernel"),
+    *("pairwise_margins_finish_kernel", "pairwise_backward_rows_kernel"),
+}
+# Instructions that access memory other than constants, and those after which the next need not be the next to run.
+ACCESS_OR_BRANCH = re.compile("LD(?!C)|ST|ATOM|RED|CCTL|MEMBAR|SYNCS|BAR|BRA|BRX|JMP|JMX|CALL|RET|EXIT|WARPSYNC")
 
 needs_module = pytest.mark.skipif(CUDA is None, reason="fastsal was installed without fastsal._cuda (no nvcc)")
 
@@ -78,6 +86,39 @@ def test_shared_memory_needs_no_attribute():
     reserved = 1024  # which newer devices keep of every block, and cuobjdump counts in
     for name, shared in usage:
         assert int(shared) + (most if "fused" in name else 0) <= 48 * 1024 + reserved, name
+
+
+def beginnings(count):
+    """The kernels of sm_90 with the words of their first instructions."""
+    command = [tool("cuobjdump"), "-sass", "-arch", "sm_90", CUDA.origin]
+    functions = []
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
+        for line in process.stdout:
+            if "Function : " in line:
+                functions.append((re.search(r"\d([a-z_]+_kernel)", line).group(1), []))
+            elif functions and len(functions[-1][1]) < count:
+                functions[-1][1].extend(re.findall(r"^\s+/\*[0-9a-f]{4}\*/\s+(?:@\S+\s+)?([A-Z]\w+)", line))
+    assert process.returncode == 0
+    return functions
+
+
+@needs_module
+def test_no_kernel_touches_memory_before_its_turn():
+    """A kernel that follows another may start before that one has ended: first of all it waits (csrc/cuda/launch.cuh).
+
+    ACQBULK is griddepcontrol.wait in machine code, PREEXIT griddepcontrol.launch_dependents.
+    """
+    if "sm_90.cubin" not in cuobjdump("--list-elf"):
+        pytest.skip("built without sm_90, whose machine code is read here")
+    functions = beginnings(40)
+    assert {name for name, _ in functions} == KERNELS
+    for name, words in functions:
+        assert ("ACQBULK" in words) == (name not in ALONE | FIRST), name
+        assert ("PREEXIT" in words) == (name not in ALONE | LAST), name
+        if "ACQBULK" in words:
+            wait = words.index("ACQBULK")
+            assert not [word for word in words[:wait] if ACCESS_OR_BRANCH.match(word)], (name, words[:wait])
+            assert "PREEXIT" not in words[:wait], name
 
 
 @needs_module
