@@ -22,6 +22,7 @@ constexpr int64_t kCopyBytes = 46 * 1024;
 constexpr int64_t kGapBlocks = 64;  // an example has no more of them, since each first joins all its TwoRowFolds
 // A block of the fold kernel predicts before it folds, so its warps take some tasks each where enough blocks are left.
 constexpr int64_t kMostRounds = 4, kManyBlocks = 8 * kFewBlocks;
+constexpr int kSliceSteps = 8;          // whose loads are on the way at once where few warps read: all of a slice
 constexpr int64_t kManyClasses = 4096;  // from which on a kernel of its own predicts: every block would for too long
 
 template <class T>
@@ -239,7 +240,7 @@ __global__ void __launch_bounds__(kThreads, 1)
   const int64_t index = blockIdx.x % blocks * kWarps + threadIdx.x / kWarpSize;
   if (threadIdx.x == 0 && index == 0) example.runner_up() = j, *example.w.arrived = 0;
   if (index < example.slice_count) {
-    two_rows_task<q, T, 4>(index, example.winners(i, j), p.shape.D, example.w.two_rows);
+    two_rows_task<q, T, kSliceSteps>(index, example.winners(i, j), p.shape.D, example.w.two_rows);
   }
 }
 
@@ -261,7 +262,7 @@ __global__ void __launch_bounds__(kThreads, 1)
   if (needs_gap<q, T>(totals)) {
     const WinningRows<T> winners = example.winners(i, j);
     for (int64_t c = part * kWarps + threadIdx.x / kWarpSize; c < example.slice_count; c += blocks * kWarps) {
-      gap_task<q, T, 4>(c, winners, totals, p.shape.D, example.w.gaps);
+      gap_task<q, T, kSliceSteps>(c, winners, totals, p.shape.D, example.w.gaps);
     }
     __threadfence();  // the folds of this block are seen before its arrival is
     __syncthreads();
