@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from _pytest.mark.expression import Expression
 
 from bench.tools import gpu, gpu_model
 
@@ -39,6 +40,29 @@ def test_a_case_is_kept_once(path):
     assert [case["what"] for case in again.cases] == ["cuda", "triton"]
 
 
+def test_each_backend_has_its_own_tests(path, monkeypatch):
+    """The name of a test of Triton on a GPU holds the word cuda too."""
+    chosen = []
+
+    def run(command, deadline):
+        expression = Expression.compile(command[command.index("-k") + 1])
+        names = (
+            "test_values[cuda-cuda-float32]",
+            "test_values[triton-cuda-float32]",
+            "test_streams[cuda-2.0]",
+            "test_simd",
+        )
+        chosen.append([name for name in names if expression.evaluate(lambda word, name=name, **_: word in name)])
+        return {"code": 0, "tail": ""}
+
+    monkeypatch.setattr(gpu, "run", run)
+    gpu.test(gpu.Report(path, CPU), CPU, 100)
+    assert chosen == [
+        ["test_values[cuda-cuda-float32]", "test_streams[cuda-2.0]"],
+        ["test_values[triton-cuda-float32]"],
+    ]
+
+
 @pytest.mark.parametrize("fresh", [True, False])
 def test_another_commit_begins_anew(path, monkeypatch, fresh):
     gpu.Report(path, CPU).case(ROW, "cuda", times_us={"p50": 1.0})
@@ -50,8 +74,9 @@ def test_another_commit_begins_anew(path, monkeypatch, fresh):
 def test_the_model_counts_with_the_kernels_constants():
     folder = Path(gpu.ROOT) / "csrc/cuda"
     text = "".join((folder / name).read_text() for name in ("margin_geometry.cu", "stage1.cuh", "segments.cuh"))
+    batches = {name: (folder / name).read_text() for name in ("warp.cuh", "stage2.cuh")}
 
-    def constant(name):
+    def constant(name, text=text):
         return eval(re.search(rf"\b{name} = ([\d* ]+)[;,]", text)[1])
 
     assert constant("kGroupRows") == gpu_model.GROUP_ROWS
@@ -59,6 +84,10 @@ def test_the_model_counts_with_the_kernels_constants():
     assert constant("kCopyBytes") == gpu_model.COPY_BYTES
     assert constant("kFewBlocks") == gpu_model.FEW_BLOCKS
     assert constant("kManyClasses") == gpu_model.MANY_CLASSES
+    assert constant("kFoldSteps") == gpu_model.FOLD_STEPS
+    assert constant("kSliceSteps") == gpu_model.SLICE_STEPS
+    assert constant("kBatch", batches["warp.cuh"]) == gpu_model.CANDIDATES
+    assert constant("kBatch", batches["stage2.cuh"]) == gpu_model.SLICES
     assert constant("kWarpSize") * constant("kPackBytes") == gpu_model.STEP
 
 
