@@ -19,11 +19,8 @@ from fastsal.kernels import cuda
 
 GROUP_ROWS, STEP, SEGMENT = 4, 512, 4096  # rows of a task; bytes of a row that a warp loads at once, and in a task
 COPY_BYTES, FEW_BLOCKS, MANY_CLASSES = 46 << 10, 264, 4096  # as in csrc/cuda/margin_geometry.cu
-FOLD_STEPS, SLICE_STEPS = (
-    4,
-    8,
-)  # steps whose loads are on their way at once: of a task, and of a slice of the winning rows
-CANDIDATES, SLICES = 4, 2  # likewise of a thread that looks for the nearest, and of a lane that joins the slices' sums
+FOLD_STEPS, SLICE_STEPS = 2, 8  # steps that a warp has on its way at once: of a task, of a slice of the winning rows
+CANDIDATES, SLICES = 4, 2  # likewise: of a thread that looks for the nearest, of a lane that joins the slices' sums
 NAMES = {torch.float32: "float", torch.bfloat16: "fastsal::BFloat16"}
 
 

@@ -26,7 +26,7 @@ __device__ __forceinline__ double fold_segment(const T* anchor, const T* const (
   using L = Layout<T>;
   constexpr int kUnroll = loads == Loads::kReadOnly ? kFoldSteps : 1;  // entry by entry, two steps' loads would spill
   Real<T> sums[kGroupRows][L::kAccumulators] = {};
-  // The loop counts what is the same for all lanes: the compiler then puts no branch between the loads of several steps.
+  // It counts what is the same for all lanes: then the compiler puts no branch between the loads of two steps.
 #pragma unroll kUnroll
   for (int k = 0; k < length; k += L::kStep) {
     const int at = k + lane_id() * L::kPack;
