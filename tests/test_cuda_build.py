@@ -30,6 +30,8 @@ LAST = {
     *("row_distances_join_kernel", "margin_geometry_gap_kernel"),
     *("pairwise_margins_finish_kernel", "pairwise_backward_rows_kernel"),
 }
+INSTRUCTION = re.compile(r"\s+/\*[0-9a-f]{4,5}\*/\s+(?:@\S+\s+)?([A-Z][\w.]+)")
+LOAD_OR_USE = re.compile(r"LDG\.E\.128|[FD]ADD|[FD]FMA|BRA|CALL")
 # Instructions that access memory other than constants, and those after which the next need not be the next to run.
 ACCESS_OR_BRANCH = re.compile("LD(?!C)|ST|ATOM|RED|CCTL|MEMBAR|SYNCS|BAR|BRA|BRX|JMP|JMX|CALL|RET|EXIT|WARPSYNC")
 
@@ -88,37 +90,51 @@ def test_shared_memory_needs_no_attribute():
         assert int(shared) + (most if "fused" in name else 0) <= 48 * 1024 + reserved, name
 
 
-def beginnings(count):
-    """The kernels of sm_90 with the words of their first instructions."""
+@pytest.fixture(scope="module")
+def machine_code():
+    """The kernels of sm_90, each with its mangled name and the words of its instructions."""
+    if "sm_90.cubin" not in cuobjdump("--list-elf"):
+        pytest.skip("built without sm_90, whose machine code is read here")
     command = [tool("cuobjdump"), "-sass", "-arch", "sm_90", CUDA.origin]
     functions = []
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
         for line in process.stdout:
             if "Function : " in line:
-                functions.append((re.search(r"\d([a-z_]+_kernel)", line).group(1), []))
-            elif functions and len(functions[-1][1]) < count:
-                functions[-1][1].extend(re.findall(r"^\s+/\*[0-9a-f]{4}\*/\s+(?:@\S+\s+)?([A-Z]\w+)", line))
+                words = []
+                functions.append((re.search(r"\d([a-z_]+_kernel)(\w*)", line).groups(), words))
+            elif instruction := INSTRUCTION.match(line):
+                words.append(instruction.group(1))
     assert process.returncode == 0
+    assert {name for (name, _), _ in functions} == KERNELS
     return functions
 
 
 @needs_module
-def test_no_kernel_touches_memory_before_its_turn():
+def test_no_kernel_touches_memory_before_its_turn(machine_code):
     """A kernel that follows another may start before that one has ended: first of all it waits (csrc/cuda/launch.cuh).
 
     ACQBULK is griddepcontrol.wait in machine code, PREEXIT griddepcontrol.launch_dependents.
     """
-    if "sm_90.cubin" not in cuobjdump("--list-elf"):
-        pytest.skip("built without sm_90, whose machine code is read here")
-    functions = beginnings(40)
-    assert {name for name, _ in functions} == KERNELS
-    for name, words in functions:
+    for (name, _), words in machine_code:
         assert ("ACQBULK" in words) == (name not in ALONE | FIRST), name
         assert ("PREEXIT" in words) == (name not in ALONE | LAST), name
         if "ACQBULK" in words:
-            wait = words.index("ACQBULK")
-            assert not [word for word in words[:wait] if ACCESS_OR_BRANCH.match(word)], (name, words[:wait])
-            assert "PREEXIT" not in words[:wait], name
+            before = words[: words.index("ACQBULK")]
+            assert not [word for word in before if ACCESS_OR_BRANCH.match(word)], (name, before)
+            assert "PREEXIT" not in before, name
+
+
+@needs_module
+def test_steps_on_their_way_at_once(machine_code):
+    """The fold asks for the anchor and four rows of several steps before it needs any of them, and before any branch."""
+    steps, rows = (
+        int(re.search(rf"\b{name} = (\d+);", (ROOT / "csrc/cuda/stage1.cuh").read_text(encoding="utf-8")).group(1))
+        for name in ("kFoldSteps", "kGroupRows")
+    )
+    for (name, of), words in machine_code:
+        if name.endswith("_fold_kernel"):
+            ordered = "".join("L" if "LDG" in word else "+" for word in words if LOAD_OR_USE.match(word))
+            assert max(map(len, ordered.split("+"))) >= steps * (rows + 1), (name, of)
 
 
 @needs_module
