@@ -19,8 +19,9 @@ from fastsal.kernels import cuda
 
 GROUP_ROWS, STEP, SEGMENT = 4, 512, 4096  # rows of a task; bytes of a row that a warp loads at once, and in a task
 COPY_BYTES, FEW_BLOCKS, MANY_CLASSES = 46 << 10, 264, 4096  # as in csrc/cuda/margin_geometry.cu
-FOLD_STEPS, SLICE_STEPS = 2, 8  # steps that a warp has on its way at once: of a task, of a slice of the winning rows
-CANDIDATES, SLICES = 4, 2  # likewise: of a thread that looks for the nearest, of a lane that joins the slices' sums
+# What is on its way at once: a warp's steps of a task, those of a slice of the two winning rows (of narrow entries, and of
+# others), the candidates of a thread that looks for the nearest, and the slices' sums of a lane that joins them.
+FOLD_STEPS, SLICE_STEPS, CANDIDATES, SLICE_SUMS = 2, (4, 8), 4, 4
 NAMES = {torch.float32: "float", torch.bfloat16: "fastsal::BFloat16"}
 
 
@@ -157,8 +158,10 @@ def margin_geometry(B: int, n: int, D: int, dtype: torch.dtype, registers: dict[
     end = turn / 2 * min(1, WANTED / moving)
     fold = start + max(best, float64, blocks / (resident * c.processors) * turn, turn) + end
     join = 3 * c.cache + 2 * c.reduction
-    two_rows = c.cache + nearest(n, 8, c.cache) + latencies(slice_bytes, SLICE_STEPS) * c.latency + c.reduction
-    last = (1 + ceil_div(slices, SLICES * 32)) * c.cache + c.scalars
+    two_rows = (
+        c.cache + nearest(n, 8, c.cache) + latencies(slice_bytes, SLICE_STEPS[size >= 4]) * c.latency + c.reduction
+    )
+    last = (1 + ceil_div(slices, SLICE_SUMS * 32)) * c.cache + c.scalars
     launches = 4 + (n >= MANY_CLASSES)
     time = fold + join + two_rows + last + c.launch + (launches - 1) * c.early_launch
     return Prediction("spread", blocks, resident * warps, moving, launches, float64, time, best / time)

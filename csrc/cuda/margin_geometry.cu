@@ -22,8 +22,12 @@ constexpr int64_t kCopyBytes = 46 * 1024;
 constexpr int64_t kGapBlocks = 64;  // an example has no more of them, since each first joins all its TwoRowFolds
 // A block of the fold kernel predicts before it folds, so its warps take some tasks each where enough blocks are left.
 constexpr int64_t kMostRounds = 4, kManyBlocks = 8 * kFewBlocks;
-constexpr int kSliceSteps = 8;          // whose loads are on the way at once where few warps read: all of a slice
 constexpr int64_t kManyClasses = 4096;  // from which on a kernel of its own predicts: every block would for too long
+// What is on the way at once where few warps read: the steps of a slice (all eight, but of narrow entries they would
+// spill) and the sums of the slices that a lane joins.
+template <class T>
+constexpr int kSliceSteps = sizeof(T) < sizeof(float) ? 4 : 8;
+constexpr int kSliceSums = 4;
 
 template <class T>
 struct Problem {
@@ -178,7 +182,7 @@ __global__ void __launch_bounds__(copied ? kCopyWarps * kWarpSize : kThreads, co
     }
     __syncthreads();
     if (warp == 0) {
-      const TwoRowSums totals = join_two_rows<q>(example.w.two_rows, example.slice_count);
+      const TwoRowSums totals = join_two_rows<q, 1>(example.w.two_rows, example.slice_count);
       if (lane_id() == 0) *example.w.totals = totals;
     }
     __syncthreads();
@@ -240,7 +244,7 @@ __global__ void __launch_bounds__(kThreads, 1)
   const int64_t index = blockIdx.x % blocks * kWarps + threadIdx.x / kWarpSize;
   if (threadIdx.x == 0 && index == 0) example.runner_up() = j, *example.w.arrived = 0;
   if (index < example.slice_count) {
-    two_rows_task<q, T, kSliceSteps>(index, example.winners(i, j), p.shape.D, example.w.two_rows);
+    two_rows_task<q, T, kSliceSteps<T>>(index, example.winners(i, j), p.shape.D, example.w.two_rows);
   }
 }
 
@@ -255,14 +259,14 @@ __global__ void __launch_bounds__(kThreads, 1)
   const Example<q, T> example(p, blockIdx.x / blocks);
   const int64_t part = blockIdx.x % blocks, i = example.prediction(), j = example.runner_up();
   if (threadIdx.x < kWarpSize) {
-    const TwoRowSums joined = join_two_rows<q>(example.w.two_rows, example.slice_count);
+    const TwoRowSums joined = join_two_rows<q, kSliceSums>(example.w.two_rows, example.slice_count);
     if (lane_id() == 0) totals = joined, finalizes = part == 0;
   }
   __syncthreads();
   if (needs_gap<q, T>(totals)) {
     const WinningRows<T> winners = example.winners(i, j);
     for (int64_t c = part * kWarps + threadIdx.x / kWarpSize; c < example.slice_count; c += blocks * kWarps) {
-      gap_task<q, T, kSliceSteps>(c, winners, totals, p.shape.D, example.w.gaps);
+      gap_task<q, T, kSliceSteps<T>>(c, winners, totals, p.shape.D, example.w.gaps);
     }
     __threadfence();  // the folds of this block are seen before its arrival is
     __syncthreads();

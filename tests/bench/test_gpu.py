@@ -73,10 +73,11 @@ def test_another_commit_begins_anew(path, monkeypatch, fresh):
 
 def test_the_model_counts_with_the_kernels_constants():
     folder = Path(gpu.ROOT) / "csrc/cuda"
-    text = "".join((folder / name).read_text() for name in ("margin_geometry.cu", "stage1.cuh", "segments.cuh"))
-    batches = {name: (folder / name).read_text() for name in ("warp.cuh", "stage2.cuh")}
+    text = "".join(
+        (folder / name).read_text() for name in ("margin_geometry.cu", "stage1.cuh", "segments.cuh", "warp.cuh")
+    )
 
-    def constant(name, text=text):
+    def constant(name):
         return eval(re.search(rf"\b{name} = ([\d* ]+)[;,]", text)[1])
 
     assert constant("kGroupRows") == gpu_model.GROUP_ROWS
@@ -85,9 +86,10 @@ def test_the_model_counts_with_the_kernels_constants():
     assert constant("kFewBlocks") == gpu_model.FEW_BLOCKS
     assert constant("kManyClasses") == gpu_model.MANY_CLASSES
     assert constant("kFoldSteps") == gpu_model.FOLD_STEPS
-    assert constant("kSliceSteps") == gpu_model.SLICE_STEPS
-    assert constant("kBatch", batches["warp.cuh"]) == gpu_model.CANDIDATES
-    assert constant("kBatch", batches["stage2.cuh"]) == gpu_model.SLICES
+    assert constant("kSliceSums") == gpu_model.SLICE_SUMS
+    steps = re.search(r"kSliceSteps = sizeof\(T\) < sizeof\(float\) \? (\d) : (\d);", text)
+    assert tuple(map(int, steps.groups())) == gpu_model.SLICE_STEPS
+    assert constant("kBatch") == gpu_model.CANDIDATES
     assert constant("kWarpSize") * constant("kPackBytes") == gpu_model.STEP
 
 
