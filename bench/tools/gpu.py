@@ -152,7 +152,8 @@ def build(report: Report, device: torch.device, deadline: float) -> None:
         with tempfile.TemporaryDirectory() as folder:
             for name in ("setup.py", "csrc", "fastsal"):
                 Path(folder, name).symlink_to(ROOT / name)
-            command = [sys.executable, "setup.py", "build_ext", "--inplace", "--parallel", "2"]  # both modules at once
+            # Without force a change of a .cu file alone leaves the module that is there.
+            command = [sys.executable, "setup.py", "build_ext", "--inplace", "--force", "--parallel", "2"]
             return run(command, deadline, Path(folder), **environment)
 
     report.step("build", built)
