@@ -44,7 +44,7 @@ def test_each_backend_has_its_own_tests(path, monkeypatch):
     """The name of a test of Triton on a GPU holds the word cuda too."""
     chosen = []
 
-    def run(command, deadline):
+    def run(command, deadline, **environment):
         expression = Expression.compile(command[command.index("-k") + 1])
         names = (
             "test_values[cuda-cuda-float32]",
