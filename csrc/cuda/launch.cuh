@@ -54,6 +54,7 @@ class Chain {
               Parameters... arguments) {
     if (blocks == 0) return;
     if (blocks > 2147483647) throw std::runtime_error(std::string(name) + ": the problem is too large for one grid");
+    if (launched_ == 1) early_ = dependent_launches();  // asked once, and not where there is one kernel only
     cudaLaunchAttribute early = {};
     early.id = cudaLaunchAttributeProgrammaticStreamSerialization;
     early.val.programmaticStreamSerializationAllowed = 1;
@@ -63,14 +64,15 @@ class Chain {
     config.dynamicSmemBytes = static_cast<size_t>(shared_bytes);
     config.stream = stream_;
     config.attrs = &early;
-    config.numAttrs = has_begun_ && dependent_launches() ? 1 : 0;
+    config.numAttrs = early_ ? 1 : 0;
     check(cudaLaunchKernelEx(&config, kernel, arguments...), name);
-    has_begun_ = true;
+    ++launched_;
   }
 
  private:
   cudaStream_t stream_;
-  bool has_begun_ = false;
+  int launched_ = 0;
+  bool early_ = false;
 };
 
 }  // namespace fastsal
