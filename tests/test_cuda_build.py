@@ -24,6 +24,16 @@ KERNELS = {
     *(f"pairwise_margins_{step}_kernel" for step in ("tile", "finish")),
     *(f"pairwise_backward_{step}_kernel" for step in ("sum_weights", "tops", "rows", "x")),
 }
+ALONE = {"probe_kernel", "margin_geometry_fused_kernel"}  # in no chain of csrc/cuda/launch.cuh
+FIRST = {"row_distances_fold_kernel", "margin_geometry_predict_kernel", "pairwise_backward_sum_weights_kernel"}
+LAST = {
+    *("row_distances_join_kernel", "margin_geometry_gap_kernel"),
+    *("pairwise_margins_finish_kernel", "pairwise_backward_rows_kernel"),
+}
+INSTRUCTION = re.compile(r"\s+/\*[0-9a-f]{4,5}\*/\s+(?:@\S+\s+)?([A-Z][\w.]+)")
+LOAD_OR_USE = re.compile(r"LDG\.E\.128|[FD]ADD|[FD]FMA|BRA|CALL")
+# Instructions that access memory other than constants, and those after which the next need not be the next to run.
+ACCESS_OR_BRANCH = re.compile("LD(?!C)|ST|ATOM|RED|CCTL|MEMBAR|SYNCS|BAR|BRA|BRX|JMP|JMX|CALL|RET|EXIT|WARPSYNC")
 
 needs_module = pytest.mark.skipif(CUDA is None, reason="fastsal was installed without fastsal._cuda (no nvcc)")
 
@@ -78,6 +88,53 @@ def test_shared_memory_needs_no_attribute():
     reserved = 1024  # which newer devices keep of every block, and cuobjdump counts in
     for name, shared in usage:
         assert int(shared) + (most if "fused" in name else 0) <= 48 * 1024 + reserved, name
+
+
+@pytest.fixture(scope="module")
+def machine_code():
+    """The kernels of sm_90, each with its mangled name and the words of its instructions."""
+    if "sm_90.cubin" not in cuobjdump("--list-elf"):
+        pytest.skip("built without sm_90, whose machine code is read here")
+    command = [tool("cuobjdump"), "-sass", "-arch", "sm_90", CUDA.origin]
+    functions = []
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
+        for line in process.stdout:
+            if "Function : " in line:
+                words = []
+                functions.append((re.search(r"\d([a-z_]+_kernel)(\w*)", line).groups(), words))
+            elif instruction := INSTRUCTION.match(line):
+                words.append(instruction.group(1))
+    assert process.returncode == 0
+    assert {name for (name, _), _ in functions} == KERNELS
+    return functions
+
+
+@needs_module
+def test_no_kernel_touches_memory_before_its_turn(machine_code):
+    """A kernel that follows another may start before that one has ended: first of all it waits (csrc/cuda/launch.cuh).
+
+    ACQBULK is griddepcontrol.wait in machine code, PREEXIT griddepcontrol.launch_dependents.
+    """
+    for (name, _), words in machine_code:
+        assert ("ACQBULK" in words) == (name not in ALONE | FIRST), name
+        assert ("PREEXIT" in words) == (name not in ALONE | LAST), name
+        if "ACQBULK" in words:
+            before = words[: words.index("ACQBULK")]
+            assert not [word for word in before if ACCESS_OR_BRANCH.match(word)], (name, before)
+            assert "PREEXIT" not in before, name
+
+
+@needs_module
+def test_steps_on_their_way_at_once(machine_code):
+    """The fold asks for rows of the last of several steps before it needs one of the first, and before any branch."""
+    steps, rows = (
+        int(re.search(rf"\b{name} = (\d+);", (ROOT / "csrc/cuda/stage1.cuh").read_text(encoding="utf-8")).group(1))
+        for name in ("kFoldSteps", "kGroupRows")
+    )
+    for (name, of), words in machine_code:
+        if name.endswith("_fold_kernel"):
+            ordered = "".join("L" if "LDG" in word else "+" for word in words if LOAD_OR_USE.match(word))
+            assert max(map(len, ordered.split("+"))) > (steps - 1) * (rows + 1), (name, of)
 
 
 @needs_module

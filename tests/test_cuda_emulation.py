@@ -5,6 +5,7 @@ What this cannot show: hardware (warps in lockstep, memory ordering), speed, and
 
 import contextlib
 import math
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -243,22 +244,40 @@ def test_row_distances(kernels, D):
         torch.testing.assert_close(got, reference.row_distances(jacobian[:, 1], jacobian, norm), rtol=1e-6, atol=0)
 
 
+def emulated_program(folder, kernel, **environment):
+    """Runs a chain of two launches of a kernel with this body on the emulation."""
+    source = folder / "program.cpp"
+    source.write_text(
+        f"""#include "device.cu"
+        __global__ void kernel() {{ {kernel} }}
+        int main() {{
+          fastsal::Chain chain(0);
+          chain.launch("first", kernel, 1, 32, 0);
+          chain.launch("second", kernel, 1, 32, 0);
+        }}"""
+    )
+    includes = [f"-I{path}" for path in (TESTS / "cuda_emulation", TESTS.parent / "csrc/cuda")]
+    program = str(folder / "program")
+    subprocess.run([emulated.COMPILER, "-std=c++17", *includes, str(source), "-o", program], check=True)
+    return subprocess.run([program], capture_output=True, text=True, env={**os.environ, **environment})
+
+
 def test_a_divergent_barrier_is_reported(tmp_path):
     """The emulation itself: what hangs or corrupts on a GPU ends the process here."""
-    source = tmp_path / "divergent.cpp"
-    source.write_text(
-        """#include <cuda_runtime.h>
-        __global__ void kernel() { if (threadIdx.x < 16) __ballot_sync(~0u, 1); }
-        int main() {
-          cudaLaunchConfig_t config;
-          config.blockDim = dim3(32);
-          return cudaLaunchKernelEx(&config, kernel);
-        }"""
-    )
-    program = str(tmp_path / "divergent")
-    subprocess.run(
-        [emulated.COMPILER, "-std=c++17", f"-I{TESTS / 'cuda_emulation'}", str(source), "-o", program], check=True
-    )
-    result = subprocess.run([program], capture_output=True, text=True)
+    result = emulated_program(tmp_path, "if (threadIdx.x < 16) __ballot_sync(~0u, 1);")
     assert result.returncode != 0
-    assert "CUDA emulation:" in result.stderr
+    assert "CUDA emulation: threads wait for others" in result.stderr
+
+
+WAIT, ADMIT = "fastsal::wait_for_kernel_before();", "fastsal::let_next_kernel_start();"
+
+
+@pytest.mark.parametrize(
+    ("kernel", "report"),
+    [(WAIT + ADMIT, ""), (ADMIT + WAIT, "lets the next kernel start"), ("", "a thread never waits")],
+)
+def test_a_kernel_before_its_turn_is_reported(tmp_path, kernel, report):
+    """The second of a chain is launched before its turn, unless FASTSAL_DEPENDENT_LAUNCH is 0."""
+    result = emulated_program(tmp_path, kernel, FASTSAL_DEPENDENT_LAUNCH="1")
+    assert (result.returncode != 0, report in result.stderr) == (bool(report), True), result.stderr
+    assert emulated_program(tmp_path, kernel, FASTSAL_DEPENDENT_LAUNCH="0").returncode == 0

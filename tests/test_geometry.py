@@ -264,9 +264,9 @@ def test_input_shapes_are_kept_out_of_the_way(target):
 # --- gradients ------------------------------------------------------------------------------------------------------
 
 
-def smooth_inputs(seed, B=2, n=3, D=4):
+def smooth_inputs(target, seed, B=2, n=3, D=4):
     """Generic float64 inputs with gradients on: no ties, no kinks within the finite differences' reach."""
-    return [v.requires_grad_() for v in cases.inputs(B, n, D, torch.float64, seed)]
+    return [v.requires_grad_() for v in cases.inputs(B, n, D, torch.float64, seed, device=target.device)]
 
 
 def outputs(target, norm):
@@ -280,13 +280,13 @@ def outputs(target, norm):
 @each_target
 @each_norm
 def test_gradcheck(target, norm):
-    assert torch.autograd.gradcheck(outputs(target, norm), smooth_inputs(1))
+    assert torch.autograd.gradcheck(outputs(target, norm), smooth_inputs(target, 1))
 
 
 @each_target
 @each_norm
 def test_gradgradcheck(target, norm):
-    assert torch.autograd.gradgradcheck(outputs(target, norm), smooth_inputs(2, B=1))
+    assert torch.autograd.gradgradcheck(outputs(target, norm), smooth_inputs(target, 2, B=1))
 
 
 @each_target
@@ -294,7 +294,7 @@ def test_gradgradcheck(target, norm):
 @each_dtype
 def test_gradients_have_the_inputs_dtype(target, norm, dtype):
     """And the value of float64's, to the precision in which they are stored."""
-    leaves = [v.requires_grad_() for v in cases.inputs(3, 4, 50, dtype)]
+    leaves = [v.requires_grad_() for v in cases.inputs(3, 4, 50, dtype, device=target.device)]
     exact = [v.detach().double().requires_grad_() for v in leaves]
     for name in reference.SCALARS:
         total = getattr(fastsal.margin_geometry(*leaves, norm=norm, backend=target.backend), name).sum()
@@ -312,7 +312,7 @@ def test_gradients_have_the_inputs_dtype(target, norm, dtype):
 @each_target
 @each_norm
 def test_gradients_flow_to_the_two_rows_only(target, norm):
-    leaves = smooth_inputs(5, B=3, n=5, D=8)
+    leaves = smooth_inputs(target, 5, B=3, n=5, D=8)
     result = fastsal.margin_geometry(*leaves, norm=norm, backend=target.backend)
     grad = torch.autograd.grad(result.bound.sum(), leaves[1])[0]
     touched = grad.abs().sum(2) > 0
@@ -327,7 +327,7 @@ def test_gradients_flow_to_the_two_rows_only(target, norm):
 @each_norm
 def test_undefined_outputs_leave_other_gradients_alone(target, norm):
     """g = 0 makes α NaN, yet a loss on ρ̃ alone has its ordinary gradient; so does ρ̃ where x holds a NaN."""
-    logits, jacobian, x = cases.inputs(3, 4, 9, torch.float64)
+    logits, jacobian, x = cases.inputs(3, 4, 9, torch.float64, device=target.device)
     jacobian[0, logits[0].argmax()] = 0
     x[1, 0] = NAN
     leaves = [v.requires_grad_() for v in (logits, jacobian, x)]
@@ -343,7 +343,7 @@ def test_undefined_outputs_leave_other_gradients_alone(target, norm):
 @each_norm
 def test_gradients_at_zero_distance_are_zero(target, norm):
     """Two equal rows: ρ̃ = +inf (or 0 in a tie) and its gradient is 0, not NaN."""
-    logits, jacobian, x = cases.inputs(2, 3, 6, torch.float64)
+    logits, jacobian, x = cases.inputs(2, 3, 6, torch.float64, device=target.device)
     logits[1] = 1.0
     jacobian[:] = jacobian[:, :1].clone()
     leaves = [v.requires_grad_() for v in (logits, jacobian, x)]
@@ -355,7 +355,7 @@ def test_gradients_at_zero_distance_are_zero(target, norm):
 
 @each_target
 def test_no_graph_unless_wanted(target):
-    leaves = smooth_inputs(7)
+    leaves = smooth_inputs(target, 7)
     result = fastsal.margin_geometry(*leaves, backend=target.backend)
     assert result.linearized_robustness.requires_grad
     assert not result.lower_bound.requires_grad

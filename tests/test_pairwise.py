@@ -127,31 +127,31 @@ def test_empty_batch(target):
 def outputs(target, norm):
     def call(logits, jacobian, x):
         result = fastsal.pairwise_margins(logits, jacobian, x, norm=norm, backend=target.backend)
-        off = ~torch.eye(logits.shape[1], dtype=torch.bool)
+        off = ~torch.eye(logits.shape[1], dtype=torch.bool, device=logits.device)
         return (result.distance, result.margin[:, off], result.nearest_margin, result.alignment[:, off])
 
     return call
 
 
-def leaves(B, n, D, dtype, seed):
-    return [v.requires_grad_() for v in cases.inputs(B, n, D, dtype, seed)]
+def leaves(target, B, n, D, dtype, seed):
+    return [v.requires_grad_() for v in cases.inputs(B, n, D, dtype, seed, device=target.device)]
 
 
 @each_target
 @each_norm
 def test_gradcheck(target, norm):
-    assert torch.autograd.gradcheck(outputs(target, norm), leaves(2, 3, 4, torch.float64, 1))
+    assert torch.autograd.gradcheck(outputs(target, norm), leaves(target, 2, 3, 4, torch.float64, 1))
 
 
 @each_target
 @each_norm
 def test_gradgradcheck(target, norm):
-    assert torch.autograd.gradgradcheck(outputs(target, norm), leaves(1, 3, 4, torch.float64, 2))
+    assert torch.autograd.gradgradcheck(outputs(target, norm), leaves(target, 1, 3, 4, torch.float64, 2))
 
 
 @each_target
 def test_gradcheck_without_x(target):
-    logits, jacobian, _ = leaves(2, 3, 4, torch.float64, 3)
+    logits, jacobian, _ = leaves(target, 2, 3, 4, torch.float64, 3)
 
     def call(logits, jacobian):
         result = fastsal.pairwise_margins(logits, jacobian, backend=target.backend)
@@ -171,14 +171,14 @@ def test_backward_agrees_with_the_reference(target, norm, dtype, n, D):
     Every gradient is a sum over pairs and classes of float32 values (the saved distance and margin, 2⁻²⁴ each), so that
     its error is some eps of the sum of absolute terms; 8 eps of the largest gradient covers it and the final rounding.
     """
-    given = leaves(2, n, D, dtype, 4)
+    given = leaves(target, 2, n, D, dtype, 4)
     exact = [v.detach().double().requires_grad_() for v in given]
     got = fastsal.pairwise_margins(*given, norm=norm, backend=target.backend)
     want = reference.pairwise_margins(*exact, norm)
     generator = torch.Generator().manual_seed(n)
-    off = ~torch.eye(n, dtype=torch.bool)
-    weights = torch.randn((3, 2, n, n), generator=generator, dtype=torch.float64) * off
-    nearest_weight = torch.randn((2, n), generator=generator, dtype=torch.float64)
+    off = ~torch.eye(n, dtype=torch.bool, device=target.device)
+    weights = torch.randn((3, 2, n, n), generator=generator, dtype=torch.float64).to(target.device) * off
+    nearest_weight = torch.randn((2, n), generator=generator, dtype=torch.float64).to(target.device)
 
     def loss(distance, margin, nearest_margin, alignment):
         tables = zip((distance, margin, alignment), weights, strict=True)
@@ -238,7 +238,7 @@ def test_backward_operator(target, norm, dtype, with_x):
 @pytest.mark.parametrize("order", [1, 2])
 def test_gradients_at_zero_distance_are_zero(target, norm, order):
     """Equal rows: no NaN in any gradient, 0 from their own distance, the ordinary value from the other pairs."""
-    inputs = cases.inputs(1, 3, 6, torch.float64)
+    inputs = cases.inputs(1, 3, 6, torch.float64, device=target.device)
     inputs[1][0, 1] = inputs[1][0, 0]
     given = [v.requires_grad_() for v in inputs]
     result = fastsal.pairwise_margins(*given, norm=norm, backend=target.backend)
@@ -259,7 +259,7 @@ def test_gradients_at_zero_distance_are_zero(target, norm, order):
 @each_norm
 def test_an_undefined_pair_does_not_spread(target, norm):
     """A loss that leaves the NaN pairs out has finite gradients, although their rows took part in the backward."""
-    logits, jacobian, x = cases.inputs(2, 4, 9, torch.float64)
+    logits, jacobian, x = cases.inputs(2, 4, 9, torch.float64, device=target.device)
     jacobian[0, 1] = jacobian[0, 2]
     given = [v.requires_grad_() for v in (logits, jacobian, x)]
     result = fastsal.pairwise_margins(*given, norm=norm, backend=target.backend)

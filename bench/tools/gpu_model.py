@@ -19,6 +19,9 @@ from fastsal.kernels import cuda
 
 GROUP_ROWS, STEP, SEGMENT = 4, 512, 4096  # rows of a task; bytes of a row that a warp loads at once, and in a task
 COPY_BYTES, FEW_BLOCKS, MANY_CLASSES = 46 << 10, 264, 4096  # as in csrc/cuda/margin_geometry.cu
+# What is on its way at once: a warp's steps of a task, those of a slice of the two winning rows (of narrow entries, and of
+# others), the candidates of a thread that looks for the nearest, and the slices' sums of a lane that joins them.
+FOLD_STEPS, SLICE_STEPS, CANDIDATES, SLICE_SUMS = 2, (4, 8), 4, 4
 NAMES = {torch.float32: "float", torch.bfloat16: "fastsal::BFloat16"}
 
 
@@ -43,6 +46,7 @@ class Chip:
     scalars: float = 0.9  # of an example, from its slices' sums; assumed
     turn: float = 0.3  # between a block and the next in its place; assumed
     launch: float = 1.0  # between a kernel and the next; assumed
+    early_launch: float = 0.35  # likewise, where the next was launched before its turn and waits; assumed
 
     def resident(self, registers: int, warps: int, shared: int) -> int:
         """Blocks of a multiprocessor."""
@@ -87,9 +91,14 @@ def usage() -> dict[str, int]:
     return {name: int(registers) for name, registers in found}
 
 
-def latencies(entries_bytes: int, unroll: int = 2) -> int:
+def latencies(entries_bytes: int, unroll: int) -> int:
     """How often a warp waits for memory while it reads a part of a row."""
     return ceil_div(ceil_div(entries_bytes, STEP), unroll)
+
+
+def nearest(n: int, warps: int, first_wait: float) -> float:
+    """Microseconds in which a block finds the nearest of n candidates, whose first loads take `first_wait`."""
+    return first_wait + (ceil_div(n, CANDIDATES * 32 * warps) - 1) * CHIP.cache + CHIP.selection
 
 
 def margin_geometry(B: int, n: int, D: int, dtype: torch.dtype, registers: dict[str, int]) -> Prediction:
@@ -113,18 +122,19 @@ def margin_geometry(B: int, n: int, D: int, dtype: torch.dtype, registers: dict[
         name = f"margin_geometry_fused_kernel<2, {NAMES[dtype]}, {'true' if copied else 'false'}>"
         resident = min(c.resident(registers[name], warps, shared), max(1, ceil_div(B, c.processors)))
         rounds = ceil_div(tasks, warps)
-        predict = c.latency + c.selection
-        winners = ceil_div(slices, warps) * latencies(slice_bytes) * (c.cache if not copied else 0) + c.reduction
+        predict = nearest(n, warps, c.latency)
+        winners = ceil_div(slices, warps) * latencies(slice_bytes, 2) * (c.cache if not copied else 0) + c.reduction
         if copied:
             reading, fold = c.latency, rounds * (ceil_div(part, STEP) * c.shared_step + c.reduction)
         else:
-            reading = rounds * latencies(part) * c.latency
+            reading = rounds * latencies(part, FOLD_STEPS) * c.latency
             fold = reading + rounds * c.reduction
             winners += c.latency - c.cache  # for x
         rest = 2 * c.reduction + c.selection + winners + c.scalars
         turn = c.turn + predict + fold + rest
         bytes_of_block = (n + 1) * row
-        moving = bytes_of_block * reading / turn if copied else warps * GROUP_ROWS * STEP * 2 * reading / turn
+        of_fold = warps * GROUP_ROWS * STEP * FOLD_STEPS
+        moving = (bytes_of_block if copied else of_fold) * reading / turn
         waves = B / (resident * c.processors)
         time = max(best, float64, max(waves, 1) * turn) + c.launch + (turn / 2 if waves > 1 else 0)
         return Prediction(form, B, resident * warps, resident * moving, 1, float64, time, best / time)
@@ -139,15 +149,21 @@ def margin_geometry(B: int, n: int, D: int, dtype: torch.dtype, registers: dict[
     blocks = B * ceil_div(tasks, warps * rounds)
     kernel = registers[f"margin_geometry_fold_kernel<2, {NAMES[dtype]}>"]
     resident = min(c.resident(kernel, warps, 768), ceil_div(blocks, c.processors))
-    reading = rounds * latencies(part) * c.latency
-    turn = c.turn + c.latency + c.selection + reading + rounds * c.reduction
-    moving = resident * warps * GROUP_ROWS * STEP * 2 * reading / turn
-    fold = max(best, float64, blocks / (resident * c.processors) * turn, turn) + turn / 2
+    reading = rounds * latencies(part, FOLD_STEPS) * c.latency
+    # The logits are in the cache, but for the first blocks: nothing is on its way until they have predicted.
+    start, turn = c.turn + nearest(n, warps, c.latency), c.turn + nearest(n, warps, c.cache)
+    turn += reading + rounds * c.reduction
+    moving = resident * warps * GROUP_ROWS * STEP * FOLD_STEPS * reading / turn
+    # In the end fewer and fewer blocks read: half of the last turn is lost, from where they are too few for the bandwidth.
+    end = turn / 2 * min(1, WANTED / moving)
+    fold = start + max(best, float64, blocks / (resident * c.processors) * turn, turn) + end
     join = 3 * c.cache + 2 * c.reduction
-    two_rows = 2 * c.cache + c.selection + latencies(slice_bytes, 4) * c.latency + c.reduction
-    last = ceil_div(slices, 32) * c.cache + c.scalars
+    two_rows = (
+        c.cache + nearest(n, 8, c.cache) + latencies(slice_bytes, SLICE_STEPS[size >= 4]) * c.latency + c.reduction
+    )
+    last = (1 + ceil_div(slices, SLICE_SUMS * 32)) * c.cache + c.scalars
     launches = 4 + (n >= MANY_CLASSES)
-    time = fold + join + two_rows + last + launches * c.launch
+    time = fold + join + two_rows + last + c.launch + (launches - 1) * c.early_launch
     return Prediction("spread", blocks, resident * warps, moving, launches, float64, time, best / time)
 
 

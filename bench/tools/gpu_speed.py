@@ -5,6 +5,7 @@ It runs in a process of its own, which is killed at its deadline: a compilation 
 
 import argparse
 import functools
+import os
 import statistics
 import sys
 import time
@@ -107,6 +108,16 @@ def measure(report: Report, name: str, row: dict[str, Any], timed: Callable[[], 
     print(f"  {row} {name}: {times['p50']:.1f} us {more.get('bandwidth_fraction', '')}", flush=True)
 
 
+def in_turn(timed: Callable[[], dict[str, float]]) -> dict[str, float]:
+    """The same with every CUDA kernel launched when the one before it has ended."""
+    before = os.environ.get("FASTSAL_DEPENDENT_LAUNCH", "1")
+    os.environ["FASTSAL_DEPENDENT_LAUNCH"] = "0"
+    try:
+        return timed()
+    finally:
+        os.environ["FASTSAL_DEPENDENT_LAUNCH"] = before
+
+
 class Bench:
     """The cases of a run: every shape, on the backends that are there and on their rivals, until a moment that is given."""
 
@@ -146,6 +157,8 @@ class Bench:
             self.report.case(row, rival or "inputs", failed="too little memory")
             return
         wanted = [rival] if rival else [name for backend in self.backends for name in (backend, f"{backend} graph")]
+        if "cuda" in self.backends and not rival:
+            wanted.append("cuda graph in turn")
         if all(self.report.has(row, name) for name in wanted):
             return
         tensors = inputs(B, n, D, dtype, self.clock.device)
@@ -157,7 +170,10 @@ class Bench:
         for backend in self.backends:
             call = functools.partial(fastsal.margin_geometry, *tensors, backend=backend)
             measure(self.report, backend, row, functools.partial(self.clock.times, call), bytes=need)
-            measure(self.report, f"{backend} graph", row, functools.partial(self.clock.graph_times, call), bytes=need)
+            graph = functools.partial(self.clock.graph_times, call)
+            measure(self.report, f"{backend} graph", row, graph, bytes=need)
+            if backend == "cuda":
+                measure(self.report, "cuda graph in turn", row, functools.partial(in_turn, graph), bytes=need)
 
     def pairwise(self, end: float) -> None:
         """pairwise_margins on every shape, with the error on rows that are nearly identical."""

@@ -23,6 +23,11 @@ constexpr int64_t kGapBlocks = 64;  // an example has no more of them, since eac
 // A block of the fold kernel predicts before it folds, so its warps take some tasks each where enough blocks are left.
 constexpr int64_t kMostRounds = 4, kManyBlocks = 8 * kFewBlocks;
 constexpr int64_t kManyClasses = 4096;  // from which on a kernel of its own predicts: every block would for too long
+// What is on the way at once where few warps read: the steps of a slice (all eight, but of narrow entries they would
+// spill) and the sums of the slices that a lane joins.
+template <class T>
+constexpr int kSliceSteps = sizeof(T) < sizeof(float) ? 4 : 8;
+constexpr int kSliceSums = 4;
 
 template <class T>
 struct Problem {
@@ -177,7 +182,7 @@ __global__ void __launch_bounds__(copied ? kCopyWarps * kWarpSize : kThreads, co
     }
     __syncthreads();
     if (warp == 0) {
-      const TwoRowSums totals = join_two_rows<q>(example.w.two_rows, example.slice_count);
+      const TwoRowSums totals = join_two_rows<q, 1>(example.w.two_rows, example.slice_count);
       if (lane_id() == 0) *example.w.totals = totals;
     }
     __syncthreads();
@@ -194,6 +199,7 @@ __global__ void __launch_bounds__(copied ? kCopyWarps * kWarpSize : kThreads, co
 
 template <int q, class T>
 __global__ void __launch_bounds__(kThreads) margin_geometry_predict_kernel(const __grid_constant__ Problem<T> p) {
+  let_next_kernel_start();
   const Example<q, T> example(p, blockIdx.x);
   const int64_t i = example.predict();
   if (threadIdx.x == 0) example.prediction() = i;
@@ -204,6 +210,8 @@ __global__ void __launch_bounds__(kThreads) margin_geometry_predict_kernel(const
 template <int q, class T>
 __global__ void __launch_bounds__(kThreads, 2)
     margin_geometry_fold_kernel(const __grid_constant__ Problem<T> p, int64_t blocks, int rounds, bool predicted) {
+  wait_for_kernel_before();
+  let_next_kernel_start();
   const Example<q, T> example(p, blockIdx.x / blocks);
   const int64_t tasks = distance_tasks(p.shape.n, example.segment_count), warps = blockDim.x / kWarpSize;
   const int64_t i = predicted ? example.prediction() : example.predict(), part = blockIdx.x % blocks;
@@ -217,6 +225,8 @@ __global__ void __launch_bounds__(kThreads, 2)
 template <int q, class T>
 __global__ void __launch_bounds__(kThreads)
     margin_geometry_join_kernel(const __grid_constant__ Problem<T> p, int lanes) {
+  wait_for_kernel_before();
+  let_next_kernel_start();
   const int64_t row = (blockIdx.x * static_cast<int64_t>(kThreads) + threadIdx.x) / lanes, b = row / p.shape.n;
   const bool real_row = b < p.shape.B;
   const Example<q, T> example(p, real_row ? b : 0);
@@ -227,12 +237,14 @@ __global__ void __launch_bounds__(kThreads)
 template <int q, class T>
 __global__ void __launch_bounds__(kThreads, 1)
     margin_geometry_two_rows_kernel(const __grid_constant__ Problem<T> p, int64_t blocks) {
+  wait_for_kernel_before();
+  let_next_kernel_start();
   const Example<q, T> example(p, blockIdx.x / blocks);
   const int64_t i = example.prediction(), j = example.select(i);
   const int64_t index = blockIdx.x % blocks * kWarps + threadIdx.x / kWarpSize;
   if (threadIdx.x == 0 && index == 0) example.runner_up() = j, *example.w.arrived = 0;
   if (index < example.slice_count) {
-    two_rows_task<q, T, 4>(index, example.winners(i, j), p.shape.D, example.w.two_rows);
+    two_rows_task<q, T, kSliceSteps<T>>(index, example.winners(i, j), p.shape.D, example.w.two_rows);
   }
 }
 
@@ -241,19 +253,20 @@ __global__ void __launch_bounds__(kThreads, 1)
 template <int q, class T>
 __global__ void __launch_bounds__(kThreads, 1)
     margin_geometry_gap_kernel(const __grid_constant__ Problem<T> p, int64_t blocks) {
+  wait_for_kernel_before();
   __shared__ TwoRowSums totals;
   __shared__ bool finalizes;
   const Example<q, T> example(p, blockIdx.x / blocks);
   const int64_t part = blockIdx.x % blocks, i = example.prediction(), j = example.runner_up();
   if (threadIdx.x < kWarpSize) {
-    const TwoRowSums joined = join_two_rows<q>(example.w.two_rows, example.slice_count);
+    const TwoRowSums joined = join_two_rows<q, kSliceSums>(example.w.two_rows, example.slice_count);
     if (lane_id() == 0) totals = joined, finalizes = part == 0;
   }
   __syncthreads();
   if (needs_gap<q, T>(totals)) {
     const WinningRows<T> winners = example.winners(i, j);
     for (int64_t c = part * kWarps + threadIdx.x / kWarpSize; c < example.slice_count; c += blocks * kWarps) {
-      gap_task<q, T, 4>(c, winners, totals, p.shape.D, example.w.gaps);
+      gap_task<q, T, kSliceSteps<T>>(c, winners, totals, p.shape.D, example.w.gaps);
     }
     __threadfence();  // the folds of this block are seen before its arrival is
     __syncthreads();
@@ -270,23 +283,23 @@ __global__ void __launch_bounds__(kThreads, 1)
 int balanced_warps(int64_t tasks, int64_t most) { return static_cast<int>(ceil_div(tasks, ceil_div(tasks, most))); }
 
 template <int q, class T, bool copied>
-void launch_fused(const Problem<T>& p, int64_t warps, int64_t shared_bytes, uintptr_t stream) {
-  launch("margin_geometry_fused_kernel", margin_geometry_fused_kernel<q, T, copied>,
-         p.shape.B < INT32_MAX ? p.shape.B : INT32_MAX, static_cast<int>(warps * kWarpSize), shared_bytes, stream, p);
+void launch_fused(const Problem<T>& p, int64_t warps, int64_t shared_bytes, Chain& chain) {
+  chain.launch("margin_geometry_fused_kernel", margin_geometry_fused_kernel<q, T, copied>,
+               p.shape.B < INT32_MAX ? p.shape.B : INT32_MAX, static_cast<int>(warps * kWarpSize), shared_bytes, p);
 }
 
 template <int q, class T>
-void launch_steps(const Problem<T>& p, bool fused, uintptr_t stream) {
+void launch_steps(const Problem<T>& p, bool fused, Chain& chain) {
   const int64_t B = p.shape.B, n = p.shape.n, D = p.shape.D, tasks = distance_tasks(n, segments<T>(D));
   if (fused && copies_examples(p)) {
     // Few warps a block, for many blocks: while some wait for their copies, others compute.
     const int64_t copy_bytes = n * D * sizeof(T) + D * (p.x.is_float ? sizeof(float) : sizeof(T));
     launch_fused<q, T, true>(p, balanced_warps(tasks, tasks > 8 ? kCopyWarps : 2),
-                             Workspace<T>::bytes(n, D) + copy_bytes, stream);
+                             Workspace<T>::bytes(n, D) + copy_bytes, chain);
     return;
   }
   if (fused) {
-    launch_fused<q, T, false>(p, balanced_warps(tasks, kWarps), Workspace<T>::bytes(n, D), stream);
+    launch_fused<q, T, false>(p, balanced_warps(tasks, kWarps), Workspace<T>::bytes(n, D), chain);
     return;
   }
   const int64_t warps = warps_of_block(B * tasks, kWarps), spare = B * tasks / (kManyBlocks * kWarps);
@@ -296,16 +309,16 @@ void launch_steps(const Problem<T>& p, bool fused, uintptr_t stream) {
   const int64_t blocks = ceil_div(slices<T>(D), kWarps), gap_blocks = blocks < kGapBlocks ? blocks : kGapBlocks;
   const bool predicted = n >= kManyClasses;
   if (predicted) {
-    launch("margin_geometry_predict_kernel", margin_geometry_predict_kernel<q, T>, B, kThreads, 0, stream, p);
+    chain.launch("margin_geometry_predict_kernel", margin_geometry_predict_kernel<q, T>, B, kThreads, 0, p);
   }
-  launch("margin_geometry_fold_kernel", margin_geometry_fold_kernel<q, T>, B * fold_blocks,
-         static_cast<int>(warps * kWarpSize), 0, stream, p, fold_blocks, static_cast<int>(rounds), predicted);
-  launch("margin_geometry_join_kernel", margin_geometry_join_kernel<q, T>, ceil_div(B * n * lanes, kThreads), kThreads,
-         0, stream, p, lanes);
-  launch("margin_geometry_two_rows_kernel", margin_geometry_two_rows_kernel<q, T>, B * blocks, kThreads, 0, stream, p,
-         blocks);
-  launch("margin_geometry_gap_kernel", margin_geometry_gap_kernel<q, T>, B * gap_blocks, kThreads, 0, stream, p,
-         gap_blocks);
+  chain.launch("margin_geometry_fold_kernel", margin_geometry_fold_kernel<q, T>, B * fold_blocks,
+               static_cast<int>(warps * kWarpSize), 0, p, fold_blocks, static_cast<int>(rounds), predicted);
+  chain.launch("margin_geometry_join_kernel", margin_geometry_join_kernel<q, T>, ceil_div(B * n * lanes, kThreads),
+               kThreads, 0, p, lanes);
+  chain.launch("margin_geometry_two_rows_kernel", margin_geometry_two_rows_kernel<q, T>, B * blocks, kThreads, 0, p,
+               blocks);
+  chain.launch("margin_geometry_gap_kernel", margin_geometry_gap_kernel<q, T>, B * gap_blocks, kThreads, 0, p,
+               gap_blocks);
 }
 
 template <class F>
@@ -350,7 +363,8 @@ void margin_geometry(int norm, int dtype, uintptr_t logits, RowsArgument jacobia
                             pointer<int64_t>(indices),
                             pointer<Real<T>>(distances),
                             pointer<char>(scratch)};
-      launch_steps<q.value, T>(p, fused, stream);
+      Chain chain(stream);
+      launch_steps<q.value, T>(p, fused, chain);
     });
   });
 }

@@ -10,6 +10,7 @@ namespace fastsal {
 
 constexpr int64_t kFewBlocks = 264;  // two for every multiprocessor of the largest devices
 constexpr int kGroupRows = 4;        // a power of two: join_lanes shares them out between the lanes
+constexpr int kFoldSteps = 2;        // whose loads are on the way at once
 
 // Rows of one example: row j starts at `first + j * stride`.
 template <class T>
@@ -23,14 +24,16 @@ struct ExampleRows {
 template <int q, class T, Loads loads>
 __device__ __forceinline__ double fold_segment(const T* anchor, const T* const (&rows)[kGroupRows], int length) {
   using L = Layout<T>;
-  constexpr int kUnroll = loads == Loads::kReadOnly ? 2 : 1;  // entry by entry, two steps' loads would spill
+  constexpr int kUnroll = loads == Loads::kReadOnly ? kFoldSteps : 1;  // entry by entry, two steps' loads would spill
   Real<T> sums[kGroupRows][L::kAccumulators] = {};
+  // It counts what is the same for all lanes: then the compiler puts no branch between the loads of two steps.
 #pragma unroll kUnroll
-  for (int k = lane_id() * L::kPack; k - lane_id() * L::kPack < length; k += L::kStep) {
-    const Pack<T> a = load_pack<loads>(anchor + k, length - k);
+  for (int k = 0; k < length; k += L::kStep) {
+    const int at = k + lane_id() * L::kPack;
+    const Pack<T> a = load_pack<loads>(anchor + at, length - at);
     Pack<T> b[kGroupRows];
 #pragma unroll
-    for (int r = 0; r < kGroupRows; ++r) b[r] = load_pack<loads>(rows[r] + k, length - k);
+    for (int r = 0; r < kGroupRows; ++r) b[r] = load_pack<loads>(rows[r] + at, length - at);
 #pragma unroll
     for (int r = 0; r < kGroupRows; ++r) {
 #pragma unroll

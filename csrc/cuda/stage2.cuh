@@ -126,14 +126,23 @@ __device__ void two_rows_task(int64_t index, const WinningRows<T>& rows, int64_t
   if (lane_id() == 0) folds[index] = sums;
 }
 
-// By one warp: the sums over D from those of the slices. Every lane has the result.
-template <int q>
+// By one warp: the sums over D from those of the slices. Every lane has the result. `batch` slices of a lane have their
+// loads on the way at once.
+template <int q, int batch>
 __device__ __noinline__ TwoRowSums join_two_rows(const TwoRowFolds* folds, int64_t count) {
   TwoRowFolds all = {};
-  for (int64_t index = lane_id(); index < count; index += kWarpSize) {
-    const TwoRowFolds& next = folds[index];
-    all = {join<kL1>(all.dot_g, next.dot_g), join<kL1>(all.dot_d, next.dot_d), join<q>(all.g, next.g),
-           join<q>(all.d, next.d),           join<kPrimal<q>>(all.x, next.x),  join<kL1>(all.cross, next.cross)};
+  for (int64_t first = lane_id(); first < count; first += batch * kWarpSize) {
+    TwoRowFolds slices[batch];
+#pragma unroll
+    for (int c = 0; c < batch; ++c) {
+      slices[c] = first + c * kWarpSize < count ? folds[first + c * kWarpSize] : TwoRowFolds{};
+    }
+#pragma unroll
+    for (int c = 0; c < batch; ++c) {
+      const TwoRowFolds& next = slices[c];
+      all = {join<kL1>(all.dot_g, next.dot_g), join<kL1>(all.dot_d, next.dot_d), join<q>(all.g, next.g),
+             join<q>(all.d, next.d),           join<kPrimal<q>>(all.x, next.x),  join<kL1>(all.cross, next.cross)};
+    }
   }
   return {join_lanes<kL1>(all.dot_g),
           join_lanes<kL1>(all.dot_d),

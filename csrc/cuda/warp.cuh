@@ -70,9 +70,18 @@ __device__ Candidate block_nearest(int64_t n, CandidateOf candidate_of) {
   __shared__ Candidate of_warp[kWarpSize];
   const Candidate none = {INFINITY, INFINITY, INT64_MAX};
   Candidate best = none;
-  for (int64_t j = threadIdx.x; j < n; j += blockDim.x) {
-    const Candidate other = candidate_of(j);
-    if (other.index >= 0 && is_nearer(other, best)) best = other;
+  constexpr int kBatch = 4;  // candidates whose loads are on the way at once
+  for (int64_t first = threadIdx.x; first < n; first += kBatch * static_cast<int64_t>(blockDim.x)) {
+    Candidate others[kBatch];
+#pragma unroll
+    for (int c = 0; c < kBatch; ++c) {
+      const int64_t j = first + c * static_cast<int64_t>(blockDim.x);
+      others[c] = j < n ? candidate_of(j) : Candidate{0, 0, -1};
+    }
+#pragma unroll
+    for (int c = 0; c < kBatch; ++c) {
+      if (others[c].index >= 0 && is_nearer(others[c], best)) best = others[c];
+    }
   }
   for (int round = 0; round < 2; ++round) {  // within the warps, then among them
     for (int distance = kWarpSize / 2; distance > 0; distance /= 2) {

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from _pytest.mark.expression import Expression
 
 from bench.tools import gpu, gpu_model
 
@@ -39,6 +40,29 @@ def test_a_case_is_kept_once(path):
     assert [case["what"] for case in again.cases] == ["cuda", "triton"]
 
 
+def test_each_backend_has_its_own_tests(path, monkeypatch):
+    """The name of a test of Triton on a GPU holds the word cuda too."""
+    chosen = []
+
+    def run(command, deadline, **environment):
+        expression = Expression.compile(command[command.index("-k") + 1])
+        names = (
+            "test_values[cuda-cuda-float32]",
+            "test_values[triton-cuda-float32]",
+            "test_streams[cuda-2.0]",
+            "test_simd",
+        )
+        chosen.append([name for name in names if expression.evaluate(lambda word, name=name, **_: word in name)])
+        return {"code": 0, "tail": ""}
+
+    monkeypatch.setattr(gpu, "run", run)
+    gpu.test(gpu.Report(path, CPU), CPU, 100)
+    assert chosen == [
+        ["test_values[cuda-cuda-float32]", "test_streams[cuda-2.0]"],
+        ["test_values[triton-cuda-float32]"],
+    ]
+
+
 @pytest.mark.parametrize("fresh", [True, False])
 def test_another_commit_begins_anew(path, monkeypatch, fresh):
     gpu.Report(path, CPU).case(ROW, "cuda", times_us={"p50": 1.0})
@@ -49,7 +73,9 @@ def test_another_commit_begins_anew(path, monkeypatch, fresh):
 
 def test_the_model_counts_with_the_kernels_constants():
     folder = Path(gpu.ROOT) / "csrc/cuda"
-    text = "".join((folder / name).read_text() for name in ("margin_geometry.cu", "stage1.cuh", "segments.cuh"))
+    text = "".join(
+        (folder / name).read_text() for name in ("margin_geometry.cu", "stage1.cuh", "segments.cuh", "warp.cuh")
+    )
 
     def constant(name):
         return eval(re.search(rf"\b{name} = ([\d* ]+)[;,]", text)[1])
@@ -59,6 +85,11 @@ def test_the_model_counts_with_the_kernels_constants():
     assert constant("kCopyBytes") == gpu_model.COPY_BYTES
     assert constant("kFewBlocks") == gpu_model.FEW_BLOCKS
     assert constant("kManyClasses") == gpu_model.MANY_CLASSES
+    assert constant("kFoldSteps") == gpu_model.FOLD_STEPS
+    assert constant("kSliceSums") == gpu_model.SLICE_SUMS
+    steps = re.search(r"kSliceSteps = sizeof\(T\) < sizeof\(float\) \? (\d) : (\d);", text)
+    assert tuple(map(int, steps.groups())) == gpu_model.SLICE_STEPS
+    assert constant("kBatch") == gpu_model.CANDIDATES
     assert constant("kWarpSize") * constant("kPackBytes") == gpu_model.STEP
 
 
