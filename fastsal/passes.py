@@ -11,6 +11,7 @@ from fastsal.host import of, to_device, to_host
 from fastsal.linearization import Linearization, call, flatten, in_parts, is_out_of_memory, math_attention, vmap
 from fastsal.tracing import TracedPasses, Traces, UntraceableError
 
+RECORDING = 4  # what recording an example costs, in its rows, where these are taken many at a time
 GROSS = 0.01  # of its length: a JVP further than this from a known gradient is no matter of rounding
 
 
@@ -64,7 +65,7 @@ class ModelPasses:
         The recorded pass may hold more examples than these. It is recorded anew where products taken in vain would cost more.
         """
         e, c = cotangents.shape[:2]
-        if (len(self._held) - e) * c > e or not np.isin(examples, self._held).all():
+        if (len(self._held) - e) * c > min(RECORDING, self.pairs) * e or not np.isin(examples, self._held).all():
             self._record(examples)
         slot = to_device(np.searchsorted(self._held, examples), cotangents.device)
         padded = cotangents.new_zeros(c, len(self._held), cotangents.shape[2])

@@ -85,7 +85,7 @@ COUNTS = (4, 6, 8, 10, 12, 14, 16, 20, 24, 28, 32, 40, 48, 64, 96)  # first roun
 ROWS = 4  # exact rows at a time: the next may make the one after it needless
 SPARE = 8.0  # η in units of the largest disagreement that was seen
 UNSTABLE = 0.3  # η from which on bounds say nothing
-GROUP_BYTES = 1 << 23  # of a group's bases: what a cache holds, so that a batch of small images is done in a few groups
+GROUP_BYTES = 1 << 24  # of a group's bases: what a cache holds, so that a batch of small images is done in a few groups
 GROUP_BYTES_ACCELERATOR = 1 << 30  # a device is not filled by one image, and every group has its own rounds
 
 
