@@ -28,7 +28,7 @@ from fastsal.study.models import cnn
 from fastsal.study.results import Columns, Result, Study, write_table
 from fastsal.study.train import Recipe, single_thread, train
 
-FAINT = 0.75  # of the digits' contrast
+CONTRASTS = (0.5, 0.75, 1.25)  # besides 1
 ADVERSARIAL = (Recipe(), Recipe(radius=1), Recipe(radius=2), Recipe(radius=3))
 MEDIANS = {
     "rho in [0, 1]": "rho",
@@ -37,8 +37,7 @@ MEDIANS = {
     "alignment, mean image at 0": "centred alignment",
     "homogeneity": "homogeneity",
     "degree": "degree",
-    f"alignment at {FAINT} x": "faint alignment",
-    f"degree at {FAINT} x": "faint degree",
+    **{name: name for t in CONTRASTS for name in (f"alignment at {t} x", f"degree at {t} x")},
 }
 
 
@@ -101,14 +100,14 @@ CHANGES = {
 
 
 def measured(model: nn.Module, x: Tensor, centre: Tensor) -> Columns:
-    """What the claims need, and alignment and degree of homogeneity at a lower contrast, for every image."""
+    """What the claims need, and alignment and degree of homogeneity at other contrasts, for every image."""
     columns = quantities(model, x, fastsal.analyze(model, x, keep_saliency=True))
     columns |= centred_quantities(model, x, centre)
     columns["rho"] = robustness_in_box(model, x)
-    faint = quantities(model, FAINT * x, fastsal.analyze(model, FAINT * x, keep_saliency=True))
-    # ‖x‖ times the cosine of x and the gradient, as α is: comparable with it.
-    columns["faint alignment"] = faint["alignment"] / FAINT
-    columns["faint degree"] = faint["degree"]
+    for t in CONTRASTS:
+        other = quantities(model, t * x, fastsal.analyze(model, t * x, keep_saliency=True))
+        columns[f"alignment at {t} x"] = other["alignment"] / t  # ‖x‖ times the cosine of x and the gradient, as α is
+        columns[f"degree at {t} x"] = other["degree"]
     return {name: column.detach().numpy() for name, column in columns.items()}
 
 
