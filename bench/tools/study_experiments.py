@@ -29,6 +29,7 @@ from fastsal.study.results import Columns, Result, Study, write_table
 from fastsal.study.train import Recipe, single_thread, train
 
 CONTRASTS = (0.5, 0.75, 1.25)  # besides 1
+ENDS = (Recipe(), Recipe(radius=2))
 ADVERSARIAL = (Recipe(), Recipe(radius=1), Recipe(radius=2), Recipe(radius=3))
 MEDIANS = {
     "rho in [0, 1]": "rho",
@@ -86,16 +87,16 @@ class Change:
     make: Callable[[Data[Split]], nn.Module] = _cnn
     epochs: int = 6
     box: bool = False
-    recipes: tuple[Recipe, ...] = ADVERSARIAL
+    recipes: tuple[Recipe, ...] = ENDS
 
 
 CHANGES = {
-    "study": Change("as in the study"),
+    "study": Change("as in the study", recipes=ADVERSARIAL),
     "epochs": Change("20 epochs instead of 6", epochs=20),
     "smooth": Change("softplus (β = 10) and average pooling", _smooth),
     "centred": Change("mean image subtracted in training", _centred),
     "box": Change("adversaries in training kept in [0, 1]", box=True),
-    "biases": Change("no biases", _without_biases),
+    "biases": Change("no biases", _without_biases, recipes=ADVERSARIAL),
 }
 
 
