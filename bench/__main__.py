@@ -12,6 +12,7 @@ COMMANDS = {
     "imagenet": ("bench.cases.imagenet", "photographs and a network trained on ImageNet"),
     "zoo": ("bench.cases.zoo", "certified beside exact rows on timm's networks, one of every kind"),
     "photographs": ("bench.tools.photographs", "draw saliency maps of EfficientNet-Lite0 on photographs"),
+    "study_experiments": ("bench.tools.study_experiments", "why alignment falls under strong adversarial training"),
     "gpu": ("bench.tools.gpu", "build, test, sanitize and measure on a GPU"),
     "gpu_model": ("bench.tools.gpu_model", "what the CUDA kernels should reach, from their registers; without a GPU"),
     "triton_matrix": ("bench.tools.triton_matrix", "compile every Triton kernel without a GPU"),
@@ -23,7 +24,7 @@ def main() -> int:
     arguments = sys.argv[1:]
     if arguments in (["-h"], ["--help"]):
         print("python -m bench [COMMAND] [OPTIONS]; python -m bench COMMAND --help tells the options\n")
-        print("\n".join(f"  {name:15}{what}" for name, (_, what) in COMMANDS.items()))
+        print("\n".join(f"  {name:19}{what}" for name, (_, what) in COMMANDS.items()))
         return 0
     command = arguments.pop(0) if arguments and not arguments[0].startswith("-") else "run"
     if command not in COMMANDS:

@@ -108,14 +108,7 @@ def measure(
 
 def _columns(model: nn.Module, x: Tensor, centre: Tensor) -> dict[str, Tensor]:
     geometry = analyze(model, x, keep_saliency=True)
-    columns = _quantities(model, x, geometry)
-
-    def centred(z: Tensor) -> Tensor:
-        return call(model, z + centre)
-
-    z = x - centre
-    of_centred = _quantities(centred, z, analyze(centred, z, keep_saliency=True))
-    columns |= {f"centred {name}": of_centred[name] for name in ORIGIN}
+    columns = quantities(model, x, geometry) | centred_quantities(model, x, centre)
     sums = bias_sums(model, x)
     if sums is not None:
         columns |= _bias_sum_errors(x, geometry, sums)
@@ -125,7 +118,7 @@ def _columns(model: nn.Module, x: Tensor, centre: Tensor) -> dict[str, Tensor]:
     return columns
 
 
-def _quantities(model: Model, x: Tensor, geometry: Geometry) -> dict[str, Tensor]:
+def quantities(model: Model, x: Tensor, geometry: Geometry) -> dict[str, Tensor]:
     """The scalars of `Geometry`, degrees of homogeneity, terms of the bound."""
     fields = {field.name: getattr(geometry, field.name) for field in dataclasses.fields(geometry)}
     columns = {
@@ -146,6 +139,17 @@ def _quantities(model: Model, x: Tensor, geometry: Geometry) -> dict[str, Tensor
     columns["gap_term"] = distances(x, zero, 2) * geometry.direction_gap.double()
     columns["offset_term"] = binarized_offset.abs() / distances(geometry.binarized_saliency, zero, 2)
     return columns
+
+
+def centred_quantities(model: Model, x: Tensor, centre: Tensor) -> dict[str, Tensor]:
+    """What changes with the origin, with `centre` at 0."""
+
+    def centred(z: Tensor) -> Tensor:
+        return call(model, z + centre)
+
+    z = x - centre
+    found = quantities(centred, z, analyze(centred, z, keep_saliency=True))
+    return {f"centred {name}": found[name] for name in ORIGIN}
 
 
 def _bias_sum_errors(x: Tensor, geometry: Geometry, sums: Tensor) -> dict[str, Tensor]:

@@ -26,9 +26,9 @@ figure img {{ display: block; width: 100%; max-width: 36rem; height: auto; margi
 figcaption {{ color: #333; font-size: .95rem }}
 .wide {{ overflow-x: auto }}
 table {{ border-collapse: collapse; margin: 1rem 0; font-variant-numeric: tabular-nums; font-size: .85rem }}
-th, td {{ padding: .2rem .5rem; text-align: right; white-space: nowrap; border-bottom: 1px solid #ddd }}
+th, td {{ padding: .2rem .5rem; text-align: right; border-bottom: 1px solid #ddd }}
 th:first-child, td:first-child {{ text-align: left; position: sticky; left: 0; background: #fff }}
-td:first-child {{ white-space: normal; min-width: 4.5rem }}
+td:first-child {{ min-width: 4.5rem }}
 </style>
 </head>
 <body>
@@ -115,7 +115,11 @@ def variation_table(study: Study) -> list[dict[str, str]]:
     rows = []
     for name, other in {"as measured": study, **variations(study)}.items():
         found = [found for _, found in verdicts(other)]
-        cells = {f"claim {k}": f"{'yes' if one.held else 'no'} ({one.number})" for k, one in enumerate(found, 1)}
+        numbers = [one.number.replace(" ", "\N{NO-BREAK SPACE}") for one in found]
+        cells = {
+            f"claim {k}": f"{'yes' if one.held else 'no'} ({number})"
+            for k, (one, number) in enumerate(zip(found, numbers, strict=True), 1)
+        }
         rows.append({"": name} | cells)
     return rows
 

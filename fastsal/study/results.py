@@ -131,7 +131,8 @@ def summary(result: Result) -> dict[str, Any]:
     return row
 
 
-def _write_csv(path: Path, rows: list[dict[str, Any]]) -> None:
+def write_table(path: Path, rows: list[dict[str, Any]]) -> None:
+    """A CSV file with a line for each row, headed by the first row's keys."""
     with replacing(path) as file:
         text = io.TextIOWrapper(file, encoding="utf-8", newline="", write_through=True)
         writer = csv.DictWriter(text, rows[0])
@@ -142,9 +143,9 @@ def _write_csv(path: Path, rows: list[dict[str, Any]]) -> None:
 
 def write(study: Study, out: Path) -> None:
     """models.csv, a row for every model, and images.csv, a row for every model and image, into the folder `out`."""
-    _write_csv(out / "models.csv", [summary(result) for result in study.results])
+    write_table(out / "models.csv", [summary(result) for result in study.results])
     rows: list[dict[str, Any]] = []
     for result in study.results:
         columns = [column.tolist() for column in result.columns.values()]
         rows += [result.name | dict(zip(result.columns, row, strict=True)) for row in zip(*columns, strict=True)]
-    _write_csv(out / "images.csv", rows)
+    write_table(out / "images.csv", rows)

@@ -5,9 +5,12 @@ import html.parser
 import re
 from pathlib import Path
 
+import pytest
 from study.small import LABELS
 
 from fastsal.study import figures
+
+NUMBER = r"-?\d+\.\d+(?:e-?\d+)?"
 
 
 class Tags(html.parser.HTMLParser):
@@ -70,17 +73,34 @@ def test_captions_count(study):
         assert want in caption
 
 
-def test_the_guide_says_what_the_committed_report_says():
-    """Every decimal of the guide's section is one of the report's numbers, rounded; so are its counts of attacks."""
-    root = Path(__file__).resolve().parents[2]
-    report = (root / "bench" / "results" / "study" / "report.md").read_text(encoding="utf-8").replace("−", "-")
-    guide = (root / "docs" / "study.md").read_text(encoding="utf-8").replace("−", "-")
-    section = guide.partition("## What came out on MNIST")[2].partition("\n## ")[0]
-    there = [float(number) for number in re.findall(r"-?\d+\.\d+(?:e-?\d+)?", report)]
-    quoted = re.findall(r"-?\d+\.\d+(?:e-?\d+)?", section)
-    assert len(quoted) > 30
+@pytest.mark.parametrize(
+    ("title", "tables", "least"),
+    [
+        ("What came out on MNIST", ("report.md",), 30),
+        ("Why alignment falls", ("experiments.csv", "experiments_claims.csv"), 50),
+    ],
+)
+def test_the_guide_says_what_the_committed_tables_say(title, tables, least):
+    """Every decimal of a section of the guide is one of the tables' numbers, rounded."""
+    results = Path(__file__).resolve().parents[2] / "bench" / "results" / "study"
+    text = "".join((results / name).read_text(encoding="utf-8") for name in tables).replace("−", "-")
+    there = [float(number) for number in re.findall(NUMBER, text)]
+    quoted = re.findall(NUMBER, _guide(title))
+    assert len(quoted) > least
     for number in quoted:
         digits = len(number.partition(".")[2])
         assert ("e" in number and float(number) in there) or any(f"{one:.{digits}f}" == number for one in there), number
-    counts = re.search(r"DDN found .*? none", section, re.S)[0]
-    assert {"514", "260", "14", "12"} <= set(re.findall(r"\d+", counts)) & set(re.findall(r"\d+", report))
+
+
+def test_the_guide_counts_the_attacks_as_the_committed_report_does():
+    report = Path(__file__).resolve().parents[2] / "bench" / "results" / "study" / "report.md"
+    counts = re.search(r"DDN found .*? none", _guide("What came out on MNIST"), re.S)[0]
+    assert {"514", "260", "14", "12"} <= set(re.findall(r"\d+", counts)) & set(
+        re.findall(r"\d+", report.read_text("utf-8"))
+    )
+
+
+def _guide(title):
+    """A section of docs/study.md."""
+    guide = (Path(__file__).resolve().parents[2] / "docs" / "study.md").read_text(encoding="utf-8").replace("−", "-")
+    return guide.partition(f"## {title}")[2].partition("\n## ")[0]

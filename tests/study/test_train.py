@@ -115,12 +115,28 @@ def test_worst_nearby(few):
     assert (losses[0] > losses[2]).all()
 
 
+def test_worst_nearby_in_the_box(few):
+    """Pixels in [0, 1] up to rounding, as near as without the box, of higher loss than the image and than a clamped one."""
+    torch.manual_seed(0)
+    model = cnn((1, 8, 8), 10, (4, 8), 16).eval()
+    x, y = few.train.batch(torch.arange(50))
+    free, boxed = (worst_nearby(model, x, y, 0.7, box=box) for box in (False, True))
+    assert free.min() < -0.01
+    assert boxed.min() >= -1e-7
+    assert boxed.max() <= 1 + 1e-7
+    assert ((boxed - x).flatten(1).norm(dim=1) <= 0.7 * (1 + 1e-6)).all()
+    losses = [nn.functional.cross_entropy(model(z), y) for z in (x, free.clamp(0, 1), boxed)]
+    assert losses[0] < losses[1] < losses[2]
+
+
 def test_adversarial_objective(few, monkeypatch):
     model = network()
     x, y = few.train.batch(torch.arange(10))
-    monkeypatch.setattr(training, "worst_nearby", lambda model, x, y, radius: x + radius)
+    monkeypatch.setattr(training, "worst_nearby", lambda model, x, y, radius, box: x + radius + (0.25 if box else 0))
     want = nn.functional.cross_entropy(model(x + 0.25), y)
     torch.testing.assert_close(objective(model, x, y, Recipe(radius=0.25)), want)
+    want = nn.functional.cross_entropy(model(x + 0.5), y)
+    torch.testing.assert_close(objective(model, x, y, Recipe(radius=0.25, box=True)), want)
 
 
 def test_names():
