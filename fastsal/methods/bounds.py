@@ -2,6 +2,7 @@
 
 import functools
 import math
+from typing import ClassVar
 
 import numpy as np
 import torch
@@ -44,7 +45,8 @@ def chi_square_exceeds(count: int, root: Tensor) -> Tensor:
     """Roughly P(χ²_count > root³) for root >= 0, by Wilson and Hilferty. For planning: nothing is proven by it."""
     spread = 2 / (9 * count)
     scale = math.sqrt(2 * spread)
-    return (1 - torch.erf(root * (count ** (-1 / 3) / scale) - (1 - spread) / scale)) / 2
+    shift = torch.full((), (spread - 1) / scale, dtype=root.dtype, device=root.device)
+    return torch.erf(torch.add(shift, root, alpha=count ** (-1 / 3) / scale)).sub_(1.0).mul_(-0.5)
 
 
 def widened(
@@ -76,6 +78,8 @@ class Euclidean:
     `rest` are squared Euclidean norms of these two parts, [e, n] or what broadcasts to it, `e` int64 [e] the examples that they
     belong to, some of those of the batch. Only `upper` has a say in what is certified; the other figures are for planning.
     """
+
+    MEASURES: ClassVar[bool] = False  # whether `upper` becomes sharper by `measure`
 
     def __init__(self, logits: Tensor, dimension: int, backend: str) -> None:
         """For a batch with logits [E, n], D = `dimension`, and the backend that measures rows."""
@@ -150,6 +154,7 @@ class Summed(Euclidean):
     what `fit` takes.
     """
 
+    MEASURES = True
     FLOOR = 0.2  # of w², in units of its mean: a coordinate that matters to no early class may matter to another
     TILE = 1 << 22  # entries of known parts at a time
 

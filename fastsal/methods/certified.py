@@ -324,16 +324,17 @@ class _Search:
 
     def span(self, e: np.ndarray, rows: Tensor) -> None:
         """Adds rows [e, c, D] to the basis of examples e, orthonormalised, and takes the JVPs."""
-        basis = of(self.basis, e)
-        directions = basis.new_zeros(rows.shape)
+        basis, rows = of(self.basis, e), self.norm.rows(e, rows)
+        length = reference.vector_norm(rows, 2.0).unsqueeze(2)
+        rows = rows / torch.where(length > 0, length, 1.0)
+        for _ in range(2):  # twice is enough
+            rows = rows - (rows @ basis.mT) @ basis
+        directions = torch.zeros_like(rows)
         for slot in range(rows.shape[1]):
-            row = self.norm.rows(e, rows[:, slot : slot + 1])
-            length = reference.vector_norm(row, 2.0).unsqueeze(2)
-            row = row / torch.where(length > 0, length, 1.0)
-            kept = torch.ones_like(length, dtype=torch.bool)
-            for _ in range(2):  # twice is enough
-                for known in (basis, directions[:, :slot]):
-                    row = row - (row @ known.mT) @ known
+            row, known = rows[:, slot : slot + 1], directions[:, :slot]
+            kept = torch.ones_like(row[:, :, :1], dtype=torch.bool)
+            for _ in range(2):
+                row = row - (row @ known.mT) @ known
                 length = row.square().sum(2, keepdim=True).sqrt()
                 kept &= length > DEPENDENT
                 row = torch.where(kept, row / length, 0.0)
@@ -548,6 +549,8 @@ class _Search:
             lower = reference.ratios(of(self.margin, e), upper * of(self.unit, e).unsqueeze(1))
             lower = torch.where(of(self.odd, e), 0.0, lower)
             self.lower[self._device(e)] = torch.maximum(of(self.lower, e), lower)
+            if not self.norm.MEASURES:
+                return
             components = self.differences(e, of(self.components, e))
             if not self.norm.measure(e, self.undecided(e), components, of(self.basis, e)):
                 return
