@@ -247,7 +247,7 @@ def _simplify(traced: fx.GraphModule) -> None:
         mine, its = node.meta.get("val"), other.meta.get("val")
         if not isinstance(mine, Tensor) or not isinstance(its, Tensor):
             return False
-        return (mine.shape, mine.dtype, mine.device) == (its.shape, its.dtype, its.device)
+        return (mine.shape, mine.stride(), mine.dtype, mine.device) == (its.shape, its.stride(), its.dtype, its.device)
 
     def stands_for(node: fx.Node) -> Any:
         """What the node may be replaced by; None where it may not."""

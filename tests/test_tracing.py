@@ -34,6 +34,15 @@ class Written(Score):
         return (held**2).sum(1)
 
 
+class Stored(Score):
+    """Copies what is stored in another order into a tensor of its own, and views that."""
+
+    def forward(self, x):
+        held = torch.zeros(len(x), 5, 2, dtype=x.dtype)
+        held.copy_(torch.stack((x.sin(), x), 1).transpose(1, 2))
+        return (held.view(len(x), 10)[:, 1:] ** 2).sum(1)
+
+
 class Steered(nn.Module):
     """A wide classifier with everything that a trace cannot see: flags, attributes, a child, a straight-through gradient."""
 
@@ -111,10 +120,10 @@ def equals_exact(model, x):
 
 
 class TestValues:
-    @pytest.mark.parametrize("name", [*MODELS, "score"])
+    @pytest.mark.parametrize("name", [*MODELS, "score", "stored"])
     def test_products_equal_the_jacobian_s(self, name):
-        if name == "score":
-            model, x = Score(), torch.randn(6, 5, dtype=torch.float64)
+        if name in ("score", "stored"):
+            model, x = {"score": Score, "stored": Stored}[name](), torch.randn(6, 5, dtype=torch.float64)
         else:
             model, x = make(name, torch.float64)
         with linearize(model, x) as graph:

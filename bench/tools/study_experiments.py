@@ -30,6 +30,7 @@ from fastsal.study.train import Recipe, single_thread, train
 
 CONTRASTS = (0.5, 0.75, 1.25)  # besides 1
 ENDS = (Recipe(), Recipe(radius=2))
+STRENGTHS = (Recipe(), *(Recipe(penalty=strength) for strength in (0.1, 1, 10, 30, 100)))
 ADVERSARIAL = (Recipe(), Recipe(radius=1), Recipe(radius=2), Recipe(radius=3))
 MEDIANS = {
     "rho in [0, 1]": "rho",
@@ -97,6 +98,7 @@ CHANGES = {
     "centred": Change("mean image subtracted in training", _centred),
     "box": Change("adversaries in training kept in [0, 1]", box=True),
     "biases": Change("no biases", _without_biases, recipes=ADVERSARIAL),
+    "strengths": Change("as in the study, a wider range of λ", recipes=STRENGTHS),
 }
 
 
