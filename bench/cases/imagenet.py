@@ -1,4 +1,4 @@
-"""Trained on ImageNet: the linearised robustness ρ̃ of photographs, one, four and fourteen at a time, and in the largest entry.
+"""Trained on ImageNet: the linearised robustness ρ̃ of photographs, in the 2-norm (p = 2) and in the largest entry (p = ∞).
 
     python -m bench imagenet
 
@@ -114,7 +114,8 @@ def subject(tiny: bool) -> tuple[nn.Module, Tensor]:
     if not tiny:
         return imagenet.network(), imagenet.images()
     model, x = models.tiny()
-    return model, x.repeat(5, 1)[:14] * torch.linspace(0.9, 1.1, 14).unsqueeze(1)
+    count = max(batch for batch, _ in CASES.values())
+    return model, x.repeat(5, 1)[:count] * torch.linspace(0.9, 1.1, count).unsqueeze(1)
 
 
 def alone(name: str, batch: int, norm: float, classes: int | None, tiny: bool) -> dict[str, Any]:

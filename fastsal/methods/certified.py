@@ -327,18 +327,20 @@ class _Search:
         basis, rows = of(self.basis, e), self.norm.rows(e, rows)
         length = reference.vector_norm(rows, 2.0).unsqueeze(2)
         rows = rows / torch.where(length > 0, length, 1.0)
-        for _ in range(2):  # twice is enough
-            rows = rows - (rows @ basis.mT) @ basis
+        rows = rows - (rows @ basis.mT) @ basis
         directions = torch.zeros_like(rows)
         for slot in range(rows.shape[1]):
             row, known = rows[:, slot : slot + 1], directions[:, :slot]
             kept = torch.ones_like(row[:, :, :1], dtype=torch.bool)
-            for _ in range(2):
+            for _ in range(2):  # twice is enough
                 row = row - (row @ known.mT) @ known
                 length = row.square().sum(2, keepdim=True).sqrt()
                 kept &= length > DEPENDENT
                 row = torch.where(kept, row / length, 0.0)
             directions[:, slot : slot + 1] = row
+        directions = (
+            directions - (directions @ basis.mT) @ basis
+        )  # again, for what rounding had left has grown with them
         products = self.products(e, directions)
         r, c = self.basis.shape[1], directions.shape[1]
         self.basis = torch.cat((self.basis, self.basis.new_zeros(len(self.basis), c, self.basis.shape[2])), 1)

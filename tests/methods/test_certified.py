@@ -255,6 +255,18 @@ class TestProbes:
         torch.testing.assert_close(probes, fresh - fresh @ basis.T @ basis, atol=1e-12, rtol=0.0)
 
 
+def test_the_basis_is_orthonormal_though_the_rows_are_nearly_dependent():
+    """What is left of a row beside those of its own step is a thousandth of it; rounding grows no more for that."""
+    logits, rows = problem(3, 100, 400)
+    rows = rows[:, torch.arange(100) // 6 * 6] + 1e-3 * rows
+    search = certify._Search(Matrices(logits, rows), Certified(), "reference")
+    search.unit = torch.ones(3, dtype=torch.float64)
+    for start in (0, 6, 12):
+        search.span(np.arange(3), rows[:, start : start + 6])
+    gram = search.basis @ search.basis.mT
+    torch.testing.assert_close(gram, torch.eye(18, dtype=torch.float64).expand(3, -1, -1), atol=1e-14, rtol=0.0)
+
+
 class Recorded(Matrices):
     """Keeps the directions of every JVP."""
 
