@@ -101,7 +101,7 @@ def test_a_certificate_waits_once_a_round(monkeypatch, norm, max_passes):
             return right(*args)
 
         monkeypatch.setattr(owner, name, partialmethod(counted, name=name, right=getattr(owner, name)))
-    logits, rows = KINDS[norm]["ordinary"](torch.Generator().manual_seed(0), 6)
+    logits, rows = KINDS[norm]["heavy_tails"](torch.Generator().manual_seed(0), 6)
     with Device() as device:
         there = Matrices(logits.as_subclass(OnDevice), rows.as_subclass(OnDevice))
         found = certified.certify(there, fastsal.Certified(max_passes=max_passes), "reference", norm)

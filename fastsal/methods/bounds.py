@@ -41,12 +41,42 @@ def schedule(first: int, failure_probability: float) -> list[tuple[int, float]]:
     ]
 
 
-def chi_square_exceeds(count: int, root: Tensor) -> Tensor:
-    """Roughly P(χ²_count > root³) for root >= 0, by Wilson and Hilferty. For planning: nothing is proven by it."""
+def chi_square_exceeds(count: int, x: Tensor) -> Tensor:
+    """Roughly P(χ²_count > x) for x >= 0, by Wilson and Hilferty. For planning: nothing is proven by it."""
     spread = 2 / (9 * count)
-    scale = math.sqrt(2 * spread)
-    shift = torch.full((), (spread - 1) / scale, dtype=root.dtype, device=root.device)
-    return torch.erf(torch.add(shift, root, alpha=count ** (-1 / 3) / scale)).sub_(1.0).mul_(-0.5)
+    return 0.5 - torch.erf(((x / count) ** (1 / 3) + (spread - 1)) / math.sqrt(2 * spread)) / 2
+
+
+class LeftOver:
+    """How many classes a first round of probes leaves without a sufficient bound, for several counts. For planning.
+
+    A class is left over where S_j / quantile is more than there is room for. The chance of that depends on the room alone, in
+    units of the squared norm that the probes look at, so that classes are sorted into bins by it.
+    """
+
+    LOW, HIGH, BINS = -8.0, 24.0, 512  # of log2 of the room
+
+    def __init__(self, counts: tuple[int, ...], failure_probability: float, device: torch.device) -> None:
+        """For first rounds of `counts` probes each."""
+        self._chances = to_device(_chances(counts, failure_probability), device)
+
+    def expected(self, room: Tensor) -> Tensor:
+        """The expected number [e, len(counts)] of classes left over, for room [e, n]: below 0 or NaN is none, +inf is ample."""
+        place = (room.nan_to_num(0.0, posinf=math.inf).log2() - self.LOW) * (self.BINS / (self.HIGH - self.LOW))
+        place = place.nan_to_num(0.0, posinf=math.inf).clamp(0, self.BINS - 1).long()
+        many = self._chances.new_zeros(len(room), self.BINS).scatter_add_(1, place, torch.ones_like(room))
+        return many @ self._chances
+
+
+@functools.lru_cache(maxsize=64)
+def _chances(counts: tuple[int, ...], failure_probability: float) -> Tensor:
+    """The chance [BINS, len(counts)] that a class is left over, for the middle of each bin; the last bin has room for all."""
+    step = (LeftOver.HIGH - LeftOver.LOW) / LeftOver.BINS
+    room = 2 ** (LeftOver.LOW + step * (torch.arange(LeftOver.BINS, dtype=torch.float64) + 0.5))
+    room[-1] = math.inf
+    quantiles = (schedule(count, failure_probability)[0][1] for count in counts)
+    columns = [chi_square_exceeds(count, room * q) for count, q in zip(counts, quantiles, strict=True)]
+    return torch.stack(columns, 1)
 
 
 def widened(

@@ -68,21 +68,22 @@ from torch import Tensor
 from fastsal import reference
 from fastsal.host import of, to_device, to_host
 from fastsal.linearization import Linearization
-from fastsal.methods.bounds import NORMS, ROUNDS, chi_square_exceeds, schedule, widened
+from fastsal.methods.bounds import NORMS, ROUNDS, LeftOver, schedule, widened
 from fastsal.methods.selection import Method, Nearest, Selection
 from fastsal.passes import ModelPasses, NoJVPError, Passes
 
 TOP = 3  # highest other logits that are evaluated first and span the basis together with g
 BLOCK = 6  # range finder directions a step, PILOTS of them from the pilots: a pass fewer than with 4, and fewer steps
 MAX_STEPS = 16
-AHEAD = (1, 2, 4)  # how many steps the plan looks ahead: the gain may come late
-FIRST_FALL = 0.5  # what a first step is expected to leave of the energy outside the basis; later ones as the last did
 PILOTS = 2
+ROOM = TOP + 1 + 2 * BLOCK  # for directions, to begin with: seldom are more needed
+FLATTERED = (
+    1.3  # once directions were chosen by the pilots, these see less outside the basis than there is: 0.5 to 0.9 of it
+)
 PRIOR = 4.0  # the average over classes counts as this many pilots in the estimate for one class
 DEPENDENT = 1e-4  # what is left of a row that the basis spans is rounding: no direction worth a JVP
 WORTHWHILE = 64  # with no more classes than this left, rows are about as cheap as any probing, and certain
 COUNTS = (4, 6, 8, 10, 12, 14, 16, 20, 24, 28, 32, 40, 48, 64, 96)  # first rounds to choose from
-ROWS = 4  # exact rows at a time: the next may make the one after it needless
 SPARE = 8.0  # η in units of the largest disagreement that was seen
 UNSTABLE = 0.3  # η from which on bounds say nothing
 GROUP_BYTES = 1 << 24  # of a group's bases: what a cache holds, so that a batch of small images is done in a few groups
@@ -214,6 +215,7 @@ class _Search:
         self.nearest = Nearest(logits, norm, backend)
         self.norm = NORMS[norm](logits, passes.dimension, backend)
         self.prediction, self.margin = self.nearest.prediction, self.nearest.margin
+        self.left_over = LeftOver(COUNTS, method.failure_probability, self.device)
         self.seen = torch.zeros_like(logits, dtype=torch.bool).scatter_(1, self.prediction.unsqueeze(1), True)
         self.lower = torch.zeros_like(self.margin)
         self.vjps, self.jvps = np.ones(E, np.int64), np.zeros(E, np.int64)
@@ -222,14 +224,17 @@ class _Search:
         anchor = self._rows(self.everyone, self.prediction.unsqueeze(1))
         self.nearest.visit(self.prediction.unsqueeze(1), anchor)
         self.unit = torch.ones_like(self.margin[:, 0])
-        self.basis = anchor.new_zeros(E, 0, passes.dimension, dtype=torch.float64)
-        self.components = self.margin.new_zeros(E, 0, self.n)  # J times the basis
+        self.rank = 0  # of the bases
+        self._basis = self.margin.new_zeros(E, ROOM, passes.dimension)
+        self._components = self.margin.new_zeros(E, ROOM, self.n)
         self.pilots = self.normals.pilots
         self.piloted = self.margin.new_zeros(E, PILOTS, self.n)  # J times the pilots
+        self.residual = self.margin.new_zeros(E, PILOTS, self.n)  # J times their parts outside the basis
         self.probed = self.margin.new_zeros(E, 0, self.n)  # J times the probes, projected
         self.shadow = self.margin.new_zeros(E, 0, 0)  # the probes' components in the basis
         self.eta = torch.full_like(self.margin[:, 0], SPARE * torch.finfo(logits.dtype).eps)
         self.typical = torch.zeros_like(self.margin[:, 0])  # about the root mean square of all ‖g_j‖
+        self.target = torch.full_like(self.typical, math.inf)  # about ρ̃, once there are probes
         self.odd = torch.zeros_like(self.seen)  # classes whose products disagree among themselves
         # The highest other logits, the lowest class first among equals. The early rows are checked once there are probes.
         others = reference.other_classes(self.prediction, self.n)
@@ -246,6 +251,25 @@ class _Search:
 
     def _device(self, values: Any) -> Tensor:
         return to_device(values, self.device)
+
+    @property
+    def basis(self) -> Tensor:
+        """The orthonormal directions of every example, [E, r, D]."""
+        return self._basis[:, : self.rank]
+
+    @property
+    def components(self) -> Tensor:
+        """J times the basis, [E, r, n]."""
+        return self._components[:, : self.rank]
+
+    def _put(self, held: Tensor, e: np.ndarray, start: int, values: Tensor) -> Tensor:
+        """`held` [E, room, ...] with `values` [e, c, ...] from `start` on; those of other examples stay 0."""
+        stop = start + values.shape[1]
+        if stop > held.shape[1]:
+            more = held.new_zeros(len(held), max(stop, 2 * held.shape[1]) - held.shape[1], *held.shape[2:])
+            held = torch.cat((held, more), 1)
+        held[slice(None) if len(e) == len(held) else self._device(e), start:stop] = values
+        return held
 
     def _rows(self, e: np.ndarray, classes: Tensor) -> Tensor:
         one_hot = self.passes.logits.new_zeros(*classes.shape, self.n).scatter_(2, classes.unsqueeze(2), 1.0)
@@ -277,13 +301,18 @@ class _Search:
         unknown = lower.isnan() & (before | ~best.isnan())
         return ~of(self.seen, e) & ((lower < best) | tie | unknown)
 
-    def evaluate(self, e: np.ndarray, classes: Tensor) -> Tensor:
+    def evaluate(self, e: np.ndarray, classes: Tensor, counts: np.ndarray | None = None) -> Tensor:
         """Takes the exact rows [e, c, D] of classes int64 [e, c] of examples e, and returns them.
+
+        With `counts`, int64 [e], only so many of each example's are taken, the first ones; the first stands in for the others.
 
         An example whose rows disagree with its JVPs by more than η, or hold a NaN, loses its bounds: every class is to be seen.
         """
+        self.vjps[e] += classes.shape[1] if counts is None else counts
+        if counts is not None:
+            slots = torch.arange(classes.shape[1], device=self.device)
+            classes = torch.where(slots < self._device(counts).unsqueeze(1), classes, classes[:, :1])
         rows = self._rows(e, classes)
-        self.vjps[e] += classes.shape[1]
         self.seen[self._device(e).unsqueeze(1), classes] = True
         self.nearest.visit(classes, rows, None if len(e) == len(self.seen) else self._device(e))
         self.check(e, classes, rows)
@@ -291,7 +320,7 @@ class _Search:
 
     def check(self, e: np.ndarray, classes: Tensor, rows: Tensor) -> None:
         """Takes their bounds from the examples whose rows [e, c, D] disagree with their JVPs by more than η."""
-        if self.probed.shape[1]:
+        if self.drawn.any():
             good = self.disagreement(e, classes, rows) <= of(self.eta, e)
             good |= self._device(self.drawn[e] == 0)
             self.lower[self._device(e)] = torch.where(good.unsqueeze(1), of(self.lower, e), 0.0)
@@ -304,19 +333,18 @@ class _Search:
         """
         rows = self.norm.rows(e, rows) / of(self.unit, e).view(-1, 1, 1)
         inside = rows @ of(self.basis, e).mT
-        s = self.probed.shape[1]
-        outside = rows @ self.pilots.T
-        if s:
-            outside = torch.cat((outside, rows @ self.normals.probes(s).T - inside @ of(self.shadow, e).mT), 2)
+        s = int(self.drawn.max())
         pick = classes.unsqueeze(1)
 
         def gap(got: Tensor, values: Tensor) -> Tensor:
-            return got - of(values, e).gather(2, pick.expand(-1, values.shape[1], -1)).mT
+            return (got - of(values, e).gather(2, pick.expand(-1, values.shape[1], -1)).mT).square()
 
-        along = gap(outside, torch.cat((self.piloted, self.probed), 1))
-        count = self._device(PILOTS + self.drawn[e]).view(-1, 1, 1)
-        along = torch.where(torch.arange(PILOTS + s, device=self.device) < count, along, 0.0).square().sum(2)
-        square = torch.maximum(gap(inside, self.components).square().sum(2), along / count.squeeze(2))
+        outside = gap(rows @ self.pilots.T, self.piloted).sum(2)
+        drawn = self._device(self.drawn[e]).unsqueeze(1)
+        if s:
+            along = gap(rows @ self.normals.probes(s).T - inside @ of(self.shadow[:, :s], e).mT, self.probed[:, :s])
+            outside += torch.where(torch.arange(s, device=self.device) < drawn.unsqueeze(2), along, 0.0).sum(2)
+        square = torch.maximum(gap(inside, self.components).sum(2), outside / (PILOTS + drawn))
         size = torch.maximum(rows.square().sum(2).sqrt(), of(self.typical, e).unsqueeze(1))
         return torch.where(square == 0, 0.0, square.sqrt() / size).amax(1)
 
@@ -342,20 +370,17 @@ class _Search:
             directions - (directions @ basis.mT) @ basis
         )  # again, for what rounding had left has grown with them
         products = self.products(e, directions)
-        r, c = self.basis.shape[1], directions.shape[1]
-        self.basis = torch.cat((self.basis, self.basis.new_zeros(len(self.basis), c, self.basis.shape[2])), 1)
-        self.basis[self._device(e), r:] = directions
-        self.components = torch.cat((self.components, self.components.new_zeros(len(self.basis), c, self.n)), 1)
-        self.components[self._device(e), r:] = products
+        self._basis = self._put(self._basis, e, self.rank, directions)
+        self._components = self._put(self._components, e, self.rank, products)
+        self.residual[self._device(e)] = of(self.residual, e) - (self.pilots @ directions.mT) @ products
+        self.rank += directions.shape[1]
 
-    def residual(self, e: np.ndarray) -> Tensor:
-        """J times the pilots' parts outside the basis, [e, PILOTS, n]: no pass is needed."""
-        return of(self.piloted, e) - (self.pilots @ of(self.basis, e).mT) @ of(self.components, e)
-
-    def outside(self, e: np.ndarray) -> Tensor:
-        """The pilots' estimate of the squared norm of every Δ_j's part outside the basis, [e, n]; it proves nothing."""
-        energy = self.differences(e, self.residual(e)).square().sum(1)
-        return (energy + PRIOR * self._average(e, energy / PILOTS).unsqueeze(1)) / (PRIOR + PILOTS)
+    def parts(self, e: np.ndarray) -> tuple[Tensor, Tensor]:
+        """The squared norms of the parts of every Δ_j in the basis and outside it, [e, n]; the pilots estimate the second."""
+        energy = self.differences(e, of(self.residual, e)).square().sum(1)
+        mean = (energy + PRIOR * self._average(e, energy / PILOTS).unsqueeze(1)) / (PRIOR + PILOTS)
+        inside = self.differences(e, of(self.components, e)).square().sum(1)
+        return inside, mean if self.rank == self.early.shape[1] else FLATTERED * mean
 
     def weights(self, e: np.ndarray) -> Tensor:
         """1 / m_j⁴ of the classes not seen, in units of the largest: how much a class's gradient matters."""
@@ -370,7 +395,7 @@ class _Search:
 
     def widen(self, e: np.ndarray) -> None:
         """Adds a step of the range finder to the bases of examples e."""
-        newest = torch.cat((of(self.components, e)[:, PILOTS - BLOCK :], self.residual(e)), 1)
+        newest = torch.cat((of(self.components, e)[:, PILOTS - BLOCK :], of(self.residual, e)), 1)
         mixture = self.weights(e).square().unsqueeze(1) * self.differences(e, newest)
         cotangents = -mixture
         own = of(self.prediction, e).view(-1, 1, 1).expand_as(mixture[:, :, :1])
@@ -397,23 +422,17 @@ class _Search:
         likely = torch.where(waiting, margin / self.norm.likely(e, known, rest), math.inf).amin(1)
         target = torch.minimum(of(self.best, e), likely).unsqueeze(1)
         left = self._device(self._left(e) - 1)  # `compare` takes one
-        room = self.norm.room(e, known, margin / target) / rest
-        root = torch.where(waiting, room.nan_to_num(0.0, posinf=math.inf).clamp(min=0), math.inf).float() ** (1 / 3)
-        whole = waiting.sum(1).double()
-        promises, costs = [(whole <= left).double()], [whole]
-        for count in COUNTS:
-            quantile = schedule(count, self.method.failure_probability)[0][1]
-            cost = count + chi_square_exceeds(count, root * quantile ** (1 / 3)).sum(1, dtype=torch.float64)
-            promise = (left >= count).double()
-            if self.method.max_passes is not None:
-                upper = self.norm.expected(e, known, rest * (count / quantile))
-                bound = torch.where(waiting, margin / upper / target, math.inf)
+        room = torch.where(waiting, self.norm.room(e, known, margin / target) / rest, math.inf)
+        cost = torch.cat((waiting.sum(1, keepdim=True), self.left_over.expected(room) + self._device(COUNTS)), 1)
+        promise = (cost <= left.unsqueeze(1)).double()
+        if self.method.max_passes is not None:
+            for column, count in enumerate(COUNTS, 1):
+                quantile = schedule(count, self.method.failure_probability)[0][1]
+                bound = margin / self.norm.expected(e, known, rest * (count / quantile)) / target
                 rows = (left - count).clamp(0, self.n - 1).unsqueeze(1)
-                reached = bound.sort(1).values.gather(1, rows).squeeze(1).clamp(max=1.0).nan_to_num(0.0)
-                promise = torch.where(cost > left, torch.where(left >= count, reached, -1.0), promise)
-            promises.append(promise)
-            costs.append(cost)
-        promise, cost = torch.stack(promises, 1), torch.stack(costs, 1)
+                reached = torch.where(waiting, bound, math.inf).sort(1).values.gather(1, rows).squeeze(1)
+                reached = torch.where(left >= count, reached.clamp(max=1.0).nan_to_num(0.0), -1.0)
+                promise[:, column] = torch.where(cost[:, column] > left, reached, promise[:, column])
         cost = torch.where(promise == promise.amax(1, keepdim=True), cost, math.inf)
         which = cost.argmin(1)
         return promise.amax(1), cost.amin(1), self._device((0, *COUNTS))[which]
@@ -431,29 +450,30 @@ class _Search:
         if not len(e):
             return plan
         try:
+            self.piloted[self._device(e)] = self.products(e, self.pilots.expand(len(e), -1, -1))
+            self.residual.copy_(self.piloted)
             self.span(e, of(self.early_rows, e))
         except NoJVPError as error:
             warnings.warn(f"{error}; taking every row", stacklevel=2)
             return plan
-        self.piloted[self._device(e)] = self.products(e, self.pilots.expand(len(e), -1, -1))
         self.typical[self._device(e)] = self.sizes(e).square().mean(1).sqrt()
         active = e[self.trust(e)]
-        fall = torch.full_like(of(self.unit, active), FIRST_FALL)
+        inside, outside = self.parts(active)
+        before = self._average(active, inside + outside)
         for step in range(MAX_STEPS + 1):
-            parts = self.differences(active, of(self.components, active)).square().sum(1), self.outside(active)
-            promise_now, cost_now, count = self.forecast(active, *parts, torch.ones_like(fall))
-            better, left = torch.zeros_like(count, dtype=torch.bool), self._device(self._left(active))
-            for steps in AHEAD:
-                promise, cost, _ = self.forecast(active, *parts, fall**steps)
-                cost += steps * BLOCK * 2
-                better |= (cost <= left) & ((promise > promise_now) | ((promise == promise_now) & (cost < cost_now)))
-            plan[active], go = to_host(count, better)
+            # A step is expected to leave as much of the energy outside the basis as the one before it, or the early rows, did.
+            energy = self._average(active, outside)
+            fall = (energy / before).nan_to_num(0.0).clamp(max=0.97)
+            promise_now, cost_now, count = self.forecast(active, inside, outside, torch.ones_like(fall))
+            promise, cost, _ = self.forecast(active, inside, outside, fall)
+            cost += 2 * BLOCK
+            better = (promise > promise_now) | ((promise == promise_now) & (cost < cost_now))
+            plan[active], go = to_host(count, better & (cost <= self._device(self._left(active))))
             if step == MAX_STEPS or not go.any():
                 break
-            before = self._average(active, parts[1])[self._device(go.nonzero()[0])]
-            active = active[go > 0]
+            before, active = energy[self._device(go.nonzero()[0])], active[go > 0]
             self.widen(active)
-            fall = (self._average(active, self.outside(active)) / before).nan_to_num(0.0).clamp(max=0.97)
+            inside, outside = self.parts(active)
         e = e[plan[e] > 0]
         plan[e[~self.trust(e)]] = 0
         self.compare(e[plan[e] > 0])
@@ -493,7 +513,7 @@ class _Search:
 
     def sizes(self, e: np.ndarray) -> Tensor:
         """About ‖g_j‖ of every class [e, n], from the basis and the pilots."""
-        return (of(self.components, e).square().sum(1) + self.residual(e).square().mean(1)).sqrt()
+        return (of(self.components, e).square().sum(1) + of(self.residual, e).square().mean(1)).sqrt()
 
     def slack(self, e: np.ndarray, size: Tensor) -> Tensor:
         """How far the products of every class may be off [e, n], from about ‖g_j‖ [e, n]."""
@@ -507,6 +527,7 @@ class _Search:
         rounds = [schedule(first, self.method.failure_probability) for first in plan[e].tolist()]
         table = np.array(rounds).reshape(len(e), len(ROUNDS), 2)
         counts, quantiles = table[:, :, 0].astype(np.int64), self._device(table[:, :, 1])
+        self.shadow = self.shadow.new_zeros(len(self.shadow), 0, self.rank)
         stage, left, go = np.zeros(len(e), np.int64), self._left(e), np.ones(len(e), bool)
         known = self.differences(e, of(self.components, e)).square().sum(1)
         length = of(self.components, e).square().sum(1)
@@ -527,8 +548,9 @@ class _Search:
             for part in torch.split(self.normals.probes(int(end.min()))[done:], max(1, self.passes.pairs // len(e))):
                 basis = of(self.basis, e)
                 shadow = part @ basis.mT
-                values = self.products(e, part - shadow @ basis)
-                self._record(e, done, values, shadow)
+                values = self.products(e, torch.baddbmm(part.expand(len(e), -1, -1), shadow, basis, alpha=-1))
+                self.probed = self._put(self.probed, e, done, values)
+                self.shadow = self._put(self.shadow, e, done, shadow)
                 sums += self.differences(e, values).square().sum(1)
                 squares += values.square().sum(1)
                 done += len(part)
@@ -564,6 +586,7 @@ class _Search:
         margin, waiting = of(self.margin, e) / of(self.unit, e).unsqueeze(1), ~of(self.seen, e)
         likely = torch.where(waiting, margin / self.norm.likely(e, known, sums / done), math.inf).amin(1)
         target = torch.minimum(of(self.best, e), likely).unsqueeze(1)
+        self.target[self._device(e)] = target.squeeze(1)
         now = (waiting & ~(of(self.lower, e) >= target)).sum(1).double()
         later = torch.full_like(now, math.inf)
         for round_ in range(1, counts.shape[1]):
@@ -572,18 +595,6 @@ class _Search:
             cost = (count - done) + (waiting & ~(bound >= target)).sum(1)
             later = torch.where(stage < round_, torch.minimum(later, cost), later)
         return (later < now) & self.undecided(e).any(1)
-
-    def _record(self, e: np.ndarray, start: int, values: Tensor, shadow: Tensor) -> None:
-        """Keeps the products with the probes from number `start` on, for `check`."""
-        stop = start + values.shape[1]
-        if stop > self.probed.shape[1]:
-            E, more = len(self.probed), stop - self.probed.shape[1]
-            self.probed = torch.cat((self.probed, self.probed.new_zeros(E, more, self.n)), 1)
-            held = self.shadow.new_zeros(E, stop, self.basis.shape[1])  # the basis is complete by now
-            held[:, : self.shadow.shape[1], : self.shadow.shape[2]] = self.shadow
-            self.shadow = held
-        index = self._device(e)
-        self.probed[index, start:stop], self.shadow[index, start:stop] = values, shadow
 
     # Step 4: exact rows.
 
@@ -594,26 +605,30 @@ class _Search:
             self.check(probed, of(self.early, probed), of(self.early_rows, probed))
         e = self.everyone
         while True:
-            waiting = self.undecided(e)
-            number, unbounded = to_host(waiting.sum(1), (waiting & ~(of(self.lower, e) > 0)).sum(1))
+            waiting, lower = self.undecided(e), of(self.lower, e)
+            needed = waiting & ~(lower >= of(self.target, e).unsqueeze(1))
+            number, count = to_host(waiting.sum(1), needed.sum(1)).astype(np.int64)
             keep = (number > 0) & (self._left(e) > 0)
             if not keep.any():
                 return
-            e, number, unbounded, waiting = (
-                e[keep],
-                number[keep],
-                unbounded[keep],
-                waiting[self._device(keep.nonzero()[0])],
-            )
-            # A few at a time, for the next row may decide; but all that have no bound have to be seen.
-            count = np.minimum(np.maximum(unbounded, np.minimum(number, ROWS)), self._left(e))
-            most = min(int(count.min()), max(ROWS, 2 * self.passes.pairs // len(e)))
-            lower, margin = of(self.lower, e), of(self.margin, e)
+            kept = self._device(keep.nonzero()[0])
+            e, waiting, lower, margin = e[keep], waiting[kept], lower[kept], of(self.margin, e[keep])
+            # All that are likely to be needed; beyond them one at a time, for each may make the next needless.
+            count = np.minimum(count[keep].clip(1), self._left(e))
+            most = min(_common(count), max(1, 2 * self.passes.pairs // len(e)))
             by_margin = margin.sort(stable=True, dim=1).indices
             by_class = torch.arange(self.n, device=self.device).expand_as(by_margin)
             order = torch.where(lower.isnan().any(1, keepdim=True), by_class, by_margin)
             key = torch.where(waiting, lower.nan_to_num(-math.inf), math.inf).gather(1, order)
-            self.evaluate(e, order.gather(1, key.sort(stable=True, dim=1).indices[:, :most]))
+            classes = order.gather(1, key.sort(stable=True, dim=1).indices[:, :most])
+            self.evaluate(e, classes, np.minimum(count, most))
+
+
+def _common(counts: np.ndarray) -> int:
+    """How many rows to take of every example at once where counts int64 [e] are wanted: at most a third of them in vain."""
+    each = np.unique(counts)
+    filled = np.minimum(counts[:, None], each).sum(0)
+    return int(each[3 * filled >= 2 * len(counts) * each].max())
 
 
 def certify(

@@ -8,7 +8,7 @@ import torch
 from chance import REJECT, chance_at_least
 
 from fastsal.methods import bounds
-from fastsal.methods.bounds import NORMS, Summed, chi_square_exceeds, chi_square_quantile, schedule, widened
+from fastsal.methods.bounds import NORMS, LeftOver, Summed, chi_square_exceeds, chi_square_quantile, schedule, widened
 from fastsal.methods.certified import COUNTS
 
 
@@ -37,8 +37,23 @@ class TestQuantile:
         for count in (4, 10, 40):
             for x in (0.3 * count, count, 1.7 * count):
                 want = 1 - float(probability_below(count, x))
-                assert chi_square_exceeds(count, torch.tensor([x]) ** (1 / 3)).item() == pytest.approx(want, abs=0.01)
+                assert chi_square_exceeds(count, torch.tensor([x])).item() == pytest.approx(want, abs=0.01)
         assert chi_square_exceeds(4, torch.tensor([0.0, math.inf])).tolist() == pytest.approx([1.0, 0.0], abs=1e-4)
+
+    def test_classes_left_over(self):
+        """As many as the chances of each class add up to; no room is none, and NaN too; ample room leaves nobody over."""
+        room = 2 ** torch.empty(3, 500, dtype=torch.float64).uniform_(
+            -10, 12, generator=torch.Generator().manual_seed(0)
+        )
+        found = LeftOver((4, 20, 64), 1e-6, torch.device("cpu")).expected(room)
+        for column, count in enumerate((4, 20, 64)):
+            quantile = schedule(count, 1e-6)[0][1]
+            want = [sum(1 - float(probability_below(count, r * quantile)) for r in row.tolist()) for row in room]
+            assert found[:, column].tolist() == pytest.approx(want, rel=0.02)
+        edges = LeftOver((8,), 1e-6, torch.device("cpu")).expected(
+            torch.tensor([[-1.0, 0.0, math.nan, math.inf, 1e30]]).double()
+        )
+        assert edges.item() == pytest.approx(3, abs=1e-3)
 
 
 class TestSchedule:
