@@ -216,13 +216,18 @@ class _Search:
         self.norm = NORMS[norm](logits, passes.dimension, backend)
         self.prediction, self.margin = self.nearest.prediction, self.nearest.margin
         self.left_over = LeftOver(COUNTS, method.failure_probability, self.device)
-        self.seen = torch.zeros_like(logits, dtype=torch.bool).scatter_(1, self.prediction.unsqueeze(1), True)
+        self.seen = torch.zeros_like(logits, dtype=torch.bool)
         self.lower = torch.zeros_like(self.margin)
-        self.vjps, self.jvps = np.ones(E, np.int64), np.zeros(E, np.int64)
+        self.vjps, self.jvps = np.zeros(E, np.int64), np.zeros(E, np.int64)
         self.drawn = np.zeros(E, np.int64)  # how many probes
         self.everyone = np.arange(E)
-        anchor = self._rows(self.everyone, self.prediction.unsqueeze(1))
-        self.nearest.visit(self.prediction.unsqueeze(1), anchor)
+        # The predicted class and the highest other logits, the lowest class first among equals: [E, c], their rows [E, c, D]. The
+        # rows are checked once there are probes.
+        others = reference.other_classes(self.prediction, self.n)
+        order = logits.gather(1, others).sort(stable=True, dim=1, descending=True).indices
+        early = others.gather(1, order[:, : min(TOP, self._left(self.everyone).min() - 1)])
+        self.early = torch.cat((self.prediction.unsqueeze(1), early), 1)
+        self.early_rows = self.evaluate(self.everyone, self.early)
         self.unit = torch.ones_like(self.margin[:, 0])
         self.rank = 0  # of the bases
         self._basis = self.margin.new_zeros(E, ROOM, passes.dimension)
@@ -236,13 +241,6 @@ class _Search:
         self.typical = torch.zeros_like(self.margin[:, 0])  # about the root mean square of all ‖g_j‖
         self.target = torch.full_like(self.typical, math.inf)  # about ρ̃, once there are probes
         self.odd = torch.zeros_like(self.seen)  # classes whose products disagree among themselves
-        # The highest other logits, the lowest class first among equals. The early rows are checked once there are probes.
-        others = reference.other_classes(self.prediction, self.n)
-        order = logits.gather(1, others).sort(stable=True, dim=1, descending=True).indices
-        early = others.gather(1, order[:, : min(TOP, self._left(self.everyone).min())])
-        rows = self.evaluate(self.everyone, early)
-        self.early = torch.cat((self.prediction.unsqueeze(1), early), 1)
-        self.early_rows = torch.cat((anchor, rows), 1)
 
     def _left(self, e: np.ndarray) -> np.ndarray:
         """How many passes the limit leaves each of examples e."""
