@@ -11,8 +11,17 @@ from torch import Tensor
 from fastsal import ops
 from fastsal.host import of, to_device, to_host
 
-# (count relative to the first round, share of the failure probability), fixed before any probe is drawn.
-ROUNDS = ((1.0, 0.27), (1.25, 0.22), (1.6, 0.18), (2.0, 0.14), (2.5, 0.11), (3.2, 0.08))
+# The cumulative counts of probes at which a round may end, three an octave: examples that began apart share later rounds.
+COUNTS = tuple(round(4 * 2 ** (k / 3)) for k in range(20))
+SHARES = (
+    0.27,
+    0.22,
+    0.18,
+    0.14,
+    0.11,
+    0.08,
+)  # of the failure probability, for each round; fixed before any probe is drawn
+FIRST = COUNTS[: 1 - len(SHARES)]  # where a first round may end
 # torch.special.gammainc errs by up to 2e-9 of its value; a quantile this much lower stays below the true one.
 BELOW = 1 - 2.0**-26
 
@@ -33,12 +42,12 @@ def chi_square_quantile(count: int, probability: float) -> float:
 
 
 def schedule(first: int, failure_probability: float) -> list[tuple[int, float]]:
-    """(cumulative count of probes, lower χ² quantile at the round's share of the failure probability), for all rounds."""
-    counts = [max(1, round(first * factor)) for factor, _ in ROUNDS]
-    return [
-        (count, chi_square_quantile(count, share * failure_probability))
-        for count, (_, share) in zip(counts, ROUNDS, strict=True)
-    ]
+    """(cumulative count of probes, lower χ² quantile at the round's share of the failure probability), for all rounds.
+
+    `first`, one of FIRST, is the count of the first round; the others end at the next counts.
+    """
+    rounds = zip(COUNTS[COUNTS.index(first) :], SHARES, strict=False)
+    return [(count, chi_square_quantile(count, share * failure_probability)) for count, share in rounds]
 
 
 def chi_square_exceeds(count: int, x: Tensor) -> Tensor:

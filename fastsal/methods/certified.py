@@ -68,7 +68,7 @@ from torch import Tensor
 from fastsal import reference
 from fastsal.host import of, to_device, to_host
 from fastsal.linearization import Linearization
-from fastsal.methods.bounds import NORMS, ROUNDS, LeftOver, schedule, widened
+from fastsal.methods.bounds import FIRST, NORMS, SHARES, LeftOver, schedule, widened
 from fastsal.methods.selection import Method, Nearest, Selection
 from fastsal.passes import ModelPasses, NoJVPError, Passes
 
@@ -83,7 +83,6 @@ FLATTERED = (
 PRIOR = 4.0  # the average over classes counts as this many pilots in the estimate for one class
 DEPENDENT = 1e-4  # what is left of a row that the basis spans is rounding: no direction worth a JVP
 WORTHWHILE = 64  # with no more classes than this left, rows are about as cheap as any probing, and certain
-COUNTS = (4, 6, 8, 10, 12, 14, 16, 20, 24, 28, 32, 40, 48, 64, 96)  # first rounds to choose from
 SPARE = 8.0  # η in units of the largest disagreement that was seen
 UNSTABLE = 0.3  # η from which on bounds say nothing
 GROUP_BYTES = 1 << 24  # of a group's bases: what a cache holds, so that a batch of small images is done in a few groups
@@ -215,14 +214,14 @@ class _Search:
         self.nearest = Nearest(logits, norm, backend)
         self.norm = NORMS[norm](logits, passes.dimension, backend)
         self.prediction, self.margin = self.nearest.prediction, self.nearest.margin
-        self.left_over = LeftOver(COUNTS, method.failure_probability, self.device)
+        self.left_over = LeftOver(FIRST, method.failure_probability, self.device)
         self.seen = torch.zeros_like(logits, dtype=torch.bool)
         self.lower = torch.zeros_like(self.margin)
         self.vjps, self.jvps = np.zeros(E, np.int64), np.zeros(E, np.int64)
         self.drawn = np.zeros(E, np.int64)  # how many probes
         self.everyone = np.arange(E)
-        # The predicted class and the highest other logits, the lowest class first among equals: [E, c], their rows [E, c, D]. The
-        # rows are checked once there are probes.
+        # The predicted class and the highest other logits, the lowest first among equals, [E, c]; their rows, [E, c, D], are
+        # checked once there are probes.
         others = reference.other_classes(self.prediction, self.n)
         order = logits.gather(1, others).sort(stable=True, dim=1, descending=True).indices
         early = others.gather(1, order[:, : min(TOP, self._left(self.everyone).min() - 1)])
@@ -421,10 +420,10 @@ class _Search:
         target = torch.minimum(of(self.best, e), likely).unsqueeze(1)
         left = self._device(self._left(e) - 1)  # `compare` takes one
         room = torch.where(waiting, self.norm.room(e, known, margin / target) / rest, math.inf)
-        cost = torch.cat((waiting.sum(1, keepdim=True), self.left_over.expected(room) + self._device(COUNTS)), 1)
+        cost = torch.cat((waiting.sum(1, keepdim=True), self.left_over.expected(room) + self._device(FIRST)), 1)
         promise = (cost <= left.unsqueeze(1)).double()
         if self.method.max_passes is not None:
-            for column, count in enumerate(COUNTS, 1):
+            for column, count in enumerate(FIRST, 1):
                 quantile = schedule(count, self.method.failure_probability)[0][1]
                 bound = margin / self.norm.expected(e, known, rest * (count / quantile)) / target
                 rows = (left - count).clamp(0, self.n - 1).unsqueeze(1)
@@ -433,7 +432,7 @@ class _Search:
                 promise[:, column] = torch.where(cost[:, column] > left, reached, promise[:, column])
         cost = torch.where(promise == promise.amax(1, keepdim=True), cost, math.inf)
         which = cost.argmin(1)
-        return promise.amax(1), cost.amin(1), self._device((0, *COUNTS))[which]
+        return promise.amax(1), cost.amin(1), self._device((0, *FIRST))[which]
 
     def prepare(self) -> np.ndarray:
         """Builds the bases and returns the plans: the first rounds' counts of probes [E], 0 where rows are cheaper."""
@@ -444,7 +443,7 @@ class _Search:
         self.unit = torch.where(usable & (scale > 0), scale, 1.0)
         plan = np.zeros_like(self.vjps)
         worthwhile = to_host(usable & (self.undecided(self.everyone).sum(1) > WORTHWHILE))[0] > 0
-        e = self.everyone[worthwhile & (self._left(self.everyone) >= self.early.shape[1] + PILOTS + 1 + COUNTS[0])]
+        e = self.everyone[worthwhile & (self._left(self.everyone) >= self.early.shape[1] + PILOTS + 1 + FIRST[0])]
         if not len(e):
             return plan
         try:
@@ -523,7 +522,7 @@ class _Search:
         """Draws the rounds that the plan lays down, [E], for each example as long as they are worth it."""
         e = self.everyone[plan > 0]
         rounds = [schedule(first, self.method.failure_probability) for first in plan[e].tolist()]
-        table = np.array(rounds).reshape(len(e), len(ROUNDS), 2)
+        table = np.array(rounds).reshape(len(e), len(SHARES), 2)
         counts, quantiles = table[:, :, 0].astype(np.int64), self._device(table[:, :, 1])
         self.shadow = self.shadow.new_zeros(len(self.shadow), 0, self.rank)
         stage, left, go = np.zeros(len(e), np.int64), self._left(e), np.ones(len(e), bool)
@@ -532,7 +531,7 @@ class _Search:
         sums, squares = torch.zeros_like(known), torch.zeros_like(known)
         done = 0
         while True:
-            go[go] = stage[go] < len(ROUNDS)
+            go[go] = stage[go] < len(SHARES)
             go[go] = left[go] >= counts[go, stage[go]]
             if not go.all():
                 kept = self._device(go.nonzero()[0])

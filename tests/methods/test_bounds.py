@@ -9,7 +9,6 @@ from chance import REJECT, chance_at_least
 
 from fastsal.methods import bounds
 from fastsal.methods.bounds import NORMS, LeftOver, Summed, chi_square_exceeds, chi_square_quantile, schedule, widened
-from fastsal.methods.certified import COUNTS
 
 
 def probability_below(count, x):
@@ -21,7 +20,7 @@ def probability_below(count, x):
 class TestQuantile:
     @pytest.mark.parametrize("probability", [0.9, 0.5, 0.2, 1e-2, 1e-3, 1e-6, 2.7e-7, 8e-8, 1e-9, 1e-12, 1e-18])
     def test_never_above_the_true_one_and_hardly_below(self, probability):
-        counts = {1, 2, 3, 5, 7, *(round(count * factor) for count in COUNTS for factor, _ in bounds.ROUNDS)}
+        counts = {1, 2, 3, 5, 7, *bounds.COUNTS}
         for count in counts:
             reached = probability_below(count, chi_square_quantile(count, probability))
             assert reached <= probability
@@ -58,12 +57,12 @@ class TestQuantile:
 
 class TestSchedule:
     def test_the_shares_add_up_to_the_failure_probability(self):
-        assert sum(share for _, share in bounds.ROUNDS) <= 1 + 1e-15
+        assert sum(bounds.SHARES) <= 1 + 1e-15
         for failure_probability in (0.2, 1e-6):
             total = sum(probability_below(count, quantile) for count, quantile in schedule(20, failure_probability))
             assert 0.999 * failure_probability < total <= failure_probability
 
-    @pytest.mark.parametrize("first", COUNTS)
+    @pytest.mark.parametrize("first", bounds.FIRST)
     def test_counts_grow(self, first):
         counts = [count for count, _ in schedule(first, 1e-6)]
         assert counts[0] == first

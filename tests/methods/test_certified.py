@@ -16,7 +16,7 @@ import fastsal.methods.certified as certify
 from bench.contestants.jacobians import KINDS, Matrices, distances, fitting_weights
 from fastsal import Candidates, Certified, Exact, analyze
 from fastsal.linearization import linearize
-from fastsal.methods.bounds import ROUNDS, Summed, chi_square_quantile
+from fastsal.methods.bounds import FIRST, SHARES, Summed, chi_square_quantile
 from fastsal.passes import ModelPasses, NoJVPError
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -94,8 +94,8 @@ class TestGuarantee:
             return [(count, chi_square_quantile(count, probability)) for count, _ in right(first, delta)]
 
         def wrong_degrees(first, delta):
-            plan = zip(right(first, delta), ROUNDS, strict=True)
-            return [(count, chi_square_quantile(2 * count, share * delta)) for (count, _), (_, share) in plan]
+            plan = zip(right(first, delta), SHARES, strict=True)
+            return [(count, chi_square_quantile(2 * count, share * delta)) for (count, _), share in plan]
 
         def short(self, count):
             return 0.5 * probes(self, count)
@@ -177,18 +177,18 @@ class TestGuarantee:
         for batch in range(self.BATCHES):
             logits, rows = KINDS[norm]["ordinary"](torch.Generator().manual_seed(batch), self.E)
             search = certify._Search(Matrices(logits, rows), Certified(self.DELTA, None, batch), "reference", norm)
-            plan = np.full_like(search.prepare(), certify.COUNTS[2])
+            plan = np.full_like(search.prepare(), FIRST[2])
             search.probe(plan)
             everyone = torch.arange(self.E)
-            measured = search.differences(everyone, search.probed)[:, : certify.COUNTS[2], -1].square().sum(1)
+            measured = search.differences(everyone, search.probed)[:, : FIRST[2], -1].square().sum(1)
             offset = (rows[:, 0] - rows[:, -1]).unsqueeze(1)
             rest = search.norm.rows(everyone, offset).squeeze(1) / search.unit.unsqueeze(1)
             rest = rest - ((rest.unsqueeze(1) @ search.basis.mT) @ search.basis).squeeze(1)
-            pivots.append((measured / rest.square().sum(1))[search.drawn == certify.COUNTS[2]])
+            pivots.append((measured / rest.square().sum(1))[search.drawn == FIRST[2]])
         values = torch.cat(pivots).sort().values
         trials = len(values)
         assert trials == self.BATCHES * self.E
-        expected = torch.special.gammainc(torch.tensor(certify.COUNTS[2] / 2, dtype=torch.float64), values / 2)
+        expected = torch.special.gammainc(torch.tensor(FIRST[2] / 2, dtype=torch.float64), values / 2)
         empirical = torch.arange(1, trials + 1, dtype=torch.float64) / trials
         distance = torch.maximum(empirical - expected, expected - empirical + 1 / trials).max().item()
         assert distance * math.sqrt(trials) < math.sqrt(-math.log(REJECT / 2) / 2)
@@ -254,7 +254,7 @@ class TestProbes:
         assert len(calls[0]) == certify.PILOTS
         assert len(calls[1]) == certify.TOP + 1
         assert all(len(call) == certify.BLOCK for call in calls[2:last])
-        assert len(probes) >= certify.COUNTS[0]
+        assert len(probes) >= FIRST[0]
         torch.testing.assert_close(basis @ basis.T, torch.eye(len(basis), dtype=torch.float64), atol=1e-12, rtol=0.0)
         spanned = torch.linalg.qr(torch.cat((basis, calls[0])).T).Q
         torch.testing.assert_close(combination @ spanned @ spanned.T, combination, atol=1e-12, rtol=0.0)
