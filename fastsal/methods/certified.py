@@ -14,7 +14,7 @@ no less than the best exact ratio, which then is ρ̃. What is done, for each ex
 2. Plan. From the logits, the known components and the pilots: cumulative counts of probes s_1 < … < s_6, each with its share
    of δ.
 3. Probes, projected off the basis, with cumulative sums; after each round go on, or stop, by the expected number of passes.
-4. Exact rows, best first, a few at a time.
+4. Exact rows, best first: those that are likely to be needed, then one at a time.
 
 Theorem. For each example, the result is ρ̃ and `lower_bound` ≤ ρ̃, except with probability δ at most.
 
@@ -77,9 +77,7 @@ BLOCK = 6  # range finder directions a step, PILOTS of them from the pilots: a p
 MAX_STEPS = 16
 PILOTS = 2
 ROOM = TOP + 1 + 2 * BLOCK  # for directions, to begin with: seldom are more needed
-FLATTERED = (
-    1.3  # once directions were chosen by the pilots, these see less outside the basis than there is: 0.5 to 0.9 of it
-)
+FLATTERED = 1.3  # pilots that have chosen directions see too little outside the basis: 0.5 to 1 times what there is
 PRIOR = 4.0  # the average over classes counts as this many pilots in the estimate for one class
 DEPENDENT = 1e-4  # what is left of a row that the basis spans is rounding: no direction worth a JVP
 WORTHWHILE = 64  # with no more classes than this left, rows are about as cheap as any probing, and certain
