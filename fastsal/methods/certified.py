@@ -361,9 +361,8 @@ class _Search:
                 kept &= length > DEPENDENT
                 row = torch.where(kept, row / length, 0.0)
             directions[:, slot : slot + 1] = row
-        directions = (
-            directions - (directions @ basis.mT) @ basis
-        )  # again, for what rounding had left has grown with them
+        # Again, for what rounding had left has grown with them.
+        directions = directions - (directions @ basis.mT) @ basis
         products = self.products(e, directions)
         self._basis = self._put(self._basis, e, self.rank, directions)
         self._components = self._put(self._components, e, self.rank, products)
