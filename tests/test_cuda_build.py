@@ -33,7 +33,7 @@ LAST = {
 INSTRUCTION = re.compile(r"\s+/\*[0-9a-f]{4,5}\*/\s+(?:@\S+\s+)?([A-Z][\w.]+)")
 LOAD_OR_USE = re.compile(r"LDG\.E\.128|[FD]ADD|[FD]FMA|BRA|CALL")
 # Instructions that access memory other than constants, and those after which the next need not be the next to run.
-ACCESS_OR_BRANCH = re.compile("LD(?!C)|ST|ATOM|RED|CCTL|MEMBAR|SYNCS|BAR|BRA|BRX|JMP|JMX|CALL|RET|EXIT|WARPSYNC")
+ACCESS_OR_BRANCH = re.compile("LD(?!C)|UBLK|ST|ATOM|RED|CCTL|MEMBAR|SYNCS|BAR|BRA|BRX|JMP|JMX|CALL|RET|EXIT|WARPSYNC")
 
 needs_module = pytest.mark.skipif(CUDA is None, reason="fastsal was installed without fastsal._cuda (no nvcc)")
 
@@ -135,6 +135,15 @@ def test_steps_on_their_way_at_once(machine_code):
         if name.endswith("_fold_kernel"):
             ordered = "".join("L" if "LDG" in word else "+" for word in words if LOAD_OR_USE.match(word))
             assert max(map(len, ordered.split("+"))) > (steps - 1) * (rows + 1), (name, of)
+
+
+@needs_module
+def test_first_rows_are_asked_for_before_the_prediction(machine_code):
+    """UBLKPF is cp.async.bulk.prefetch in machine code. The logits, and all rows, are loaded after it."""
+    for (name, of), words in machine_code:
+        assert ("UBLKPF.L2" in words) == (name == "margin_geometry_fold_kernel"), (name, of)
+        if "UBLKPF.L2" in words:
+            assert not [word for word in words[: words.index("UBLKPF.L2")] if word.startswith("LDG")], (name, of)
 
 
 @needs_module

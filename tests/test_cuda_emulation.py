@@ -126,6 +126,36 @@ def test_alignment_changes_no_bit(kernels, dtype, D, offset):
             assert_all_same(expected, run_poisoned(run, rows, inputs))
 
 
+@pytest.mark.parametrize(("dtype", "D"), [(torch.float32, 1152), (torch.bfloat16, 2176)])
+def test_nothing_is_read_behind_the_rows(module_path, run_python, dtype, D):
+    """Rows that end at a page which nobody may read: a load or a prefetch behind them ends the process.
+
+    Their last segment is shorter than a prefetch, and there are no rows for all lanes that prefetch.
+    """
+    code = f"""
+import ctypes, mmap, sys, torch
+from cuda_emulation import emulated
+from fastsal.kernels import cuda
+for name, value in emulated.replacements(emulated.load(sys.argv[1])).items():
+    setattr(cuda, name, value)
+cuda._fused = lambda *_: False
+rows = torch.randn(1, 6, {D}).to({dtype})
+size, page = rows.nbytes, mmap.PAGESIZE
+pages = mmap.mmap(-1, (size // page + 2) * page)
+end = len(pages) - page
+libc = ctypes.CDLL(None, use_errno=True)
+address = ctypes.addressof(ctypes.c_char.from_buffer(pages))
+assert libc.mprotect(ctypes.c_void_p(address + end), page, 0) == 0
+at_end = torch.frombuffer(pages, dtype={dtype}, count=rows.numel(), offset=end - size).view(rows.shape).copy_(rows)
+logits, x = torch.randn(1, 6), torch.randn(1, {D}).to({dtype})
+for one, other in zip(cuda.margin_geometry(logits, rows, x, 2.0), cuda.margin_geometry(logits, at_end, x, 2.0)):
+    assert torch.equal(one, other)
+print("same")
+"""
+    result = run_python("-c", code, str(module_path), PYTHONPATH=f"{Path(cuda.__file__).resolve().parents[2]}:{TESTS}")
+    assert (result.returncode, result.stdout) == (0, "same\n"), result.stderr
+
+
 @each_norm
 def test_x_in_float32_beside_narrower_rows(kernels, norm):
     """x is as exact as the rows, wherever it starts."""

@@ -127,6 +127,7 @@ struct Example {
   __device__ int64_t predict() const {
     return block_nearest(p.shape.n, [&](int64_t j) { return Candidate{-logit(j), 0, j}; }).index;
   }
+  __device__ void prefetch_rows(int64_t task) const { prefetch_task<T>(task, {rows, stride_n, p.shape.n}, p.shape.D); }
   template <bool copied>
   __device__ __forceinline__ void fold_rows(int64_t task, int64_t i) const {
     fold_task<q, T, copied>(task, row(i), {rows, stride_n, p.shape.n}, i, p.shape.D, w.folds);
@@ -206,7 +207,7 @@ __global__ void __launch_bounds__(kThreads) margin_geometry_predict_kernel(const
 }
 
 // `blocks` blocks for each example, each of whose warps takes `rounds` tasks. Where nobody has predicted yet, they all
-// do, and the first of them writes it down.
+// do, and the first of them writes it down; the memory is busy with the first rows in the meantime.
 template <int q, class T>
 __global__ void __launch_bounds__(kThreads, 2)
     margin_geometry_fold_kernel(const __grid_constant__ Problem<T> p, int64_t blocks, int rounds, bool predicted) {
@@ -214,10 +215,12 @@ __global__ void __launch_bounds__(kThreads, 2)
   let_next_kernel_start();
   const Example<q, T> example(p, blockIdx.x / blocks);
   const int64_t tasks = distance_tasks(p.shape.n, example.segment_count), warps = blockDim.x / kWarpSize;
-  const int64_t i = predicted ? example.prediction() : example.predict(), part = blockIdx.x % blocks;
+  const int64_t part = blockIdx.x % blocks, first = part * rounds * warps + threadIdx.x / kWarpSize;
+  if (!predicted && first < tasks) example.prefetch_rows(first);
+  const int64_t i = predicted ? example.prediction() : example.predict();
   if (!predicted && part == 0 && threadIdx.x == 0) example.prediction() = i;
   for (int round = 0; round < rounds; ++round) {
-    const int64_t task = (part * rounds + round) * warps + threadIdx.x / kWarpSize;
+    const int64_t task = first + round * warps;
     if (task < tasks) example.template fold_rows<false>(task, i);
   }
 }

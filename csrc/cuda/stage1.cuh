@@ -68,6 +68,17 @@ inline int64_t warps_of_block(int64_t tasks, int64_t most) {
   return enough < 1 ? 1 : enough < most ? enough : most;
 }
 
+// What the warp of a task will load first of its rows, asked for before their anchor is known.
+template <class T>
+__device__ __forceinline__ void prefetch_task(int64_t task, ExampleRows<T> rows, int64_t D) {
+  const int64_t groups = ceil_div(rows.count, kGroupRows), start = task / groups * Layout<T>::kSegment;
+  const int64_t row = task % groups * kGroupRows + lane_id();
+  if (lane_id() >= kGroupRows || row >= rows.count || D % Layout<T>::kPack != 0) return;
+  const T* from = rows.first + row * rows.stride + start;
+  const int length = part_length(start, D, kFoldSteps * Layout<T>::kStep);
+  if (is_aligned(reinterpret_cast<uintptr_t>(from))) prefetch(from, length * static_cast<int>(sizeof(T)));
+}
+
 // Task `task` of an example: one segment of one group, so folds[j * segments + segment] for each of its rows j. Row
 // `skip` is left out. `copied`: anchor and rows are aligned copies in shared memory.
 template <int q, class T, bool copied = false>

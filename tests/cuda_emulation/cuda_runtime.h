@@ -3,8 +3,9 @@
 //
 // The threads of a block are fibers of one system thread. A fiber runs until a barrier or a warp exchange, which it
 // leaves only when all the others have come. Unlike a GPU this also reports divergent barriers, exchanges that lack a
-// lane, misaligned loads, and threads of a kernel launched before its turn that never wait for it or let others start
-// before they do; FASTSAL_EMULATION_REVERSE=1 runs blocks and threads in the opposite order, so that a race shows.
+// lane, misaligned loads and prefetches, and threads of a kernel launched before its turn that never wait for it or let
+// others start before they do; FASTSAL_EMULATION_REVERSE=1 runs blocks and threads in the opposite order, so that a
+// race shows.
 #pragma once
 
 #include <setjmp.h>
@@ -203,6 +204,14 @@ template <class V>
 V __ldg(const V* from) {
   if (reinterpret_cast<uintptr_t>(from) % sizeof(V)) emulation::fail("a misaligned load");
   return *from;
+}
+
+// Reads what is asked for: a range that leaves the rows is caught where they end at a page that nobody may read.
+inline void emulated_prefetch(const void* from, int bytes) {
+  if (bytes <= 0 || (reinterpret_cast<uintptr_t>(from) | static_cast<unsigned>(bytes)) % 16) {
+    emulation::fail("a misaligned prefetch");
+  }
+  for (int k = 0; k < bytes; ++k) static_cast<void>(static_cast<const volatile char*>(from)[k]);
 }
 
 inline void __threadfence() {}
