@@ -150,10 +150,14 @@ def margin_geometry(B: int, n: int, D: int, dtype: torch.dtype, registers: dict[
     kernel = registers[f"margin_geometry_fold_kernel<2, {NAMES[dtype]}>"]
     resident = min(c.resident(kernel, warps, 768), ceil_div(blocks, c.processors))
     reading = rounds * latencies(part, FOLD_STEPS) * c.latency
-    # The logits are in the cache, but for the first blocks: nothing is on its way until they have predicted.
-    start, turn = c.turn + nearest(n, warps, c.latency), c.turn + nearest(n, warps, c.cache)
-    turn += reading + rounds * c.reduction
-    moving = resident * warps * GROUP_ROWS * STEP * FOLD_STEPS * reading / turn
+    # What a warp loads first is asked for before it predicts: the memory is busy with that in the meantime, and the first
+    # wait is shorter by it. The logits are in the cache, but for the first blocks.
+    ahead = resident * warps * GROUP_ROWS * STEP * FOLD_STEPS
+    of_ahead = ahead * c.processors / (c.bandwidth * c.reads)
+    start = c.turn + c.latency + max(0, nearest(n, warps, c.latency) - of_ahead)
+    predict = nearest(n, warps, c.cache)
+    turn = c.turn + predict + reading - min(predict, c.latency - c.cache) + rounds * c.reduction
+    moving = ahead * reading / turn
     # In the end fewer and fewer blocks read: half of the last turn is lost, from where they are too few for the bandwidth.
     end = turn / 2 * min(1, WANTED / moving)
     fold = start + max(best, float64, blocks / (resident * c.processors) * turn, turn) + end
