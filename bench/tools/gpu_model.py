@@ -39,7 +39,12 @@ class Chip:
     conversions: int = 16  # likewise, to float64; assumed
     reads: float = 0.93  # of the bandwidth, what a plain read reaches; assumed
     latency: float = 1.1  # of device memory under load; assumed
-    cache: float = 0.35  # of the second level cache; assumed
+    cache: float = 0.35  # of the second level cache under load; assumed
+    # The same where next to nothing else is on its way. One thread that follows pointers on a GH200 waits 0.35 and 0.14 at
+    # 1980 MHz: github.com/RRZE-HPC/gpu-benches, gpu-latency/gh200.txt. Here twice that: a warp asks for more at once, other
+    # warps ask too, and half of the cache is farther away.
+    idle_latency: float = 0.7
+    idle_cache: float = 0.28
     shared_step: float = 0.06  # one step of a task from shared memory; assumed
     reduction: float = 0.25  # the sums of a warp's lanes; assumed
     selection: float = 0.35  # the nearest of a block's candidates; assumed
@@ -96,14 +101,11 @@ def latencies(entries_bytes: int, unroll: int) -> int:
     return ceil_div(ceil_div(entries_bytes, STEP), unroll)
 
 
-def nearest(n: int, warps: int, first_wait: float) -> float:
-    """Microseconds in which a block finds the nearest of n candidates, whose first loads take `first_wait`."""
-    return first_wait + (ceil_div(n, CANDIDATES * 32 * warps) - 1) * CHIP.cache + CHIP.selection
-
-
-def margin_geometry(B: int, n: int, D: int, dtype: torch.dtype, registers: dict[str, int]) -> Prediction:
+def margin_geometry(
+    B: int, n: int, D: int, dtype: torch.dtype, registers: dict[str, int], c: Chip = CHIP
+) -> Prediction:
     """A Jacobian [B, n, D] and x, rows aligned, q = 2, a direction gap that is not small."""
-    size, c = dtype.itemsize, CHIP
+    size = dtype.itemsize
     row, need = D * size, B * (n + 1) * D * size
     segments = ceil_div(row, SEGMENT)
     tasks = ceil_div(n, GROUP_ROWS) * segments
@@ -115,6 +117,10 @@ def margin_geometry(B: int, n: int, D: int, dtype: torch.dtype, registers: dict[
     # of the two winning rows and x: three conversions, a difference and six products an entry
     float64 = B * D * (3 / c.conversions + 7 / c.float64) / (c.processors * c.clock)
 
+    def nearest(warps: int, first_wait: float, cache: float = c.cache) -> float:
+        """In which a block finds the nearest of n candidates, whose first loads take `first_wait`."""
+        return first_wait + (ceil_div(n, CANDIDATES * 32 * warps) - 1) * cache + c.selection
+
     def fused(form: str, copied: bool) -> Prediction:
         most = (4 if tasks > 8 else 2) if copied else 8
         warps = ceil_div(tasks, ceil_div(tasks, most))
@@ -122,7 +128,7 @@ def margin_geometry(B: int, n: int, D: int, dtype: torch.dtype, registers: dict[
         name = f"margin_geometry_fused_kernel<2, {NAMES[dtype]}, {'true' if copied else 'false'}>"
         resident = min(c.resident(registers[name], warps, shared), max(1, ceil_div(B, c.processors)))
         rounds = ceil_div(tasks, warps)
-        predict = nearest(n, warps, c.latency)
+        predict = nearest(warps, c.latency)
         winners = ceil_div(slices, warps) * latencies(slice_bytes, 2) * (c.cache if not copied else 0) + c.reduction
         if copied:
             reading, fold = c.latency, rounds * (ceil_div(part, STEP) * c.shared_step + c.reduction)
@@ -154,18 +160,18 @@ def margin_geometry(B: int, n: int, D: int, dtype: torch.dtype, registers: dict[
     # wait is shorter by it. The logits are in the cache, but for the first blocks.
     ahead = resident * warps * GROUP_ROWS * STEP * FOLD_STEPS
     of_ahead = ahead * c.processors / (c.bandwidth * c.reads)
-    start = c.turn + c.latency + max(0, nearest(n, warps, c.latency) - of_ahead)
-    predict = nearest(n, warps, c.cache)
+    start = c.turn + c.idle_latency + max(0, nearest(warps, c.latency) - of_ahead)
+    predict = nearest(warps, c.cache)
     turn = c.turn + predict + reading - min(predict, c.latency - c.cache) + rounds * c.reduction
     moving = ahead * reading / turn
     # In the end fewer and fewer blocks read: half of the last turn is lost, from where they are too few for the bandwidth.
     end = turn / 2 * min(1, WANTED / moving)
     fold = start + max(best, float64, blocks / (resident * c.processors) * turn, turn) + end
-    join = 3 * c.cache + 2 * c.reduction
-    two_rows = (
-        c.cache + nearest(n, 8, c.cache) + latencies(slice_bytes, SLICE_STEPS[size >= 4]) * c.latency + c.reduction
-    )
-    last = (1 + ceil_div(slices, SLICE_SUMS * 32)) * c.cache + c.scalars
+    # The memory is idle from here on.
+    join = 3 * c.idle_cache + 2 * c.reduction
+    select = c.idle_cache + nearest(8, c.idle_cache, c.idle_cache)
+    two_rows = select + latencies(slice_bytes, SLICE_STEPS[size >= 4]) * c.idle_latency + c.reduction
+    last = (1 + ceil_div(slices, SLICE_SUMS * 32)) * c.idle_cache + c.scalars
     launches = 4 + (n >= MANY_CLASSES)
     time = fold + join + two_rows + last + c.launch + (launches - 1) * c.early_launch
     return Prediction("spread", blocks, resident * warps, moving, launches, float64, time, best / time)
