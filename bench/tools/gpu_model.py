@@ -19,9 +19,11 @@ from fastsal.kernels import cuda
 
 GROUP_ROWS, STEP, SEGMENT = 4, 512, 4096  # rows of a task; bytes of a row that a warp loads at once, and in a task
 COPY_BYTES, FEW_BLOCKS, MANY_CLASSES = 46 << 10, 264, 4096  # as in csrc/cuda/margin_geometry.cu
-# What is on its way at once: a warp's steps of a task, those of a slice of the two winning rows (of narrow entries, and of
-# others), the candidates of a thread that looks for the nearest, and the slices' sums of a lane that joins them.
-FOLD_STEPS, SLICE_STEPS, CANDIDATES, SLICE_SUMS = 2, (4, 8), 4, 4
+# Bytes of a slice of the two winning rows: of short rows, and of others with narrow entries or wider ones.
+SHORT_ROW, SHORT_SLICE, SLICES = 16384, 1024, (2048, 4096)
+# What is on its way at once: a warp's steps of a task, the candidates of a thread that looks for the nearest, and the slices'
+# sums of a lane that joins them; and all of a slice.
+FOLD_STEPS, CANDIDATES, SLICE_SUMS = 2, 4, 4
 NAMES = {torch.float32: "float", torch.bfloat16: "fastsal::BFloat16"}
 
 
@@ -109,7 +111,7 @@ def margin_geometry(
     row, need = D * size, B * (n + 1) * D * size
     segments = ceil_div(row, SEGMENT)
     tasks = ceil_div(n, GROUP_ROWS) * segments
-    slice_bytes = 1024 if row <= 16384 else SEGMENT
+    slice_bytes = SHORT_SLICE if row <= SHORT_ROW else SLICES[size >= 4]
     slices = ceil_div(row, slice_bytes)
     workspace = 112 + 104 * slices + 8 * n * (segments + 1)
     part = min(row, SEGMENT)
@@ -170,7 +172,7 @@ def margin_geometry(
     # The memory is idle from here on.
     join = 3 * c.idle_cache + 2 * c.reduction
     select = c.idle_cache + nearest(8, c.idle_cache, c.idle_cache)
-    two_rows = select + latencies(slice_bytes, SLICE_STEPS[size >= 4]) * c.idle_latency + c.reduction
+    two_rows = select + c.idle_latency + c.reduction
     last = (1 + ceil_div(slices, SLICE_SUMS * 32)) * c.idle_cache + c.scalars
     launches = 4 + (n >= MANY_CLASSES)
     time = fold + join + two_rows + last + c.launch + (launches - 1) * c.early_launch

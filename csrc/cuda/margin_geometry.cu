@@ -23,10 +23,9 @@ constexpr int64_t kGapBlocks = 64;  // an example has no more of them, since eac
 // A block of the fold kernel predicts before it folds, so its warps take some tasks each where enough blocks are left.
 constexpr int64_t kMostRounds = 4, kManyBlocks = 8 * kFewBlocks;
 constexpr int64_t kManyClasses = 4096;  // from which on a kernel of its own predicts: every block would for too long
-// What is on the way at once where few warps read: the steps of a slice (all eight, but of narrow entries they would
-// spill) and the sums of the slices that a lane joins.
+// What is on the way at once where few warps read: all steps of a slice, and the sums of the slices that a lane joins.
 template <class T>
-constexpr int kSliceSteps = sizeof(T) < sizeof(float) ? 4 : 8;
+constexpr int kSliceSteps = kSliceBytes<T> / (kPackBytes * kWarpSize);
 constexpr int kSliceSums = 4;
 
 template <class T>

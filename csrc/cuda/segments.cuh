@@ -1,8 +1,8 @@
 // How stages 1 and 2 cut rows along D, and which lane gets which entry.
 //
-// A segment of stage 1 has 4096 bytes and is the work of one warp, as a slice of stage 2 is. Entry k of a segment
-// belongs to a lane and to one of its accumulators by k alone, so that the sum of a segment has the same bits however
-// the row lies in memory.
+// A segment of stage 1 has 4096 bytes and is the work of one warp, as a slice of stage 2 is, which may be shorter.
+// Entry k of a segment belongs to a lane and to one of its accumulators by k alone, so that the sum of a segment has
+// the same bits however the row lies in memory.
 #pragma once
 
 #include "fastsal/types.h"
@@ -14,6 +14,10 @@ constexpr int kPackBytes = 16;  // the widest load of a lane
 constexpr int kSegmentBytes = 4096;
 // Stage 2 has two rows and x only: it cuts rows up to kShortBytes finer, so that more warps share them.
 constexpr int kShortBytes = 16384, kShortSliceBytes = 1024;
+// Where few warps read, all of a slice is on its way at once: of narrow entries, which become float64, twice as many
+// would spill.
+template <class T>
+constexpr int kSliceBytes = sizeof(T) < sizeof(float) ? 2048 : 4096;
 
 template <class T>
 struct Layout {
@@ -33,7 +37,7 @@ FASTSAL_HD inline int64_t segments(int64_t D) {
 // The entries of a slice of stage 2, and how many slices there are.
 template <class T>
 FASTSAL_HD inline int64_t slice(int64_t D) {
-  return (D * static_cast<int64_t>(sizeof(T)) <= kShortBytes ? kShortSliceBytes : kSegmentBytes) / sizeof(T);
+  return (D * static_cast<int64_t>(sizeof(T)) <= kShortBytes ? kShortSliceBytes : kSliceBytes<T>) / sizeof(T);
 }
 template <class T>
 FASTSAL_HD inline int64_t slices(int64_t D) {
