@@ -28,12 +28,16 @@ Distances = Callable[[Tensor, Tensor], Tensor]  # from logits [B, n] and jacobia
 
 
 class Clock:
-    """Times of a function with a cold L2: CUDA events around it, after a write of twice the cache."""
+    """Times of a function with a cold L2: CUDA events around it, after a read of twice the cache.
+
+    A write would leave the cache full of what the function must write back before it has room: up to 50 MB on an H200, beside
+    the 301 MB that (1, 1000, 150528) reads in bfloat16.
+    """
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
         size = 2 * getattr(torch.cuda.get_device_properties(device), "L2_cache_size", 64 << 20) if self.on_gpu else 1
-        self._flush = torch.empty(size, dtype=torch.int8, device=device)
+        self._flush = torch.zeros(size // 4, device=device)
 
     @property
     def on_gpu(self) -> bool:
@@ -45,7 +49,7 @@ class Clock:
             start = time.perf_counter()
             function()
             return time.perf_counter() - start
-        self._flush.zero_()
+        self._flush.amax()
         start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
         start.record()
         function()
