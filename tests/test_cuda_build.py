@@ -32,6 +32,7 @@ LAST = {
 }
 INSTRUCTION = re.compile(r"\s+/\*[0-9a-f]{4,5}\*/\s+(?:@\S+\s+)?([A-Z][\w.]+)")
 LOAD_OR_USE = re.compile(r"LDG\.E\.128|[FD]ADD|[FD]FMA|BRA|CALL")
+ANY_LOAD_OR_USE = re.compile(r"LDG|[FD]ADD|[FD]FMA|[FD]SETP|BRA|CALL")
 # Instructions that access memory other than constants, and those after which the next need not be the next to run.
 ACCESS_OR_BRANCH = re.compile("LD(?!C)|UBLK|ST|ATOM|RED|CCTL|MEMBAR|SYNCS|BAR|BRA|BRX|JMP|JMX|CALL|RET|EXIT|WARPSYNC")
 
@@ -135,6 +136,24 @@ def test_steps_on_their_way_at_once(machine_code):
         if name.endswith("_fold_kernel"):
             ordered = "".join("L" if "LDG" in word else "+" for word in words if LOAD_OR_USE.match(word))
             assert max(map(len, ordered.split("+"))) > (steps - 1) * (rows + 1), (name, of)
+
+
+@needs_module
+def test_batches_on_their_way_at_once(machine_code):
+    """What few warps wait for between the fold and the scalars is asked for together, before any of it is needed."""
+    wanted = {  # which run of loads, in the order of the code, and how many it has
+        "margin_geometry_join_kernel": (-1, 4),  # a lane's folds
+        "margin_geometry_two_rows_kernel": (1, 9),  # the predicted logit; logits and ratios of four candidates
+        "margin_geometry_gap_kernel": (-1, 60),  # the six sums of five slices, each a value and an exponent
+    }
+    for (name, of), words in machine_code:
+        if name in wanted and not (
+            name.endswith("join_kernel") and "Ed" in of
+        ):  # float64 has twice the loads: some wait
+            which, least = wanted[name]
+            ordered = "".join("L" if "LDG" in word else "+" for word in words if ANY_LOAD_OR_USE.match(word))
+            runs = [len(run) for run in ordered.split("+") if run]
+            assert runs[which] >= least, (name, of, runs)
 
 
 @needs_module

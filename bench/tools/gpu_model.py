@@ -21,9 +21,9 @@ GROUP_ROWS, STEP, SEGMENT = 4, 512, 4096  # rows of a task; bytes of a row that 
 COPY_BYTES, FEW_BLOCKS, MANY_CLASSES = 46 << 10, 264, 4096  # as in csrc/cuda/margin_geometry.cu
 # Bytes of a slice of the two winning rows: of short rows, and of others with narrow entries or wider ones.
 SHORT_ROW, SHORT_SLICE, SLICES = 16384, 1024, (2048, 4096)
-# What is on its way at once: a warp's steps of a task, the candidates of a thread that looks for the nearest, and the slices'
-# sums of a lane that joins them; and all of a slice.
-FOLD_STEPS, CANDIDATES, SLICE_SUMS = 2, 4, 4
+# What is on its way at once: a warp's steps of a task, the candidates of a thread that looks for the nearest, and the segments'
+# folds and slices' sums of a lane that joins them; and all of a slice.
+FOLD_STEPS, CANDIDATES, SEGMENT_FOLDS, SLICE_SUMS = 2, 4, 4, 5
 NAMES = {torch.float32: "float", torch.bfloat16: "fastsal::BFloat16"}
 
 
@@ -158,21 +158,26 @@ def margin_geometry(
     blocks = B * ceil_div(tasks, warps * rounds)
     kernel = registers[f"margin_geometry_fold_kernel<2, {NAMES[dtype]}>"]
     resident = min(c.resident(kernel, warps, 768), ceil_div(blocks, c.processors))
-    reading = rounds * latencies(part, FOLD_STEPS) * c.latency
-    # What a warp loads first is asked for before it predicts: the memory is busy with that in the meantime, and the first
-    # wait is shorter by it. The logits are in the cache, but for the first blocks.
-    ahead = resident * warps * GROUP_ROWS * STEP * FOLD_STEPS
-    of_ahead = ahead * c.processors / (c.bandwidth * c.reads)
-    start = c.turn + c.idle_latency + max(0, nearest(warps, c.latency) - of_ahead)
+    # Half of a warp's first task is asked for before it predicts: the memory is busy with that in the meantime. The logits are
+    # in the cache, but for the first blocks.
+    half = part // 2
+    of_half = resident * warps * GROUP_ROWS * half * c.processors / (c.bandwidth * c.reads)
+    start = c.turn + c.idle_latency + max(0, nearest(warps, c.latency) - of_half)
     predict = nearest(warps, c.cache)
-    turn = c.turn + predict + reading - min(predict, c.latency - c.cache) + rounds * c.reduction
-    moving = ahead * reading / turn
+    # The first half then has been on its way for as long. The other half is asked for when the first is waited for.
+    waits = latencies(half, FOLD_STEPS)
+    first_half = max(c.latency - predict, c.cache) + (waits - 1) * c.cache
+    other_half = max(c.latency - first_half, c.cache) + (waits - 1) * c.cache
+    reading = first_half + other_half + (rounds - 1) * latencies(part, FOLD_STEPS) * c.latency
+    turn = c.turn + predict + reading + rounds * c.reduction
+    # By Little's law, if the memory kept up: what is read in a turn, each byte of it on its way for the latency.
+    moving = resident * warps * rounds * GROUP_ROWS * part * c.latency / turn
     # In the end fewer and fewer blocks read: half of the last turn is lost, from where they are too few for the bandwidth.
     end = turn / 2 * min(1, WANTED / moving)
     fold = start + max(best, float64, blocks / (resident * c.processors) * turn, turn) + end
     # The memory is idle from here on.
-    join = 3 * c.idle_cache + 2 * c.reduction
-    select = c.idle_cache + nearest(8, c.idle_cache, c.idle_cache)
+    join = ceil_div(segments, SEGMENT_FOLDS * 32) * c.idle_cache + 2 * c.reduction
+    select = nearest(8, c.idle_cache, c.idle_cache)
     two_rows = select + c.idle_latency + c.reduction
     last = (1 + ceil_div(slices, SLICE_SUMS * 32)) * c.idle_cache + c.scalars
     launches = 4 + (n >= MANY_CLASSES)

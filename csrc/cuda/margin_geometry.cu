@@ -26,7 +26,7 @@ constexpr int64_t kManyClasses = 4096;  // from which on a kernel of its own pre
 // What is on the way at once where few warps read: all steps of a slice, and the sums of the slices that a lane joins.
 template <class T>
 constexpr int kSliceSteps = kSliceBytes<T> / (kPackBytes * kWarpSize);
-constexpr int kSliceSums = 4;
+constexpr int kSliceSums = 5;  // of each lane, so 160 slices at once: an image of 3 x 224 x 224 has at most 147
 
 template <class T>
 struct Problem {
@@ -48,20 +48,23 @@ template <class T>
 struct Workspace {
   TwoRowSums* totals;
   int64_t* arrived;       // the blocks that have folded their part of the gap
+  double* top_logit;      // of the prediction, which would first have to be waited for
   TwoRowFolds* two_rows;  // [slices]
   Fold<T>* folds;         // [n, segments]
   double* ratios;         // [n]
   double* gaps;           // [slices]
 
   static __host__ __device__ int64_t bytes(int64_t n, int64_t D) {
-    const int64_t all = sizeof(TwoRowSums) + kPackBytes + (sizeof(TwoRowFolds) + sizeof(double)) * slices<T>(D) +
+    const int64_t all = sizeof(TwoRowSums) + sizeof(int64_t) + sizeof(double) +
+                        (sizeof(TwoRowFolds) + sizeof(double)) * slices<T>(D) +
                         (sizeof(Fold<T>) * segments<T>(D) + sizeof(double)) * n;
     return ceil_div(all, kPackBytes) * kPackBytes;
   }
   __device__ Workspace(char* at, int64_t n, int64_t D)
       : totals(reinterpret_cast<TwoRowSums*>(at)),
         arrived(reinterpret_cast<int64_t*>(totals + 1)),
-        two_rows(reinterpret_cast<TwoRowFolds*>(at + sizeof(TwoRowSums) + kPackBytes)),
+        top_logit(reinterpret_cast<double*>(arrived + 1)),
+        two_rows(reinterpret_cast<TwoRowFolds*>(top_logit + 1)),
         folds(reinterpret_cast<Fold<T>*>(two_rows + slices<T>(D))),
         ratios(reinterpret_cast<double*>(folds + n * segments<T>(D))),
         gaps(ratios + n) {}
@@ -103,7 +106,7 @@ struct Example {
   __device__ const T* row(int64_t j) const { return rows + j * stride_n; }
   __device__ int64_t& prediction() const { return p.indices_ptr[b]; }
   __device__ int64_t& runner_up() const { return p.indices_ptr[p.shape.B + b]; }
-  __device__ double margin(int64_t i, int64_t j) const { return logit(i) - logit(j); }
+  __device__ double margin(int64_t j) const { return *w.top_logit - logit(j); }
   __device__ WinningRows<T> winners(int64_t i, int64_t j) const { return {row(i), row(j), x, p.shape.D}; }
 
   // By a whole block: begins to copy the rows, and x where it is aligned, behind the workspace.
@@ -126,28 +129,35 @@ struct Example {
   __device__ int64_t predict() const {
     return block_nearest(p.shape.n, [&](int64_t j) { return Candidate{-logit(j), 0, j}; }).index;
   }
-  __device__ void prefetch_rows(int64_t task) const { prefetch_task<T>(task, {rows, stride_n, p.shape.n}, p.shape.D); }
+  __device__ void prefetch_rows(int half, int64_t task) const {
+    prefetch_half<T>(half, task, {rows, stride_n, p.shape.n}, p.shape.D);
+  }
   template <bool copied>
   __device__ __forceinline__ void fold_rows(int64_t task, int64_t i) const {
     fold_task<q, T, copied>(task, row(i), {rows, stride_n, p.shape.n}, i, p.shape.D, w.folds);
   }
+  __device__ void hand_on(int64_t i) const { prediction() = i, *w.top_logit = logit(i); }
   // By `lanes` lanes, row j; j < 0 is no row, see join_segments.
   __device__ void join_row(int64_t i, int64_t j, int lanes) const {
+    // On their way with the folds, so nothing is computed from them before.
+    const Out other = p.logits_ptr[b * p.shape.n + (j < 0 ? 0 : j)];
+    const double top = *w.top_logit;
     const double distance = join_segments<q, T>(w.folds, j, segment_count, lanes);
     if (j < 0 || lane_id() % lanes != 0) return;
-    w.ratios[j] = j == i ? INFINITY : ratio(margin(i, j), distance);
+    w.ratios[j] = j == i ? INFINITY : ratio(top - static_cast<double>(other), distance);
     store(&p.distances_ptr[b * p.shape.n + j], w.ratios[j]);
   }
   // By a whole block: the runner-up. Every thread has the result.
   __device__ int64_t select(int64_t i) const {
-    const auto candidate = [&](int64_t j) { return Candidate{w.ratios[j], margin(i, j), j == i ? -1 : j}; };
+    const double top = *w.top_logit;
+    const auto candidate = [&](int64_t j) { return Candidate{w.ratios[j], top - logit(j), j == i ? -1 : j}; };
     return block_nearest(p.shape.n, candidate).index;
   }
-  __device__ void finalize(int64_t i, int64_t j, const TwoRowSums& totals) const {  // by one warp
+  __device__ void finalize(int64_t j, const TwoRowSums& totals) const {  // by one warp
     const double gap = needs_gap<q, T>(totals) ? join_gaps<q>(w.gaps, slice_count) : sqrt(squared_gap(totals));
     if (lane_id() != 0) return;
     double scalars[kScalars];
-    two_row_scalars(logit(i), margin(i, j), w.ratios[j], totals, gap, scalars);
+    two_row_scalars(*w.top_logit, margin(j), w.ratios[j], totals, gap, scalars);
     for (int s = 0; s < kScalars; ++s) store(&p.scalars_ptr[s * p.shape.B + b], scalars[s]);
   }
 };
@@ -161,6 +171,7 @@ __global__ void __launch_bounds__(copied ? kCopyWarps * kWarpSize : kThreads, co
     Example<q, T> example(p, b, dynamic_shared());
     if constexpr (copied) example.copy();
     const int64_t i = example.predict();
+    if (threadIdx.x == 0) example.hand_on(i);
     if constexpr (copied) {
       wait_for_copies();
       __syncthreads();
@@ -175,7 +186,7 @@ __global__ void __launch_bounds__(copied ? kCopyWarps * kWarpSize : kThreads, co
     }
     __syncthreads();
     const int64_t j = example.select(i);
-    if (threadIdx.x == 0) example.prediction() = i, example.runner_up() = j;
+    if (threadIdx.x == 0) example.runner_up() = j;
     const WinningRows<T> winners = example.winners(i, j);
     for (int64_t c = warp; c < example.slice_count; c += warps) {
       two_rows_task<q, T, kSteps>(c, winners, p.shape.D, example.w.two_rows);
@@ -192,7 +203,7 @@ __global__ void __launch_bounds__(copied ? kCopyWarps * kWarpSize : kThreads, co
       }
       __syncthreads();
     }
-    if (warp == 0) example.finalize(i, j, *example.w.totals);
+    if (warp == 0) example.finalize(j, *example.w.totals);
     __syncthreads();  // the workspace is the next example's
   }
 }
@@ -202,7 +213,7 @@ __global__ void __launch_bounds__(kThreads) margin_geometry_predict_kernel(const
   let_next_kernel_start();
   const Example<q, T> example(p, blockIdx.x);
   const int64_t i = example.predict();
-  if (threadIdx.x == 0) example.prediction() = i;
+  if (threadIdx.x == 0) example.hand_on(i);
 }
 
 // `blocks` blocks for each example, each of whose warps takes `rounds` tasks. Where nobody has predicted yet, they all
@@ -215,9 +226,10 @@ __global__ void __launch_bounds__(kThreads, 2)
   const Example<q, T> example(p, blockIdx.x / blocks);
   const int64_t tasks = distance_tasks(p.shape.n, example.segment_count), warps = blockDim.x / kWarpSize;
   const int64_t part = blockIdx.x % blocks, first = part * rounds * warps + threadIdx.x / kWarpSize;
-  if (!predicted && first < tasks) example.prefetch_rows(first);
+  if (first < tasks) example.prefetch_rows(0, first);
   const int64_t i = predicted ? example.prediction() : example.predict();
-  if (!predicted && part == 0 && threadIdx.x == 0) example.prediction() = i;
+  if (first < tasks) example.prefetch_rows(1, first);
+  if (!predicted && part == 0 && threadIdx.x == 0) example.hand_on(i);
   for (int round = 0; round < rounds; ++round) {
     const int64_t task = first + round * warps;
     if (task < tasks) example.template fold_rows<false>(task, i);
@@ -225,7 +237,7 @@ __global__ void __launch_bounds__(kThreads, 2)
 }
 
 template <int q, class T>
-__global__ void __launch_bounds__(kThreads)
+__global__ void __launch_bounds__(kThreads, 1)
     margin_geometry_join_kernel(const __grid_constant__ Problem<T> p, int lanes) {
   wait_for_kernel_before();
   let_next_kernel_start();
@@ -278,7 +290,7 @@ __global__ void __launch_bounds__(kThreads, 1)
     __syncthreads();
     __threadfence();  // and those of the others after it
   }
-  if (finalizes && threadIdx.x < kWarpSize) example.finalize(i, j, totals);
+  if (finalizes && threadIdx.x < kWarpSize) example.finalize(j, totals);
 }
 
 // Enough warps for `tasks`, but no round of theirs that is nearly empty.

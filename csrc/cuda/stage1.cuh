@@ -11,6 +11,7 @@ namespace fastsal {
 constexpr int64_t kFewBlocks = 264;  // two for every multiprocessor of the largest devices
 constexpr int kGroupRows = 4;        // a power of two: join_lanes shares them out between the lanes
 constexpr int kFoldSteps = 2;        // whose loads are on the way at once
+constexpr int kSegmentFolds = 4;     // of a lane that joins them, likewise: all, up to 128 segments
 
 // Rows of one example: row j starts at `first + j * stride`.
 template <class T>
@@ -68,14 +69,15 @@ inline int64_t warps_of_block(int64_t tasks, int64_t most) {
   return enough < 1 ? 1 : enough < most ? enough : most;
 }
 
-// What the warp of a task will load first of its rows, asked for before their anchor is known.
+// Asks for one half, 0 or 1, of what the warp of a task will load of its rows. It needs no anchor and no registers.
 template <class T>
-__device__ __forceinline__ void prefetch_task(int64_t task, ExampleRows<T> rows, int64_t D) {
-  const int64_t groups = ceil_div(rows.count, kGroupRows), start = task / groups * Layout<T>::kSegment;
-  const int64_t row = task % groups * kGroupRows + lane_id();
-  if (lane_id() >= kGroupRows || row >= rows.count || D % Layout<T>::kPack != 0) return;
+__device__ __forceinline__ void prefetch_half(int half, int64_t task, ExampleRows<T> rows, int64_t D) {
+  constexpr int kHalf = Layout<T>::kSegment / 2;
+  const int64_t groups = ceil_div(rows.count, kGroupRows), row = task % groups * kGroupRows + lane_id();
+  const int64_t start = task / groups * Layout<T>::kSegment + half * kHalf;
+  if (lane_id() >= kGroupRows || row >= rows.count || start >= D || D % Layout<T>::kPack != 0) return;
   const T* from = rows.first + row * rows.stride + start;
-  const int length = part_length(start, D, kFoldSteps * Layout<T>::kStep);
+  const int length = part_length(start, D, kHalf);
   if (is_aligned(reinterpret_cast<uintptr_t>(from))) prefetch(from, length * static_cast<int>(sizeof(T)));
 }
 
@@ -122,9 +124,15 @@ __device__ __forceinline__ void fold_task(int64_t task, const T* anchor, Example
 template <int q, class T>
 __device__ __forceinline__ double join_segments(const Fold<T>* folds, int64_t row, int64_t segments, int lanes) {
   Fold<T> fold{};
-  if (row >= 0) {
-    for (int64_t segment = lane_id() % lanes; segment < segments; segment += lanes) {
-      fold = join<q>(fold, folds[row * segments + segment]);
+  for (int64_t first = lane_id() % lanes; row >= 0 && first < segments; first += kSegmentFolds * lanes) {
+    const Fold<T>* from = folds + row * segments + first;
+    const int count = part_length(first, segments, kSegmentFolds * lanes);  // from here on
+    Fold<T> others[kSegmentFolds];
+#pragma unroll
+    for (int c = 0; c < kSegmentFolds; ++c) others[c] = from[c * lanes < count ? c * lanes : 0];  // without a branch
+#pragma unroll
+    for (int c = 0; c < kSegmentFolds; ++c) {
+      if (c * lanes < count) fold = join<q>(fold, others[c]);
     }
   }
   return to_double(root<q>(FoldOf<T>::scaled(join_lanes<q>(fold, lanes))));

@@ -76,11 +76,13 @@ __device__ Candidate block_nearest(int64_t n, CandidateOf candidate_of) {
 #pragma unroll
     for (int c = 0; c < kBatch; ++c) {
       const int64_t j = first + c * static_cast<int64_t>(blockDim.x);
-      others[c] = j < n ? candidate_of(j) : Candidate{0, 0, -1};
+      others[c] = candidate_of(j < n ? j : first);  // a branch would keep the next one's loads from going out
+      if (j >= n) others[c].index = -1;
     }
 #pragma unroll
     for (int c = 0; c < kBatch; ++c) {
-      if (others[c].index >= 0 && is_nearer(others[c], best)) best = others[c];
+      const bool nearer = is_nearer(others[c], best);  // whatever the index, so that its loads go out with the others
+      if (nearer & (others[c].index >= 0)) best = others[c];
     }
   }
   for (int round = 0; round < 2; ++round) {  // within the warps, then among them

@@ -87,10 +87,12 @@ def test_the_model_counts_with_the_kernels_constants():
     assert constant("kManyClasses") == gpu_model.MANY_CLASSES
     assert constant("kFoldSteps") == gpu_model.FOLD_STEPS
     assert constant("kSliceSums") == gpu_model.SLICE_SUMS
+    assert constant("kSegmentFolds") == gpu_model.SEGMENT_FOLDS
+    assert constant("kBatch") == gpu_model.CANDIDATES
+    assert "kHalf = Layout<T>::kSegment / 2;" in text
     assert (constant("kShortBytes"), constant("kShortSliceBytes")) == (gpu_model.SHORT_ROW, gpu_model.SHORT_SLICE)
     slices = re.search(r"kSliceBytes = sizeof\(T\) < sizeof\(float\) \? (\d+) : (\d+);", text)
     assert tuple(map(int, slices.groups())) == gpu_model.SLICES
-    assert constant("kBatch") == gpu_model.CANDIDATES
     assert constant("kWarpSize") * constant("kPackBytes") == gpu_model.STEP
 
 
