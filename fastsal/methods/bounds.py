@@ -119,6 +119,9 @@ class Euclidean:
     """
 
     MEASURES: ClassVar[bool] = False  # whether `upper` becomes sharper by `measure`
+    AT_ONCE: ClassVar[int] = (
+        64  # how many rows are worth taking at once where `likely` says that all of them are needed
+    )
 
     def __init__(self, logits: Tensor, dimension: int, backend: str) -> None:
         """For a batch with logits [E, n], D = `dimension`, and the backend that measures rows."""
@@ -194,6 +197,7 @@ class Summed(Euclidean):
     """
 
     MEASURES = True
+    AT_ONCE = 4  # `likely` is a guess
     FLOOR = 0.2  # of w², in units of its mean: a coordinate that matters to no early class may matter to another
     TILE = 1 << 22  # entries of known parts at a time
 

@@ -75,6 +75,7 @@ from fastsal.passes import ModelPasses, NoJVPError, Passes
 TOP = 3  # highest other logits that are evaluated first and span the basis together with g
 BLOCK = 6  # range finder directions a step, PILOTS of them from the pilots: a pass fewer than with 4, and fewer steps
 MAX_STEPS = 16
+AHEAD = (1, 2, 4)  # how many steps a plan with a limit of passes looks ahead: what they promise may come late
 PILOTS = 2
 ROOM = TOP + 1 + 2 * BLOCK  # for directions, to begin with: seldom are more needed
 FLATTERED = 1.3  # pilots that have chosen directions see too little outside the basis: 0.5 to 1 times what there is
@@ -459,10 +460,12 @@ class _Search:
             energy = self._average(active, outside)
             fall = (energy / before).nan_to_num(0.0).clamp(max=0.97)
             promise_now, cost_now, count = self.forecast(active, inside, outside, torch.ones_like(fall))
-            promise, cost, _ = self.forecast(active, inside, outside, fall)
-            cost += 2 * BLOCK
-            better = (promise > promise_now) | ((promise == promise_now) & (cost < cost_now))
-            plan[active], go = to_host(count, better & (cost <= self._device(self._left(active))))
+            better, left = torch.zeros_like(count, dtype=torch.bool), self._device(self._left(active))
+            for steps in AHEAD if self.method.max_passes is not None else (1,):
+                promise, cost, _ = self.forecast(active, inside, outside, fall**steps)
+                cost += steps * 2 * BLOCK
+                better |= (cost <= left) & ((promise > promise_now) | ((promise == promise_now) & (cost < cost_now)))
+            plan[active], go = to_host(count, better)
             if step == MAX_STEPS or not go.any():
                 break
             before, active = energy[self._device(go.nonzero()[0])], active[go > 0]
@@ -601,14 +604,16 @@ class _Search:
         while True:
             waiting, lower = self.undecided(e), of(self.lower, e)
             needed = waiting & ~(lower >= of(self.target, e).unsqueeze(1))
-            number, count = to_host(waiting.sum(1), needed.sum(1)).astype(np.int64)
+            unbounded = waiting & ~(lower > 0)
+            number, count, least = to_host(waiting.sum(1), needed.sum(1), unbounded.sum(1)).astype(np.int64)
             keep = (number > 0) & (self._left(e) > 0)
             if not keep.any():
                 return
             kept = self._device(keep.nonzero()[0])
             e, waiting, lower, margin = e[keep], waiting[kept], lower[kept], of(self.margin, e[keep])
-            # All that are likely to be needed; beyond them one at a time, for each may make the next needless.
-            count = np.minimum(count[keep].clip(1), self._left(e))
+            # Those that are likely to be needed, and all that have no bound; else one, which may make the next needless.
+            count = np.maximum(count.clip(1, self.norm.AT_ONCE), least)[keep]
+            count = np.minimum(count, self._left(e))
             most = min(_common(count), max(1, 2 * self.passes.pairs // len(e)))
             by_margin = margin.sort(stable=True, dim=1).indices
             by_class = torch.arange(self.n, device=self.device).expand_as(by_margin)
