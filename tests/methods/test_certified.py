@@ -303,25 +303,30 @@ class TestRowsToTake:
     def test_at_most_a_third_in_vain(self, counts, common):
         assert certify._common(np.array(counts)) == common
 
-    def test_those_that_are_needed_and_then_one_by_one(self, monkeypatch):
-        """No row is taken whose bound is above the expected ρ̃ while one below it, or the decision, is still to come."""
+    @pytest.mark.parametrize(("norm", "most"), [(2.0, 64), (math.inf, 4)])
+    def test_those_that_are_needed_and_then_one_by_one(self, monkeypatch, norm, most):
+        """No row is taken whose bound is above the expected ρ̃ while one below it, or the decision, is still to come.
+
+        For p = ∞, where ρ̃ is expected with less confidence, the next few only.
+        """
         taken = []
         evaluate = certify._Search.evaluate
 
         def seen(search, e, classes, counts=None):
             if counts is not None:
-                below = (search.lower < search.target.unsqueeze(1)) & search.undecided(search.everyone)
-                taken.append((counts[0], int(below[0].sum())))
+                bounds = search.lower[search.undecided(search.everyone)]
+                if (bounds > 0).all():
+                    taken.append((counts[0], int((bounds < search.target).sum())))
             return evaluate(search, e, classes, counts)
 
         monkeypatch.setattr(certify._Search, "evaluate", seen)
         for seed in range(20):
-            logits, rows = KINDS[2.0]["ordinary"](torch.Generator().manual_seed(seed), 1)
-            found = certify.certify(Matrices(logits, rows), Certified(seed=seed))
+            logits, rows = KINDS[norm]["heavy_tails"](torch.Generator().manual_seed(seed), 1)
+            found = certify.certify(Matrices(logits, rows), Certified(seed=seed), norm=norm)
             assert found.certified.item()
-            assert found.winners[0, 1] == distances(logits, rows).argmin()
-        assert taken
-        assert all(count == max(1, needed) for count, needed in taken)
+            assert found.winners[0, 1] == distances(logits, rows, norm).argmin()
+        assert len(taken) > 5
+        assert all(count == min(most, max(1, needed)) for count, needed in taken)
 
     def test_rows_that_stand_in_are_not_counted(self):
         """Each example's passes are those that it would have used alone."""
