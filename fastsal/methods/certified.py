@@ -229,8 +229,8 @@ class _Search:
         self.early_rows = self.evaluate(self.everyone, self.early)
         self.unit = torch.ones_like(self.margin[:, 0])
         self.rank = 0  # of the bases
-        self._basis = self.margin.new_zeros(E, ROOM, passes.dimension)
-        self._components = self.margin.new_zeros(E, ROOM, self.n)
+        self._basis = self.margin.new_empty(E, ROOM, passes.dimension)
+        self._components = self.margin.new_empty(E, ROOM, self.n)
         self.pilots = self.normals.pilots
         self.piloted = self.margin.new_zeros(E, PILOTS, self.n)  # J times the pilots
         self.residual = self.margin.new_zeros(E, PILOTS, self.n)  # J times their parts outside the basis
@@ -260,11 +260,14 @@ class _Search:
         return self._components[:, : self.rank]
 
     def _put(self, held: Tensor, e: np.ndarray, start: int, values: Tensor) -> Tensor:
-        """`held` [E, room, ...] with `values` [e, c, ...] from `start` on; those of other examples stay 0."""
+        """`held` [E, room, ...] with `values` [e, c, ...] from `start` on, where other examples get 0; room stays untouched."""
         stop = start + values.shape[1]
         if stop > held.shape[1]:
-            more = held.new_zeros(len(held), max(stop, 2 * held.shape[1]) - held.shape[1], *held.shape[2:])
-            held = torch.cat((held, more), 1)
+            more = held.new_empty(len(held), max(stop, 2 * held.shape[1]), *held.shape[2:])
+            more[:, :start] = held[:, :start]
+            held = more
+        if len(e) < len(held):
+            held[:, start:stop] = 0.0
         held[slice(None) if len(e) == len(held) else self._device(e), start:stop] = values
         return held
 
@@ -365,6 +368,7 @@ class _Search:
             directions[:, slot : slot + 1] = row
         # Again, for what rounding had left has grown with them.
         directions = directions - (directions @ basis.mT) @ basis
+        del rows, row, known  # the products want the room
         products = self.products(e, directions)
         self._basis = self._put(self._basis, e, self.rank, directions)
         self._components = self._put(self._components, e, self.rank, products)
@@ -501,13 +505,12 @@ class _Search:
         """Compares one JVP along a random combination of all directions so far with the combination of their products."""
         if not len(e):
             return
-        scale = 1 / math.sqrt(self.passes.dimension)
-        directions = torch.cat((of(self.basis, e), scale * self.pilots.expand(len(e), -1, -1)), 1)
-        values = torch.cat((of(self.components, e), scale * of(self.piloted, e)), 1)
-        normal = stream(self.method.seed, "combination").standard_normal((1, directions.shape[1]))
+        normal = stream(self.method.seed, "combination").standard_normal((1, self.rank + PILOTS))
         mixture = self._device(normal / np.linalg.norm(normal))
-        products = self.products(e, mixture @ directions)
-        self.odd[self._device(e)] = (products - mixture @ values).squeeze(1).abs() > self.slack(e, self.sizes(e))
+        inside, pilots = mixture[:, : self.rank], mixture[:, self.rank :] / math.sqrt(self.passes.dimension)
+        products = self.products(e, inside @ of(self.basis, e) + pilots @ self.pilots)
+        expected = inside @ of(self.components, e) + pilots @ of(self.piloted, e)
+        self.odd[self._device(e)] = (products - expected).squeeze(1).abs() > self.slack(e, self.sizes(e))
 
     def sizes(self, e: np.ndarray) -> Tensor:
         """About ‖g_j‖ of every class [e, n], from the basis and the pilots."""
