@@ -89,7 +89,7 @@ def compare(kind: str, folder: Path, images: int, batch: int, norm: float) -> di
     }
 
 
-def by_batch(kind: str, folder: Path, norm: float, rounds: int = 4) -> list[dict[str, float]]:
+def by_batch(kind: str, folder: Path, norm: float, rounds: int = 8) -> list[dict[str, float]]:
     """How many times faster certified is than exact rows at batches of several sizes, once the derivative has been traced."""
     model, source = load(kind, folder), Images(kind, 4)
     methods = {"exact rows": fastsal.Exact(memory_limit=0), "certified": fastsal.Certified()}
