@@ -168,12 +168,8 @@ class Trace:
             raise UntraceableError("the model's parameters have other names than they had")
         with torch.no_grad():
             shared = self._of_weights(*state.values())
-            runs = [list(self._of_example(*shared, one)) for one in x.split(1)]
-            logits, own = torch.cat([run.pop(0) for run in runs]), []
-            while runs[0]:  # what has been joined is not held twice
-                values = [run.pop(0) for run in runs]
-                own.append(torch.stack(values) if len(values) > 1 else values[0].unsqueeze(0))
-            return logits, TracedPasses(self._of_direction, shared, own)
+            logits, *own = zip(*(self._of_example(*shared, one) for one in x.split(1)), strict=True)
+            return torch.cat(logits), TracedPasses(self._of_direction, shared, [torch.stack(values) for values in own])
 
 
 class TracedPasses:

@@ -13,14 +13,8 @@ from fastsal.host import of, to_device, to_host
 
 # The cumulative counts of probes at which a round may end, three an octave: examples that began apart share later rounds.
 COUNTS = tuple(round(4 * 2 ** (k / 3)) for k in range(20))
-SHARES = (
-    0.27,
-    0.22,
-    0.18,
-    0.14,
-    0.11,
-    0.08,
-)  # of the failure probability, for each round; fixed before any probe is drawn
+# What share of the failure probability each round has, fixed before any probe is drawn.
+SHARES = (0.27, 0.22, 0.18, 0.14, 0.11, 0.08)
 FIRST = COUNTS[: 1 - len(SHARES)]  # where a first round may end
 # torch.special.gammainc errs by up to 2e-9 of its value; a quantile this much lower stays below the true one.
 BELOW = 1 - 2.0**-26
@@ -119,9 +113,7 @@ class Euclidean:
     """
 
     MEASURES: ClassVar[bool] = False  # whether `upper` becomes sharper by `measure`
-    AT_ONCE: ClassVar[int] = (
-        64  # how many rows are worth taking at once where `likely` says that all of them are needed
-    )
+    AT_ONCE: ClassVar[int] = 64  # how many rows to take at once where `likely` says that all are needed
 
     def __init__(self, logits: Tensor, dimension: int, backend: str) -> None:
         """For a batch with logits [E, n], D = `dimension`, and the backend that measures rows."""

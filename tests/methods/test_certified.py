@@ -134,10 +134,8 @@ class TestGuarantee:
     @pytest.mark.parametrize("mutant", ["the mean of the weights", "no known part", "the known part's 2-norm"])
     def test_mutants_of_the_1_norm_are_caught(self, monkeypatch, all_rounds, mutant):
         upper, measure = Summed.upper, Summed.measure
-        kind, delta = (
-            "falling_spectrum",
-            0.01,
-        )  # nearly all of a row is known: without that, bounds are wrong, and no chance
+        # Nearly all of a row is known: without that, bounds are wrong, and not by chance.
+        kind, delta = "falling_spectrum", 0.01
 
         def mean_of_weights(self, e, known, rest, slack):
             return upper(self, e, known, rest, slack) * self._weights[e].mean(1, keepdim=True)
@@ -329,7 +327,7 @@ class TestRowsToTake:
         assert all(count == min(most, max(1, needed)) for count, needed in taken)
 
     def test_rows_that_stand_in_are_not_counted(self):
-        """Each example's passes are those that it would have used alone."""
+        """Each example's passes are those that it would have used alone, but for two rows at most, taken at once or not."""
         logits, rows = KINDS[2.0]["falling_spectrum"](torch.Generator().manual_seed(3), 20)
         together = certify.certify(Matrices(logits, rows), Certified())
         alone = [certify.certify(Matrices(logits[k : k + 1], rows[k : k + 1]), Certified()) for k in range(20)]
