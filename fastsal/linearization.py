@@ -236,6 +236,10 @@ class Linearization:
         """The same, detached. A method that records the model at a few examples at a time sets them."""
         return self.graph_logits.detach()
 
+    def forget(self) -> None:
+        """Frees the recorded pass. What needs it next, the logits excepted, makes it anew."""
+        self.__dict__.pop("graph_logits", None)
+
     def same_precision(self) -> torch.autocast:
         """The autocast state that the forward pass ran under, for running the model again."""
         enabled, dtype = self.autocast

@@ -169,7 +169,8 @@ class Trace:
         with torch.no_grad():
             shared = self._of_weights(*state.values())
             logits, *own = zip(*(self._of_example(*shared, one) for one in x.split(1)), strict=True)
-            return torch.cat(logits), TracedPasses(self._of_direction, shared, [torch.stack(values) for values in own])
+            stacked = [torch.stack(values) if len(values) > 1 else values[0].unsqueeze(0) for values in own]
+            return torch.cat(logits), TracedPasses(self._of_direction, shared, stacked)
 
 
 class TracedPasses:
@@ -333,12 +334,12 @@ class Traces:
     """The trace of a model at examples like those of a recorded pass, kept from one batch to the next while the model lives.
 
     Args:
-        graph: The recorded pass.
-        examples: How many examples of this kind are to be looked at.
+        graph: The recorded pass of all examples that are to be looked at.
+        gradients: Bytes of every gradient that a backward pass of one row of one example forms.
     """
 
-    def __init__(self, graph: Linearization, examples: int) -> None:
-        self._graph, self._examples = graph, examples
+    def __init__(self, graph: Linearization, gradients: list[int]) -> None:
+        self._graph = graph
         leaf = graph.leaf
         kind = (leaf.shape[1:], leaf.dtype, leaf.device, graph.autocast)
         # Of other callables nobody can tell what they keep between calls, nor make a copy.
@@ -346,7 +347,6 @@ class Traces:
         self._entry = _Known(hopeless=True)
         if self._model is not None:
             self._entry = _known.setdefault(self._model, {}).setdefault(kind, _Known())
-        gradients = graph.gradient_bytes()
         self._worth = sum(gradients) / len(gradients)
 
     def at(self, x: Tensor, logits: Tensor | None) -> "TracedPasses":
@@ -360,7 +360,7 @@ class Traces:
             UntraceableError: The model cannot be traced, or it does not pay yet.
         """
         entry, model = self._entry, self._model
-        if entry.trace is None and (entry.examples + self._examples) * self._worth < PAYS:
+        if entry.trace is None and (entry.examples + len(self._graph.leaf)) * self._worth < PAYS:
             entry.examples += len(x)
             raise UntraceableError("a trace does not pay yet")
         for _ in range(2):  # a trace that no longer fits the model is made again, once

@@ -355,7 +355,7 @@ class _Search:
         basis, rows = of(self.basis, e), self.norm.rows(e, rows)
         length = reference.vector_norm(rows, 2.0).unsqueeze(2)
         rows = rows / torch.where(length > 0, length, 1.0)
-        rows = rows - (rows @ basis.mT) @ basis
+        rows.baddbmm_(rows @ basis.mT, basis, alpha=-1)
         directions = torch.zeros_like(rows)
         for slot in range(rows.shape[1]):
             row, known = rows[:, slot : slot + 1], directions[:, :slot]
@@ -367,7 +367,7 @@ class _Search:
                 row = torch.where(kept, row / length, 0.0)
             directions[:, slot : slot + 1] = row
         # Again, for what rounding had left has grown with them.
-        directions = directions - (directions @ basis.mT) @ basis
+        directions.baddbmm_(directions @ basis.mT, basis, alpha=-1)
         del rows, row, known  # the products want the room
         products = self.products(e, directions)
         self._basis = self._put(self._basis, e, self.rank, directions)
