@@ -4,15 +4,14 @@
 
 Everyone measures the network and the images of bench/contestants/imagenet.py, and every answer is compared with the exact one.
 Who looks at a few classes, and certified, takes all fourteen images. Who takes a backward pass for every class takes one
-batch, in a process of its own; where that would last more than a minute, its time is extrapolated from 2 and 20 classes, for
-every class costs the same. Figures are those of one image. What bench/results/imagenet.json lacks is measured, and written
-into it.
+batch; where that would last more than a minute, its time is extrapolated from 2 and 20 classes, for every class costs the same.
+All times are taken in one process, for a fresh one is slower, and memory in fresh ones. Figures are those of one image. What
+bench/results/imagenet.json lacks is measured, and written into it.
 """
 
 import argparse
 import functools
 import importlib.util
-import json
 import math
 import subprocess
 import sys
@@ -118,28 +117,25 @@ def subject(tiny: bool) -> tuple[nn.Module, Tensor]:
     return model, x.repeat(5, 1)[:count] * torch.linspace(0.9, 1.1, count).unsqueeze(1)
 
 
-def alone(name: str, batch: int, norm: float, classes: int | None, tiny: bool) -> dict[str, Any]:
-    """Seconds, peak memory and answers of a way on the first batch; a first run, on a small model, takes what imports take.
+def peak_memory(name: str, batch: int, norm: float, classes: int | None, tiny: bool) -> int:
+    """Bytes that a way needs for the first batch; a first run, on a small model, takes what imports take.
 
     `classes` is how many the network is to have, None for all.
     """
-    way, answer = ways(norm)[name], []
+    way = ways(norm)[name]
     way.run(*(models.tiny() if tiny else models.load(SMALL)))
     model, images = subject(tiny)
     cut = model if classes is None else FirstClasses(model, classes).eval()
-    start = time.perf_counter()
-    peak = memory.growth(lambda: answer.append(way.run(cut, images[:batch])[0]))
-    return {"seconds": time.perf_counter() - start, "peak memory": peak, "answer": answer[0].tolist()}
+    return memory.growth(lambda: way.run(cut, images[:batch]))
 
 
-def in_fresh_process(name: str, batch: int, norm: float, classes: int | None, tiny: bool) -> dict[str, Any]:
-    """`alone` in a process of its own, with as many threads as this one."""
+def in_fresh_process(name: str, batch: int, norm: float, classes: int | None, tiny: bool) -> int:
+    """`peak_memory` in a process of its own, with as many threads as this one."""
     options = ["--alone", name, "--batch", str(batch), "--norm", str(norm), "--threads", str(torch.get_num_threads())]
     options += (["--tiny"] if tiny else []) + (["--classes", str(classes)] if classes else [])
     command = [sys.executable, "-m", "bench", LEVEL, *options]
     done = subprocess.run(command, cwd=ROOT, stdout=subprocess.PIPE, text=True, check=True)
-    found: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
-    return found
+    return int(done.stdout.splitlines()[-1])
 
 
 def one_pass(model: nn.Module, x: Tensor) -> Callable[[object], object]:
@@ -165,21 +161,23 @@ def checked(way: Way, answer: Tensor, truth: Tensor) -> dict[str, Any]:
 
 
 def on_one_batch(
-    name: str, way: Way, whole: list[float], truth: Tensor, batch: int, norm: float, tiny: bool
+    name: str, way: Way, whole: list[float], truth: Tensor, model: nn.Module, x: Tensor, norm: float, tiny: bool
 ) -> dict[str, Any]:
     """The figures of who takes a backward pass for every class, which is said to take `whole` seconds in several rounds.
 
     What is extrapolated counts as right: its answers are checked where it is run in full, on one image.
     """
-    rounds = [value / batch for value in whole]
+    rounds, full = [value / len(x) for value in whole], core.three(whole)[1] <= LONG
     row: dict[str, Any] = {"extrapolated": core.three(rounds)[1]}
-    if core.three(whole)[1] <= LONG:
-        full = in_fresh_process(name, batch, norm, None, tiny)
-        row |= checked(way, torch.tensor(full["answer"], dtype=torch.float64), truth)
-        return row | {"peak memory": full["peak memory"], "rounds": [full["seconds"] / batch]}
-    row |= {"status": "right", "rough": True, "rounds": rounds, "what": f"{way.what}, extrapolated from {MANY} classes"}
-    if name == YARDSTICK:
-        row["peak memory"] = in_fresh_process(name, batch, norm, HELD, tiny)["peak memory"]
+    if full:
+        start = time.perf_counter()
+        answer = way.run(model, x)[0]
+        row |= {"rounds": [(time.perf_counter() - start) / len(x)], **checked(way, answer.double(), truth)}
+    else:
+        row |= {"status": "right", "rough": True, "rounds": rounds}
+        row["what"] = f"{way.what}, extrapolated from {MANY} classes"
+    if full or name == YARDSTICK:
+        row["peak memory"] = in_fresh_process(name, len(x), norm, None if full else HELD, tiny)
     return row
 
 
@@ -220,11 +218,11 @@ def record(case: str, tiny: bool = False) -> dict[str, Any]:
         if way.every:
             few, many = (times[f"{name}, {count}"] for count in (FEW, MANY))
             whole = [a + (b - a) / (MANY - FEW) * (n - FEW) for a, b in zip(few, many, strict=False)]
-            row |= on_one_batch(name, way, whole, truth, batch, norm, tiny)
+            row |= on_one_batch(name, way, whole, truth, model, batches[0], norm, tiny)
             passes = n if name == YARDSTICK else None
         else:
             row |= checked(way, torch.cat([rho for rho, _ in answers[name]]).double(), truth)
-            row["peak memory"] = in_fresh_process(name, batch, norm, None, tiny)["peak memory"]
+            row["peak memory"] = in_fresh_process(name, batch, norm, None, tiny)
             row["rounds"] = [value / len(images) for value in times[name]]
             if name == CERTIFIED:
                 row["start"] = max(0.0, first[name] - batch * core.three(row["rounds"])[1])
@@ -266,7 +264,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--fresh", action="store_true", help="forget what the file holds")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
-    parser.add_argument("--alone", metavar="NAME", help="what a process of its own is asked for: one way on one batch")
+    parser.add_argument("--alone", metavar="NAME", help="prints the peak memory in bytes: one way on one batch")
     parser.add_argument("--batch", type=int, default=1, help="with --alone")
     parser.add_argument("--norm", type=float, default=2.0, help="with --alone: the p of the perturbation")
     parser.add_argument("--classes", type=int, help="with --alone: of the network, the first so many")
@@ -274,6 +272,6 @@ def main() -> None:
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
     if arguments.alone:
-        print(json.dumps(alone(arguments.alone, arguments.batch, arguments.norm, arguments.classes, arguments.tiny)))
+        print(peak_memory(arguments.alone, arguments.batch, arguments.norm, arguments.classes, arguments.tiny))
     else:
         section(arguments.fresh)

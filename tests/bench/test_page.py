@@ -28,7 +28,7 @@ def figures(home, measured, work_on_a_jacobian, monkeypatch):
     store.put("c", {**measured(pairs.forward((3, 30, 50), tiny=True)), "level": "pairs"}, "abc")
     photographs = Store(home / "imagenet.json")
     photographs.begin(fresh=True)
-    monkeypatch.setattr(imagenet, "in_fresh_process", imagenet.alone)
+    monkeypatch.setattr(imagenet, "in_fresh_process", imagenet.peak_memory)
     monkeypatch.setattr(imagenet, "BUDGET", 0.0)
     photographs.put("4", imagenet.record("batches of 4", tiny=True), "abc")
     store.put("edge", json.loads((RESULTS / "bench.json").read_text(encoding="utf-8"))["records"]["edge"], "abc")
