@@ -78,6 +78,7 @@ MAX_STEPS = 16
 AHEAD = (1, 2, 4)  # how many steps a plan with a limit of passes looks ahead: what they promise may come late
 PILOTS = 2
 ROOM = TOP + 1 + 2 * BLOCK  # for directions, to begin with
+PROJECTED = 4  # probes at once, at least: a large basis is read for all of them
 FLATTERED = 1.3  # pilots that have chosen directions see too little outside the basis: 0.5 to 1 times what there is
 PRIOR = 4.0  # the average over classes counts as this many pilots in the estimate for one class
 DEPENDENT = 1e-4  # what is left of a row that the basis spans is rounding: no direction worth a JVP
@@ -345,24 +346,24 @@ class _Search:
             along = gap(rows @ self.normals.probes(s).T - inside @ of(self.shadow[:, :s], e).mT, self.probed[:, :s])
             outside += torch.where(torch.arange(s, device=self.device) < drawn.unsqueeze(2), along, 0.0).sum(2)
         square = torch.maximum(gap(inside, self.components).sum(2), outside / (PILOTS + drawn))
-        size = torch.maximum(rows.square().sum(2).sqrt(), of(self.typical, e).unsqueeze(1))
+        size = torch.maximum(torch.linalg.vector_norm(rows, dim=2), of(self.typical, e).unsqueeze(1))
         return torch.where(square == 0, 0.0, square.sqrt() / size).amax(1)
 
     # Step 1: the basis.
 
     def span(self, e: np.ndarray, rows: Tensor) -> None:
         """Adds rows [e, c, D] to the basis of examples e, orthonormalised, and takes the JVPs."""
-        basis, rows = of(self.basis, e), self.norm.rows(e, rows)
-        length = reference.vector_norm(rows, 2.0).unsqueeze(2)
-        rows = rows / torch.where(length > 0, length, 1.0)
+        basis, rows = of(self.basis, e), self.norm.rows(e, rows) / of(self.unit, e).view(-1, 1, 1)
+        length = torch.linalg.vector_norm(rows, dim=2, keepdim=True)
+        rows /= torch.where(length > 0, length, 1.0)
         rows.baddbmm_(rows @ basis.mT, basis, alpha=-1)
         directions = torch.zeros_like(rows)
         for slot in range(rows.shape[1]):
             row, known = rows[:, slot : slot + 1], directions[:, :slot]
             kept = torch.ones_like(row[:, :, :1], dtype=torch.bool)
             for _ in range(2):  # twice is enough
-                row = row - (row @ known.mT) @ known
-                length = row.square().sum(2, keepdim=True).sqrt()
+                row = torch.baddbmm(row, row @ known.mT, known, alpha=-1)
+                length = torch.linalg.vector_norm(row, dim=2, keepdim=True)
                 kept &= length > DEPENDENT
                 row = torch.where(kept, row / length, 0.0)
             directions[:, slot : slot + 1] = row
@@ -546,7 +547,8 @@ class _Search:
             if not len(e):
                 return
             end = counts[np.arange(len(e)), stage]
-            for part in torch.split(self.normals.probes(int(end.min()))[done:], max(1, self.passes.pairs // len(e))):
+            together = max(PROJECTED, self.passes.pairs // len(e))
+            for part in torch.split(self.normals.probes(int(end.min()))[done:], together):
                 basis = of(self.basis, e)
                 shadow = part @ basis.mT
                 values = self.products(e, torch.baddbmm(part.expand(len(e), -1, -1), shadow, basis, alpha=-1))
