@@ -7,11 +7,11 @@ and `fastsal` on the command line.
 from fastsal import losses, plot
 from fastsal.adversarial import Adversarial, deepfool
 from fastsal.analysis import analyze
-from fastsal.datasets import evaluate
-from fastsal.geometry import Geometry, margin_geometry
+from fastsal.evaluation import evaluate
 from fastsal.methods import Candidates, Certified, Exact
-from fastsal.ops import info
-from fastsal.pairwise import PairwiseMargins, pairwise_margins
+from fastsal.tensor.geometry import Geometry, margin_geometry
+from fastsal.tensor.ops import info
+from fastsal.tensor.pairwise import PairwiseMargins, pairwise_margins
 
 __version__ = "0.1.0"
 __all__ = [

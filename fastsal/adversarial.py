@@ -8,9 +8,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from fastsal import methods, reference, validation
-from fastsal.linearization import Linearization, Model, call, check_evaluation_mode, check_input, linearize, recording
+from fastsal import methods, validation
 from fastsal.methods import Method
+from fastsal.model.calling import Model, call, check_evaluation_mode, check_input, recording
+from fastsal.model.linearization import Linearization, linearize
+from fastsal.tensor import reference
 
 HALVINGS = 16
 

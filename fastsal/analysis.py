@@ -7,8 +7,9 @@ import torch
 from torch import Tensor
 
 from fastsal import methods, validation
-from fastsal.geometry import Geometry, margin_geometry
-from fastsal.linearization import Model, check_input, linearize
+from fastsal.model.calling import Model, check_input
+from fastsal.model.linearization import linearize
+from fastsal.tensor.geometry import Geometry, margin_geometry
 
 
 def analyze(

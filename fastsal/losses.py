@@ -8,9 +8,11 @@ draw random numbers (BatchNorm, dropout) have to be in evaluation mode.
 import torch
 from torch import Tensor
 
-from fastsal import methods, reference, validation
-from fastsal.linearization import Linearization, Model, linearize
-from fastsal.pairwise import pairwise_margins
+from fastsal import methods, validation
+from fastsal.model.calling import Model
+from fastsal.model.linearization import Linearization, linearize
+from fastsal.tensor import reference
+from fastsal.tensor.pairwise import pairwise_margins
 
 __all__ = ["cross_lipschitz_loss", "margin_loss"]
 

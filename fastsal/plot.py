@@ -14,8 +14,8 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
-from fastsal.datasets import load
-from fastsal.geometry import Geometry
+from fastsal.evaluation import load
+from fastsal.tensor.geometry import Geometry
 
 Result = Geometry | str | Path
 Results = Result | Mapping[str, Result]

@@ -19,8 +19,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 import fastsal
-from fastsal import ops, reference
-from fastsal.kernels import layout
+from fastsal.tensor import ops, reference
+from fastsal.tensor.backends import layout
 
 NORMS = (2.0, math.inf, 1.0)
 DTYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16)

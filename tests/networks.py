@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from fastsal.linearization import Linearization
+from fastsal.model.linearization import Linearization
 
 
 class Attention(nn.Module):

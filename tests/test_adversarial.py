@@ -9,7 +9,7 @@ from torch import nn
 import fastsal
 from fastsal import methods
 from fastsal.adversarial import HALVINGS, deepfool, nearest_boundary
-from fastsal.linearization import linearize
+from fastsal.model.linearization import linearize
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

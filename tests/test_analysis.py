@@ -10,7 +10,8 @@ import torch.nn.functional as F
 from networks import MODELS, LargestTensor, dense, make
 from torch import nn
 
-from fastsal import Candidates, Exact, analyze, reference
+from fastsal import Candidates, Exact, analyze
+from fastsal.tensor import reference
 
 
 def compare(result, logits, jacobian, x, norm, tolerance):

@@ -12,8 +12,8 @@ import torch
 from cases import each_dtype, each_norm, each_target
 
 import fastsal
-from fastsal import ops
-from fastsal.kernels import cpu
+from fastsal.tensor import ops
+from fastsal.tensor.backends import cpu
 
 OPS = pytest.mark.parametrize("call", [fastsal.margin_geometry, fastsal.pairwise_margins], ids=lambda f: f.__name__)
 # 20,011 is more than one segment of a kernel's row; the reference takes its time there.

@@ -9,7 +9,7 @@ from torch.func import functional_call
 
 import fastsal
 from fastsal import losses
-from fastsal.linearization import Linearization
+from fastsal.model.linearization import Linearization
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

@@ -1,8 +1,8 @@
 """What makes the host wait for a device: nothing at tensor level, and a decision a round in a certificate.
 
 At tensor level, a CUDA graph can capture the calls: fake tensors have no values, so that reading one raises. (What
-fastsal/kernels/cuda.py does itself is in test_cuda_emulation.py.) A certificate has to read something, so that its tensors have
-values there, are said to be on a device, and count who reads them.
+fastsal/tensor/backends/cuda.py does itself is in test_cuda_emulation.py.) A certificate has to read something, so that its
+tensors have values there, are said to be on a device, and count who reads them.
 """
 
 from collections import Counter

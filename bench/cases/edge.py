@@ -23,7 +23,7 @@ from bench import ROOT
 from bench.contestants import backends, formulas
 from bench.contestants.peers import PEERS
 from bench.suite.core import FOREIGN_ERRORS
-from fastsal import reference
+from fastsal.tensor import reference
 
 LIMIT = 1e-2  # relative: the lengths of steps are read off float32 images
 SCALES = (1e-7, 1e-9, 1e-12, 1e-15, 1e-20, 1e-23, 1e-25, 1e20)

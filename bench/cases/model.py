@@ -16,7 +16,7 @@ import fastsal
 from bench.contestants import formulas, models
 from bench.contestants.peers import PEERS, TEN
 from bench.suite.core import Case, Contestant, Work
-from fastsal import reference
+from fastsal.tensor import reference
 
 VALUE_LIMIT = 1e-3  # relative, of ρ̃: float32 gradients may fall on the other side of a ReLU than float64 ones
 STEP_LIMIT = 1e-2  # of the length of a step, read off float32 images

@@ -15,8 +15,8 @@ import fastsal
 from bench.cases.tensor import LOOSE, draw
 from bench.contestants import backends, formulas
 from bench.suite.core import Case, Contestant, Work
-from fastsal import reference
-from fastsal.tolerance import tolerance, worst
+from fastsal.tensor import reference
+from fastsal.tensor.tolerance import tolerance, worst
 
 SHAPES = ((8192, 10, 784), (128, 100, 3072), (1, 1000, 12288))
 QUICK = ((8, 100, 3072),)

@@ -16,8 +16,8 @@ import fastsal
 from bench.contestants import backends, formulas
 from bench.suite.core import Case, Contestant, Work
 from bench.suite.read_bandwidth import pure_read, read_in_tiles
-from fastsal import reference
-from fastsal.tolerance import scaled_errors, tolerance, worst
+from fastsal.tensor import reference
+from fastsal.tensor.tolerance import scaled_errors, tolerance, worst
 
 Inputs = tuple[Tensor, Tensor, Tensor]
 CACHES = 1 << 28  # bytes: several times any last-level cache of one socket

@@ -27,7 +27,7 @@ from bench.cases.model import VALUE_LIMIT
 from bench.contestants import zoo
 from bench.report.tables import zoo as as_table
 from bench.suite.session import Session
-from fastsal import tracing
+from fastsal.model import traced
 
 ROUNDS = 5
 
@@ -64,9 +64,9 @@ def compare(model: nn.Module, x: Tensor) -> dict[str, Any]:
 
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
-        with mock.patch.object(tracing, "PAYS", math.inf):
+        with mock.patch.object(traced, "PAYS", math.inf):
             untraced = certified()
-    with warnings.catch_warnings(), mock.patch.object(tracing, "PAYS", 0):
+    with warnings.catch_warnings(), mock.patch.object(traced, "PAYS", 0):
         warnings.simplefilter("ignore")
         first, _ = _seconds(certified)
         seconds, found = _seconds(certified)
@@ -84,7 +84,7 @@ def compare(model: nn.Module, x: Tensor) -> dict[str, Any]:
         "same runner-up": int((found.runner_up == exact.runner_up).sum()),
         "largest relative error": float(error.max()),
         "certified": int((untraced.certified & found.certified).sum()),
-        "traced": any(known.trace is not None for known in tracing._known.get(model, {}).values()),
+        "traced": any(known.trace is not None for known in traced._known.get(model, {}).values()),
         "passes": passes.mean().item(),
         "seconds": {"first": first, "certified": seconds, "exact rows": exact_seconds, "one backward pass": one},
         "pass": seconds / passes.sum().item() / (one / len(x)),

@@ -2,7 +2,7 @@
 
 from torch import Tensor
 
-from fastsal import ops
+from fastsal.tensor import ops
 
 
 def compiled(jacobian: Tensor) -> tuple[list[str], dict[str, str]]:

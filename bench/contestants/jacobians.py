@@ -8,9 +8,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fastsal.host import of
-from fastsal.methods.bounds import Summed
-from fastsal.reference import dual
+from fastsal.devices import of
+from fastsal.methods.certified.bounds import Summed
+from fastsal.tensor.reference import dual
 
 MANY = 90  # classes: enough for probes to be worth while
 D = 60
@@ -18,7 +18,7 @@ D = 60
 
 @dataclass
 class Matrices:
-    """The passes (fastsal.passes) of given Jacobians [E, n, D] and logits [E, n]."""
+    """The passes (fastsal.model.products) of given Jacobians [E, n, D] and logits [E, n]."""
 
     logits: Tensor
     jacobian: Tensor

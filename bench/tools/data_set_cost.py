@@ -27,7 +27,7 @@ from torch import Tensor, nn
 from torch.utils.data import Dataset
 
 import fastsal
-from fastsal.datasets import batches
+from fastsal.evaluation import batches
 
 
 class Noise(Dataset[Any]):

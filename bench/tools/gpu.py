@@ -208,7 +208,7 @@ def sanitize(report: Report, device: torch.device, deadline: float) -> None:
 
 def small_run(device: torch.device) -> None:
     """Every CUDA kernel once, on small shapes, odd ones too: what the sanitizer watches."""
-    from fastsal import ops
+    from fastsal.tensor import ops
 
     for dtype in (torch.float32, torch.float64, torch.bfloat16):
         for B, n, D in ((2, 10, 133), (2, 10, 160), (1, 20, 2500), (1, 4100, 24)):

@@ -15,7 +15,7 @@ from pathlib import Path
 import torch
 
 from bench.tools.gpu_speed import GEOMETRY
-from fastsal.kernels import cuda
+from fastsal.tensor.backends import cuda
 
 GROUP_ROWS, STEP, SEGMENT = 4, 512, 4096  # rows of a task; bytes of a row that a warp loads at once, and in a task
 COPY_BYTES, FEW_BLOCKS, MANY_CLASSES = 46 << 10, 264, 4096  # as in csrc/cuda/margin_geometry.cu

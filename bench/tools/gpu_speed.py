@@ -19,7 +19,7 @@ from torch import Tensor
 import fastsal
 from bench.contestants import formulas
 from bench.tools.gpu import Report, inputs
-from fastsal import ops
+from fastsal.tensor import ops
 
 GEOMETRY = [(65_536, 10, 784), (1700, 100, 3072), (13, 1000, 37_632), (1, 1000, 150_528), (8, 10, 784)]
 PAIRWISE = [(64, 100, 3072), (1, 1000, 150_528)]

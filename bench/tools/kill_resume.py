@@ -19,7 +19,7 @@ from pathlib import Path
 
 import numpy as np
 
-from fastsal.datasets import shards
+from fastsal.evaluation import shards
 
 EXAMPLES, BATCH = 3003, 4
 MODEL = """

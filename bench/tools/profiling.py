@@ -14,7 +14,8 @@ import fastsal
 from bench.cases.model import METHODS
 from bench.contestants import models
 from bench.report import words
-from fastsal import linearization, ops, passes
+from fastsal.model import linearization, products
+from fastsal.tensor import ops
 
 PARTS = ("forward", "backward rows", "probes", "kernel")
 
@@ -50,7 +51,7 @@ def watched() -> Iterator[Stopwatch]:
     seams: list[tuple[Any, str, str]] = [
         (linearization, "call", "forward"),
         (torch.autograd, "grad", "backward rows"),
-        (passes.ModelPasses, "jvp", "probes"),
+        (products.ModelPasses, "jvp", "probes"),
     ]
     for module in ops.BACKENDS.values():
         seams += [(module, name, "kernel") for name in ("row_distances", "margin_geometry") if hasattr(module, name)]

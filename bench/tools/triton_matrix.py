@@ -4,7 +4,7 @@
     python bench/tools/triton_matrix.py --default          what the tests compile: each kernel × dtype × norm once
     python bench/tools/triton_matrix.py --json matrix.json
 
-The launches are those of fastsal/kernels/triton_ops itself, caught on their way to the device.
+The launches are those of fastsal/tensor/backends/triton_ops itself, caught on their way to the device.
 """
 
 import argparse
@@ -27,8 +27,8 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from fastsal.kernels import triton as backend
-from fastsal.kernels.triton_ops import launching
+from fastsal.tensor.backends import triton as backend
+from fastsal.tensor.backends.triton_ops import launching
 
 TYPES = {
     torch.float64: "fp64",

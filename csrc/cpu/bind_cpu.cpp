@@ -112,7 +112,7 @@ bool has_openmp() {
 }  // namespace
 
 PYBIND11_MODULE(_cpu, m) {
-  m.doc() = "CPU kernels of fastsal; see fastsal/kernels/cpu.py.";
+  m.doc() = "CPU kernels of fastsal; see fastsal/tensor/backends/cpu.py.";
   const auto release = pybind11::call_guard<pybind11::gil_scoped_release>();
   m.def("row_distances", &row_distances, release);
   m.def("margin_geometry", &margin_geometry, release);

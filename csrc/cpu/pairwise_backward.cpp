@@ -1,5 +1,5 @@
 // pairwise_backward: the gradient of the Jacobian and of x from the weights w and v of the pairs, as
-// fastsal.reference.pairwise_backward defines it.
+// fastsal.tensor.reference.pairwise_backward defines it.
 #include <cmath>
 #include <cstring>
 #include <vector>

@@ -5,7 +5,7 @@
 // (CUDA Programming Guide, section 4.5). All that keeps them in order then is in the kernels, so they all keep to this:
 //
 // - A kernel that may follow another begins with `wait_for_kernel_before`, which returns when that kernel has ended
-//   and its writes can be seen. No access to global memory comes earlier, be it only a read; tests/test_cuda_build.py
+//   and its writes can be seen. No access to global memory comes earlier, be it only a read; tests/tensor/backends/test_cuda_build.py
 //   looks for one in the machine code.
 // - A kernel that may have a follower calls `let_next_kernel_start` thereafter, never before. So no kernel starts until
 //   the one before its predecessor has ended too, and none can overwrite what another still reads.

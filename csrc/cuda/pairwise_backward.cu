@@ -1,5 +1,5 @@
 // pairwise_backward: grad g_i = sum_j w_ij phi(g_i - g_j) + sum_j v_ij x, and grad x = sum_{i<j} v_ij (g_i - g_j), with
-// phi as in fastsal/reference.py. The sums are in float64, for the range of the weights. The differences are formed
+// phi as in fastsal/tensor/reference.py. The sums are in float64, for the range of the weights. The differences are formed
 // again, entry by entry.
 #include "dispatch.cuh"
 #include "launch.cuh"

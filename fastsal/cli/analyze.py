@@ -38,12 +38,12 @@ from torch import distributed as dist
 from fastsal import plot
 from fastsal.cli import inputs, models
 from fastsal.cli.options import natural, positive
-from fastsal.datasets import as_geometry, evaluate, in_memory, shards
-from fastsal.datasets.batches import MISSING
-from fastsal.datasets.summary import Columns, Summary
+from fastsal.evaluation import as_geometry, evaluate, in_memory, shards
+from fastsal.evaluation.batches import MISSING
+from fastsal.evaluation.summary import Columns, Summary
 from fastsal.files import Blame, CommandError, check_output, extra, replacing
-from fastsal.linearization import call
 from fastsal.methods import METHODS
+from fastsal.model.calling import call
 
 FILES = (".csv", ".npz", ".parquet")
 PICTURES = (".pdf", ".png", ".svg")

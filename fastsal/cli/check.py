@@ -16,11 +16,11 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from fastsal import ops
-from fastsal.geometry import margin_geometry
-from fastsal.pairwise import pairwise_margins
-from fastsal.reference import row_distances
-from fastsal.tolerance import pairwise_errors, scaled_errors, tolerance, worst
+from fastsal.tensor import ops
+from fastsal.tensor.geometry import margin_geometry
+from fastsal.tensor.pairwise import pairwise_margins
+from fastsal.tensor.reference import row_distances
+from fastsal.tensor.tolerance import pairwise_errors, scaled_errors, tolerance, worst
 from fastsal.validation import DTYPES
 
 NORMS = (2.0, 1.0, math.inf)

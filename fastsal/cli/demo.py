@@ -13,15 +13,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fastsal import ops
 from fastsal.analysis import analyze
 from fastsal.cli.check import best_times
 from fastsal.files import check_output, extra, replacing
-from fastsal.geometry import Geometry, margin_geometry
-from fastsal.linearization import linearize
+from fastsal.model.linearization import linearize
 from fastsal.study.data import Data, Held, load_digits
 from fastsal.study.train import Recipe, single_thread, train
-from fastsal.tolerance import scaled_errors
+from fastsal.tensor import ops
+from fastsal.tensor.geometry import Geometry, margin_geometry
+from fastsal.tensor.tolerance import scaled_errors
 
 PENALTY = 1.0
 EPOCHS = 60

@@ -13,7 +13,7 @@ from torch import Tensor
 from fastsal import methods, validation
 from fastsal.adversarial import nearest_boundary
 from fastsal.integrations import Logits, peer
-from fastsal.linearization import linearize
+from fastsal.model.linearization import linearize
 
 with peer("captum", "captum"):
     from captum import attr

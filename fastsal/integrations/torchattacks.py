@@ -21,7 +21,7 @@ from torch import Tensor
 from fastsal import methods
 from fastsal.adversarial import nearest_boundary
 from fastsal.integrations import Logits, peer
-from fastsal.linearization import linearize
+from fastsal.model.linearization import linearize
 
 with peer("torchattacks", "--no-deps torchattacks"):
     import torchattacks

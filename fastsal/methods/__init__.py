@@ -3,9 +3,9 @@
 To add one, write a `Method` and enter it here.
 """
 
+from fastsal.methods.base import Method
 from fastsal.methods.certified import Certified
 from fastsal.methods.rows import Candidates, Exact
-from fastsal.methods.selection import Method
 
 __all__ = ["METHODS", "Candidates", "Certified", "Exact", "Method", "resolve"]
 

@@ -18,9 +18,9 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor, nn
 
-from fastsal import ops, reference
-from fastsal.linearization import Linearization
-from fastsal.methods.selection import Selection
+from fastsal.methods.base import Selection
+from fastsal.model.linearization import Linearization
+from fastsal.tensor import ops, reference
 
 TILE_BYTES = 1 << 26
 

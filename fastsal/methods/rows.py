@@ -6,10 +6,10 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
-from fastsal.linearization import Linearization
+from fastsal.methods.base import Method, Nearest, Selection
 from fastsal.methods.features import through_features
-from fastsal.methods.selection import Method, Nearest, Selection
-from fastsal.reference import other_classes
+from fastsal.model.linearization import Linearization
+from fastsal.tensor.reference import other_classes
 
 
 @dataclass(frozen=True)

@@ -10,8 +10,8 @@ import numpy as np
 
 from fastsal import plot
 from fastsal.files import extra, replacing
-from fastsal.geometry import Geometry
 from fastsal.study.results import WORKING, Result, Study
+from fastsal.tensor.geometry import Geometry
 
 WIDTH = 4.2  # inches, of every figure: on a phone's screen the labels are then as large as the text
 HOLLOW = f"hollow where the accuracy is below {WORKING:.0%} of the plain one's"

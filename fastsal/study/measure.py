@@ -11,10 +11,10 @@ from torch import Tensor, nn
 
 from fastsal.adversarial import distances
 from fastsal.analysis import analyze
-from fastsal.geometry import Geometry
-from fastsal.linearization import Model, call
+from fastsal.model.calling import Model, call
 from fastsal.study.attacks import ATTACKS, robustness, robustness_in_box
 from fastsal.study.data import Split
+from fastsal.tensor.geometry import Geometry
 
 HOMOGENEOUS = (
     nn.Conv2d,

@@ -12,10 +12,10 @@ import torch
 from torch import Tensor
 
 from fastsal.files import extra, replacing
-from fastsal.geometry import Geometry
 from fastsal.study.attacks import ATTACKS
 from fastsal.study.measure import ORIGIN
 from fastsal.study.train import Recipe
+from fastsal.tensor.geometry import Geometry
 
 WORKING = 0.9
 FAMILIES = ("double backpropagation", "adversarial")

@@ -13,7 +13,7 @@ from torch import nn
 
 import fastsal
 from fastsal.cli import inputs, main, models
-from fastsal.datasets import load, shards
+from fastsal.evaluation import load, shards
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

@@ -5,8 +5,8 @@ import math
 import pytest
 import torch
 
-from fastsal import ops, reference
 from fastsal.cli import check, main
+from fastsal.tensor import ops, reference
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

@@ -1,7 +1,7 @@
 """The CUDA kernels on the CPU. As a pytest plugin: every test of `cases.each_target` runs on them.
 
 FASTSAL_EMULATED_CUDA names the module that `build` made. The tests' device stays "cpu"; only the launch context and the
-device's size are replaced in fastsal/kernels/cuda.py, so that its own code runs too.
+device's size are replaced in fastsal/tensor/backends/cuda.py, so that its own code runs too.
 """
 
 import contextlib
@@ -58,7 +58,7 @@ def _launching(on: torch.Tensor) -> Iterator[int]:
 
 
 def replacements(module: ModuleType) -> dict[str, Any]:
-    """What fastsal/kernels/cuda.py needs in place of its own to run the emulated module."""
+    """What fastsal/tensor/backends/cuda.py needs in place of its own to run the emulated module."""
     return {
         "_cuda": module,
         "_reason": "",
@@ -72,8 +72,8 @@ def replacements(module: ModuleType) -> dict[str, Any]:
 def pytest_configure(config: pytest.Config) -> None:
     import cases
 
-    from fastsal import ops
-    from fastsal.kernels import cuda
+    from fastsal.tensor import ops
+    from fastsal.tensor.backends import cuda
 
     for name, value in replacements(load(Path(os.environ["FASTSAL_EMULATED_CUDA"]))).items():
         setattr(cuda, name, value)

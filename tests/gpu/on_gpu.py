@@ -16,7 +16,7 @@ END = time.monotonic() + float(os.environ.get("FASTSAL_TEST_SECONDS", "inf"))
 def pytest_configure(config: pytest.Config) -> None:
     import cases
 
-    from fastsal import ops
+    from fastsal.tensor import ops
 
     targets = []
     for name in ("cuda", "triton"):

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 import fastsal
-from fastsal import ops, reference
+from fastsal.tensor import ops, reference
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
 each_backend = pytest.mark.parametrize("backend", ["cuda", "triton"])

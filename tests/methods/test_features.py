@@ -6,7 +6,8 @@ import pytest
 import torch
 from torch import nn
 
-from fastsal import Exact, analyze, reference
+from fastsal import Exact, analyze
+from fastsal.tensor import reference
 
 N = 60
 

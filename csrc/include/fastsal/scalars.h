@@ -29,7 +29,7 @@ FASTSAL_HD inline double squared_gap(const TwoRowSums& s) {
 }
 constexpr double kSmallSquaredGap = 1e-3;
 
-constexpr int kScalars = 10;  // in the order of fastsal.reference.SCALARS
+constexpr int kScalars = 10;  // in the order of fastsal.tensor.reference.SCALARS
 
 struct RowScalars {
   double alignment, offset, residual, homogeneity;

@@ -1,0 +1,76 @@
+"""What the results of a data set depend on, so that a change is noticed: a hash of the model, one of the data, the options."""
+
+import hashlib
+import importlib.metadata
+import itertools
+import re
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fastsal.evaluation.batches import Batches
+from fastsal.evaluation.shards import Record
+from fastsal.model.calling import Model
+
+SAMPLED = 8  # examples that the data are known again by
+_ADDRESS = re.compile(r" at 0x[0-9a-f]+")
+
+
+def _digest(*tensors: Tensor) -> bytes:
+    digest = hashlib.sha256()
+    for tensor in tensors:
+        digest.update(f"{tensor.dtype} {tuple(tensor.shape)}".encode())
+        digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
+    return digest.digest()
+
+
+def _model_fingerprint(model: Model) -> str:
+    """A hash of a module's text, parameters and buffers; of any other callable only its name."""
+    digest = hashlib.sha256()
+    if isinstance(model, nn.Module):
+        digest.update(_ADDRESS.sub("", repr(model)).encode())
+        for name, tensor in itertools.chain(model.named_parameters(), model.named_buffers()):
+            digest.update(name.encode() + _digest(tensor))
+    else:
+        digest.update(f"{model.__module__}.{getattr(model, '__qualname__', type(model).__qualname__)}".encode())
+    return digest.hexdigest()[:16]
+
+
+def _data_fingerprint(batches: Batches, names: Sequence[str] | None) -> str:
+    """A hash of eight examples, evenly spread, and of all names."""
+
+    def content(index: int) -> bytes:
+        try:
+            x, y = batches.example(index)
+        except Exception:
+            return b"unreadable"
+        return _digest(x) + str(y).encode()
+
+    sample = sorted({index * (batches.examples - 1) // (SAMPLED - 1) for index in range(SAMPLED)})
+    if content(sample[0]) != content(sample[0]):
+        raise ValueError("data: example 0 is not the same when read twice, wants data without random augmentation")
+    digest = hashlib.sha256(b"".join(map(content, sample)))
+    digest.update("\n".join(names or ()).encode())
+    return digest.hexdigest()[:16]
+
+
+def made_from(model: Model, batches: Batches, names: Sequence[str] | None, options: dict[str, Any]) -> Record:
+    """What the results depend on, each part under the name that a message calls it by."""
+    parameter = next(model.parameters(), None) if isinstance(model, nn.Module) else None
+    device = "cpu" if parameter is None else parameter.device.type
+    autocast = str(torch.get_autocast_dtype(device)) if torch.is_autocast_enabled(device) else None
+    return {
+        "fastsal": importlib.metadata.version("fastsal"),
+        "model": _model_fingerprint(model),
+        "data": _data_fingerprint(batches, names),
+        "examples": batches.examples,
+        "norm": f"{options['norm']:g}",
+        "method": _ADDRESS.sub("", repr(options["method"])),
+        "batch_size": batches.size,
+        "chunk_size": options["chunk_size"],
+        "backend": options["backend"],
+        "device": device,
+        "autocast": autocast,
+    }

@@ -1,0 +1,160 @@
+"""A folder of results: Parquet shards, each whole or absent and each saying what it was made from. Needs pyarrow, on first use.
+
+A shard holds the examples of consecutive batches, in order, and is called after the first and the last of them. So the files
+in the order of their names are the table in the order of its index, whoever wrote which, and any reader of Parquet folders
+reads it. The metadata of every shard holds the same record under the key `fastsal`, in JSON: `made_from`, which says
+what the results depend on and must be the same in all, and what is worth knowing besides.
+"""
+
+import contextlib
+import errno
+import fcntl
+import importlib
+import json
+import re
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from fastsal.evaluation.summary import NO_CLASS, Columns
+from fastsal.files import whole_file
+
+Record = dict[str, Any]
+_NAME = re.compile(r"examples-(\d{9,})-(\d{9,})\.parquet")
+_LEFT_BEHIND = re.compile(rf"\.{_NAME.pattern}\.\d+\.tmp")
+_KEY = b"fastsal"
+# What stands for null in a column of numpy's, by kind of dtype; NaN needs no filling.
+_NULL = {"i": NO_CLASS, "b": False, "O": ""}
+
+
+def arrow() -> Any:
+    """The module pyarrow, with pyarrow.parquet loaded; ImportError says how to install it."""
+    try:
+        importlib.import_module("pyarrow.parquet")
+        return importlib.import_module("pyarrow")
+    except ImportError as error:
+        raise ImportError(f"{error}; fastsal needs pyarrow for Parquet: pip install 'fastsal[dataset]'") from error
+
+
+def shards(folder: Path) -> list[Path]:
+    """The finished shards of a folder, in the order of their examples."""
+    return sorted(path for path in folder.iterdir() if _NAME.fullmatch(path.name))
+
+
+def span(shard: Path) -> range:
+    """The examples that a shard holds."""
+    found = _NAME.fullmatch(shard.name)
+    assert found is not None
+    return range(int(found[1]), int(found[2]) + 1)
+
+
+def record(shard: Path) -> Record:
+    """What a shard was made from, after a check that it is whole."""
+    parquet = arrow().parquet
+    try:
+        metadata = parquet.read_metadata(shard)
+        found: Record = json.loads(metadata.metadata[_KEY])
+        whole = metadata.num_rows == len(span(shard))
+    except (KeyError, OSError, TypeError, ValueError) as error:
+        if isinstance(error, FileNotFoundError):
+            raise
+        raise ValueError(f"out: {shard} is no shard of fastsal's ({error}); remove it to have it done again") from error
+    if not whole:
+        raise ValueError(f"out: {shard} holds {metadata.num_rows} rows, wants {len(span(shard))}; remove it")
+    return found
+
+
+def changes(before: Record, now: Record) -> str:
+    """What differs between two records, by name."""
+    return "; ".join(
+        f"{name} was {before.get(name)!r}, is {now.get(name)!r}"
+        for name in sorted({*before, *now})
+        if before.get(name) != now.get(name)
+    )
+
+
+def finished(folder: Path, made_from: Record) -> list[Path]:
+    """The shards of a folder after a check that all were made from the same; ValueError says what differs."""
+    found = shards(folder)
+    end = 0
+    for shard in found:
+        if span(shard).start < end:
+            raise ValueError(f"out: {shard} holds examples that an earlier shard holds too; remove one of the two")
+        end = span(shard).stop
+        before = record(shard)["made_from"]
+        if before != made_from:
+            raise ValueError(
+                f"out: {folder} holds results of something else: {changes(before, made_from)}; wants another folder"
+            )
+    return found
+
+
+@contextlib.contextmanager
+def locked(folder: Path, *, alone: bool) -> Iterator[Any]:
+    """Holds a lock on the folder, which the system frees when the process ends, however that comes about.
+
+    alone: against every other process, else beside others that share it, waiting for those that do not. Yields a function
+    that turns the former into the latter. A second run on the same folder is a RuntimeError. A file system without locks
+    goes without.
+    """
+    with (folder / ".lock").open("a") as file:
+
+        def lock(how: int) -> None:
+            try:
+                fcntl.flock(file, how)
+            except OSError as error:
+                if error.errno in (errno.EWOULDBLOCK, errno.EACCES):
+                    raise RuntimeError(f"out: another run is writing into {folder}; wait for it, or end it") from error
+
+        lock(fcntl.LOCK_EX | fcntl.LOCK_NB if alone else fcntl.LOCK_SH)
+        yield lambda: lock(fcntl.LOCK_SH)
+
+
+def sweep(folder: Path) -> None:
+    """Removes what killed processes left half-written. Only under a lock of one's own."""
+    for path in folder.iterdir():
+        if _LEFT_BEHIND.fullmatch(path.name):
+            path.unlink(missing_ok=True)
+
+
+def table(columns: Columns, about: Record) -> Any:
+    """The columns as a pyarrow.Table with the record in its metadata; null where an example was not analysed."""
+    pa = arrow()
+    failed = columns["error"] != ""
+    arrays = {}
+    for name, values in columns.items():
+        null = failed
+        if name in ("index", "name"):
+            null = np.zeros_like(failed)
+        elif name == "y":
+            null = values == NO_CLASS
+        elif name == "error":
+            null = ~failed
+        arrays[name] = pa.array(values, mask=null, type=pa.string() if values.dtype.kind in "OU" else None)
+    return pa.table(arrays).replace_schema_metadata({_KEY: json.dumps(about)})
+
+
+def write(folder: Path, columns: Columns, about: Record) -> Path:
+    """Writes one shard. The rows are consecutive examples."""
+    first, last = int(columns["index"][0]), int(columns["index"][-1])
+    path = folder / f"examples-{first:09}-{last:09}.parquet"
+    with whole_file(path) as file:
+        arrow().parquet.write_table(table(columns, about), file)
+    return path
+
+
+def read(found: Sequence[Path]) -> Columns:
+    """The columns of shards, one after the other; what is null is NaN, -1, False or ""."""
+    parquet = arrow().parquet
+    tables = [parquet.ParquetFile(shard).read() for shard in found]
+    joined = arrow().concat_tables(tables)
+    columns = {}
+    for name in joined.column_names:
+        values = joined[name]
+        kind = np.dtype(values.type.to_pandas_dtype()).kind
+        if values.null_count and kind in _NULL:
+            values = values.fill_null(_NULL[kind])
+        columns[name] = values.to_numpy()
+    return columns

@@ -1,0 +1,112 @@
+"""What a method is and what it returns, and the one rule by which a row of the Jacobian is the nearest."""
+
+import math
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from fastsal.model.linearization import Linearization
+from fastsal.tensor import ops, reference
+
+
+@dataclass(frozen=True)
+class Selection:
+    """What a method found for every example of a batch.
+
+    Attributes:
+        winners: The prediction i* and the runner-up j*, int64 [B, 2].
+        pair: Their rows of the Jacobian, [B, 2, D].
+        provenance: The fields of `Geometry` that say how they were found: `method`, `vjps`, and those that differ from what
+            `margin_geometry` fills in.
+    """
+
+    winners: Tensor
+    pair: Tensor
+    provenance: dict[str, Any]
+
+
+class Method(ABC):
+    """A way to find the nearest class: a frozen dataclass of options, with a `select`.
+
+    Attributes:
+        name: What `fastsal.analyze` and the command line call it.
+        norms: The norms p of a perturbation that it can serve.
+    """
+
+    name: ClassVar[str]
+    norms: ClassVar[frozenset[float]] = frozenset((1.0, 2.0, math.inf))
+
+    @abstractmethod
+    def select(self, graph: Linearization, norm: float, chunk_size: int | None, backend: str) -> Selection:
+        """Finds the prediction, the nearest class and their rows for every example of a recorded forward pass.
+
+        Args:
+            graph: The forward pass, of B >= 1 examples.
+            norm: The p of the perturbation, one of `norms`.
+            chunk_size: How many rows to take at once; None leaves it to the method.
+            backend: The name of the backend that measures the rows, or "auto".
+        """
+
+
+class Nearest:
+    """The nearest of the rows that were visited so far, for every example of a batch.
+
+    The rows of an example may come in any number of visits. The first of all is the row of its predicted class, the anchor,
+    from which the distance of every other row is measured.
+
+    Attributes:
+        prediction: i*, int64 [B].
+        margin: m_j = Ψ^{i*} − Ψʲ, float64 [B, n].
+        distances: m_j / ‖g − g_j‖_q of the classes that were visited, +inf elsewhere and at i*, float64 [B, n].
+        runner_up: The nearest class so far, int64 [B, 1], or [B, 0] before there is one.
+        pair: The anchor and the nearest row so far, [B, 2, D], or [B, 0, D] before there is an anchor.
+    """
+
+    def __init__(self, logits: Tensor, norm: float, backend: str) -> None:
+        self._norm, self._backend = norm, backend
+        self.prediction, self.margin = reference.predicted_margins(logits)
+        self.distances = torch.full_like(self.margin, math.inf)
+        self.runner_up = self.prediction.new_empty(len(logits), 0)
+        self.pair = logits.new_empty(len(logits), 0, 0)
+
+    def visit(self, classes: Tensor, rows: Tensor, examples: Tensor | None = None) -> None:
+        """Compares more rows with the nearest so far.
+
+        The state changes only after everything has been computed. So a visit that ran out of memory has left no trace, and its
+        rows may be visited again, a few at a time.
+
+        Args:
+            classes: The classes that the rows belong to, int64 [e, c].
+            rows: Their gradients, [e, c, D].
+            examples: Which examples these are, int64 [e]; None for all of them.
+        """
+        e = slice(None) if examples is None else examples
+        pair = self.pair[e]
+        if pair.shape[1] == 0:
+            pair = rows[:, :1].expand(-1, 2, -1).clone()
+            classes, rows = classes[:, 1:], rows[:, 1:]
+        distances, runner_up = self.distances[e], self.runner_up[e]
+        if classes.shape[1] > 0:
+            distance = ops.row_distances(pair[:, 0], rows, self._norm, self._backend)
+            margin = self.margin[e]
+            distances = distances.scatter(1, classes, reference.ratios(margin.gather(1, classes), distance))
+            known = runner_up.shape[1]
+            # Sorted, so that the lowest class among equals comes first.
+            contenders, order = torch.cat((runner_up, classes), 1).sort(1)
+            which = reference.nearest(distances.gather(1, contenders), margin.gather(1, contenders)).unsqueeze(1)
+            slot = order.gather(1, which)
+            row = rows.gather(1, (slot - known).clamp(min=0).unsqueeze(2).expand(-1, 1, rows.shape[2]))
+            pair[:, 1:] = torch.where((slot >= known).unsqueeze(2), row, pair[:, 1:])
+            runner_up = contenders.gather(1, which)
+        if examples is None:
+            self.pair, self.distances, self.runner_up = pair, distances, runner_up
+        else:
+            self.pair[e], self.distances[e], self.runner_up[e] = pair, distances, runner_up
+
+    @property
+    def winners(self) -> Tensor:
+        """The prediction and the nearest class so far: int64 [B, 2]."""
+        return torch.cat((self.prediction.unsqueeze(1), self.runner_up), 1)

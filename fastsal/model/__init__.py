@@ -1,0 +1,1 @@
+"""Passes through a model that a user wrote; it knows no kernel."""

@@ -1,0 +1,221 @@
+"""A model's forward pass, recorded: its logits, any rows of its Jacobian, and the checks that make both trustworthy."""
+
+import contextlib
+import functools
+import math
+import warnings
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from fastsal.devices import to_device
+from fastsal.model.calling import (
+    Model,
+    call,
+    check_differentiable,
+    check_evaluation_mode,
+    check_input,
+    flatten,
+    math_attention,
+    recording,
+)
+from fastsal.model.chunking import (
+    CHUNK_BYTES,
+    CHUNK_PAIRS,
+    CHUNK_PAIRS_ACCELERATOR,
+    CHUNK_ROWS,
+    CHUNK_ROWS_ACCELERATOR,
+    in_parts,
+    is_out_of_memory,
+    vmap,
+)
+
+
+class Linearization:
+    """A model's forward pass at x [B, *S], recorded: its logits and, by backward passes, any rows of its Jacobian.
+
+    `linearize` makes it, and it is valid inside that context. The model runs when its logits are first asked for.
+
+    Attributes:
+        model: The model, as the caller passed it.
+        leaf: x as the model took it, [B, *S].
+        x: The same, flattened to [B, D].
+        autocast: Whether autocast was on where this was made, and its dtype.
+    """
+
+    def __init__(self, model: Model, leaf: Tensor) -> None:
+        self.model = model
+        device = leaf.device.type
+        self.autocast = (torch.is_autocast_enabled(device), torch.get_autocast_dtype(device))
+        self.leaf = leaf
+        self._name = type(model).__name__
+        self._batched = True
+        self.x = flatten(leaf, 1)
+
+    @functools.cached_property
+    def graph_logits(self) -> Tensor:
+        """The logits with their graph, in the output dtype of x: [B, n]."""
+        with self.same_precision():
+            logits = call(self.model, self.leaf.clone())  # a clone, so that a model may overwrite its input in place
+        if not logits.requires_grad:
+            raise ValueError(
+                "model: its logits do not depend on x (they carry no gradient); wants logits computed from x with "
+                "differentiable torch operations, without no_grad, detach or a trip through numpy inside the model"
+            )
+        return logits
+
+    @functools.cached_property
+    def logits(self) -> Tensor:
+        """The same, detached. A method that records the model at a few examples at a time sets them."""
+        return self.graph_logits.detach()
+
+    def forget(self) -> None:
+        """Frees the recorded pass. What needs it next, the logits excepted, makes it anew."""
+        self.__dict__.pop("graph_logits", None)
+
+    def same_precision(self) -> torch.autocast:
+        """The autocast state that the forward pass ran under, for running the model again."""
+        enabled, dtype = self.autocast
+        return torch.autocast(self.leaf.device.type, dtype=dtype, enabled=enabled, cache_enabled=False)
+
+    def at(self, examples: Tensor | np.ndarray, model: Model | None = None) -> "Linearization":
+        """The same model, or another, recorded at some of the examples only, int64 [e]."""
+        with self.same_precision():
+            leaf = self.leaf.detach()[to_device(examples, self.leaf.device)]
+            return Linearization(model or self.model, leaf.requires_grad_())
+
+    def _grad(self, cotangents: Tensor, batched: bool, create_graph: bool) -> Tensor:
+        def grad_of(one: Tensor) -> Tensor | None:
+            return torch.autograd.grad(
+                self.graph_logits, self.leaf, one, retain_graph=True, create_graph=create_graph, allow_unused=True
+            )[0]
+
+        # Outside autocast: backward operations take the dtype that their forward had, and nothing else may be rounded.
+        with torch.autocast(self.leaf.device.type, enabled=False):
+            grad = vmap(grad_of, cotangents) if batched else grad_of(cotangents)
+        if grad is None:
+            raise ValueError("model: its logits do not depend on x, wants logits [B, n] computed from x")
+        if create_graph:
+            check_differentiable(grad)
+        return flatten(grad, 2 if batched else 1)
+
+    def vjp(self, cotangents: Tensor, create_graph: bool = False) -> Tensor:
+        """Multiplies cotangents [c, B, n] with each example's Jacobian: [B, c, D] in x's dtype, of unit stride in D."""
+        if cotangents.shape[0] == 1:
+            return self._grad(cotangents[0], False, create_graph).unsqueeze(1)
+        if self._batched:
+            try:
+                return self._grad(cotangents, True, create_graph).transpose(0, 1)
+            except RuntimeError as error:
+                if is_out_of_memory(error):
+                    raise
+                # The loop below computes the same; an error that has nothing to do with vmap comes up again there.
+                self._batched = False
+                reason = str(error).strip().partition("\n")[0]
+            warnings.warn(
+                f"{self._name}: torch cannot vmap its backward pass ({reason}); taking one class at a time",
+                stacklevel=1,
+            )
+        return torch.stack([self._grad(one, False, create_graph) for one in cotangents]).transpose(0, 1)
+
+    def rows(self, classes: Tensor, create_graph: bool = False) -> Tensor:
+        """The gradients [B, c, D] of classes int64 [c, B], c of them for each example."""
+        one_hot = self.logits.new_zeros(*classes.shape, self.logits.shape[1])
+        return self.vjp(one_hot.scatter_(2, classes.unsqueeze(2), 1.0), create_graph)
+
+    def default_chunk_size(self) -> int:
+        """How many rows to take at once where the caller does not say."""
+        if self.leaf.device.type != "cpu":
+            return CHUNK_ROWS_ACCELERATOR
+        return max(1, min(CHUNK_ROWS, self._at_once() // len(self.leaf)))
+
+    def default_pairs(self) -> int:
+        """How many pairs of an example and a direction to take at once where the caller does not say."""
+        return max(1, min(CHUNK_PAIRS, self._at_once())) if self.leaf.device.type == "cpu" else CHUNK_PAIRS_ACCELERATOR
+
+    def _at_once(self) -> int:
+        """How many gradients of one example are worth taking at once on a CPU."""
+        gradients = self.gradient_bytes()
+        weights = sum(p.nbytes for p in self.model.parameters()) if isinstance(self.model, nn.Module) else 0
+        # Weights are worth reading once for many rows where they are more than what a row reads besides.
+        return max(CHUNK_BYTES, weights if weights > sum(gradients) else 0) // max(gradients)
+
+    def gradient_bytes(self) -> list[int]:
+        """Bytes of every gradient that a backward pass of one row of one example forms, read off the recorded graph."""
+        users: dict[Any, list[Any]] = {}
+        nodes: list[Any] = [self.graph_logits.grad_fn]
+        while nodes:
+            node = nodes.pop()
+            for after, _ in node.next_functions:
+                if after is not None and after not in users:
+                    nodes.append(after)
+                users.setdefault(after, []).append(node)
+        found, seen, nodes = [self.leaf.nbytes], set(), [torch.autograd.graph.get_gradient_edge(self.leaf).node]
+        while nodes:  # from x upward, since the gradients of weights are not computed
+            node = nodes.pop()
+            if node not in seen:
+                seen.add(node)
+                nodes += users.get(node, [])
+                # An attribute of torch's own. Where it is missing, only the size of x counts.
+                metadata = getattr(node, "_input_metadata", ())
+                found += [math.prod(gradient.shape) * self.leaf.element_size() for gradient in metadata]
+        return [max(1, size // len(self.leaf)) for size in found]
+
+    def sweep(self, classes: Tensor, chunk_size: int | None, visit: Callable[[Tensor, Tensor], None]) -> None:
+        """Takes the rows of classes int64 [K, B], `chunk_size` of them at a time, and hands them to `visit` in order.
+
+        `visit` is called with the classes [B, c] and their rows [B, c, D]. Where memory runs out, in the backward pass or in
+        `visit`, the chunk is halved and taken again, as `in_parts` says.
+        """
+        in_parts(classes, chunk_size or self.default_chunk_size(), lambda part: visit(part.t(), self.rows(part)))
+
+    def mixes_examples(self) -> bool:
+        """Whether the outputs of the first example depend on the inputs of the others."""
+        cotangent = torch.zeros_like(self.logits)
+        cotangent[0] = torch.arange(1, cotangent.shape[1] + 1, device=cotangent.device).cos()
+        others = self.vjp(cotangent.unsqueeze(0))[1:]
+        # NaN is zero times a weight that is not finite, and no sign of a mixture.
+        return bool(((others != 0) & ~others.isnan()).any())
+
+
+@contextlib.contextmanager
+def linearize(model: Model, x: Tensor, *, differentiable: bool = False) -> Iterator[Linearization]:
+    """Records the model at x, after every check of both that can be made.
+
+    Inside, graphs are recorded whatever mode the caller is in, and autocast is off (the model itself ran under the caller's).
+    The model keeps its flags, gradients, buffers and hooks, and the random number generators keep their state.
+
+    Args:
+        model: An `nn.Module` in evaluation mode, or any callable, from x to logits [B, n] or one score [B] or [B, 1].
+        x: [B, *S] with B >= 1, of floating dtype.
+        differentiable: Record on the caller's own x where that requires a gradient, and use only operations that have second
+            derivatives.
+
+    Yields:
+        The recorded pass.
+
+    Raises:
+        TypeError: x is no tensor of floating dtype, or the model returns none.
+        ValueError: The logits do not depend on x, or are no logits; or the model mixes the examples of a batch.
+    """
+    check_input(x)
+    check_evaluation_mode(model)
+    with recording(model, x), math_attention() if differentiable else contextlib.nullcontext():
+        plain = x.clone() if x.is_inference() else x
+        own = differentiable and plain.requires_grad
+        graph = Linearization(model, plain if own else plain.detach().requires_grad_())
+        if len(plain) > 1:
+            # A few examples show a mixture as well as all do; two alone can hide the statistics of a batch.
+            few = graph if len(plain) <= 3 else Linearization(model, plain[:3].detach().clone().requires_grad_())
+            if few.mixes_examples():
+                raise ValueError(
+                    "model: mixes the examples of a batch (logits[0] have a gradient with respect to x[1:]), wants each "
+                    "example's logits computed from that example alone; normalise with stored statistics, or pass the "
+                    "examples one at a time"
+                )
+            del few
+        with torch.autocast(x.device.type, enabled=False):
+            yield graph

@@ -1,0 +1,168 @@
+"""Passes through a model at chosen examples: vector-Jacobian products and Jacobian-vector products."""
+
+from collections.abc import Callable
+from typing import Protocol
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from fastsal.devices import of, to_device, to_host
+from fastsal.model.calling import call, flatten, math_attention
+from fastsal.model.chunking import in_parts, is_out_of_memory, vmap
+from fastsal.model.linearization import Linearization
+from fastsal.model.traced import TracedPasses, Traces, UntraceableError
+
+RECORDING = 4  # what recording an example costs, in its rows, where these are taken many at a time
+# Bytes of the gradients of a backward pass. A recorded pass of more gives way to JVPs, which want memory too, and is taken anew
+# for the next VJPs: for EfficientNet-Lite0 0 to 3 % of the time, and a fifth to a quarter less memory.
+KEPT = 1 << 26
+GROSS = 0.01  # of its length: a JVP further than this from a known gradient is no matter of rounding
+
+
+class NoJVPError(RuntimeError):
+    """The model has neither forward-mode nor second derivatives."""
+
+
+class Passes(Protocol):
+    """What the certificate asks of a model at x [E, *S]. `examples`, int64 [e], are some of range(E), ascending."""
+
+    logits: Tensor  # [E, n]
+    dimension: int  # D
+    pairs: int  # how many (example, direction) pairs are best run at once
+
+    def vjp(self, examples: np.ndarray, cotangents: Tensor) -> Tensor:
+        """Multiplies cotangents [e, c, n] with the Jacobians: [e, c, D]."""
+
+    def jvp(self, examples: np.ndarray, directions: Tensor) -> Tensor:
+        """Multiplies the Jacobians with directions [e, k, D]: [e, k, n]. Raises NoJVPError where the model cannot."""
+
+
+class ModelPasses:
+    """The `Passes` of a model at some examples, int64 [E], of a recorded batch.
+
+    A JVP is taken from a trace where there is one (`fastsal.model.traced` says when). Else it is taken in forward mode, vmapped
+    over the directions. Where a module has no forward-mode rule (LSTM, for one), it is the derivative of the VJP with respect to
+    its cotangent. All of them compute attention by plain operations.
+    """
+
+    def __init__(self, graph: Linearization, examples: np.ndarray, chunk_size: int | None) -> None:
+        self._base, self._own = graph, examples
+        self._held, self._graph = np.arange(len(examples)), self._recorded(examples)
+        self.logits = self._graph.logits
+        self.dimension = graph.x.shape[1]
+        self.pairs = self._graph.default_pairs() if chunk_size is None else chunk_size * len(examples)
+        # Functions, not bound methods: a circle of references would keep the recorded pass until the next garbage collection.
+        self._ways = [ModelPasses._traced, ModelPasses._forward_mode, ModelPasses._double_backward]
+        gradients = self._graph.gradient_bytes()
+        self._large = sum(gradients) * len(examples) > KEPT
+        self._traces = Traces(graph, gradients)
+        self._products: TracedPasses | None = None
+        self._latest: tuple[np.ndarray, Tensor, Tensor] | None = (
+            None  # examples, cotangents and products of the latest VJPs
+        )
+
+    def _recorded(self, own: np.ndarray) -> Linearization:
+        """The model at examples `own` of the batch, of which nothing else is held."""
+        if len(own) == len(self._base.leaf):
+            return self._base
+        self._base.forget()
+        return self._base.at(own)
+
+    def vjp(self, examples: np.ndarray, cotangents: Tensor) -> Tensor:
+        """Multiplies cotangents [e, c, n] with the Jacobians: [e, c, D].
+
+        The recorded pass may hold more examples than these. It is recorded anew where products taken in vain would cost more.
+        """
+        e, c = cotangents.shape[:2]
+        if (len(self._held) - e) * c > min(RECORDING, self.pairs) * e or not np.isin(examples, self._held).all():
+            self._held, self._graph = examples, self._recorded(self._own[examples])
+        slot = to_device(np.searchsorted(self._held, examples), cotangents.device)
+        padded = cotangents.new_zeros(c, len(self._held), cotangents.shape[2])
+        padded[:, slot] = cotangents.transpose(0, 1)
+        products = torch.cat(self._chunks(self._vjp, padded, len(self._held)), 1)[slot]
+        self._latest = (examples, cotangents, products)
+        return products
+
+    def jvp(self, examples: np.ndarray, directions: Tensor) -> Tensor:
+        """Multiplies the Jacobians with directions [e, k, D]: [e, k, n]. Raises NoJVPError where the model cannot."""
+        if self._large:  # the next VJP records it anew
+            self._graph.forget()
+            self._held = self._held[:0]
+        shape = self._base.leaf.shape[1:]
+        tangents = directions.to(self._base.x.dtype).transpose(0, 1).reshape(directions.shape[1], len(examples), *shape)
+        while self._ways:
+            try:
+                parts = self._chunks(lambda part: self._ways[0](self, examples, part), tangents, len(examples))
+                return torch.cat(parts).transpose(0, 1)
+            except RuntimeError as error:
+                if is_out_of_memory(error):
+                    raise
+                reason = str(error).strip().partition("\n")[0]
+                self._ways.pop(0)
+        raise NoJVPError(
+            f"{type(self._base.model).__name__}: has neither forward-mode nor second derivatives ({reason})"
+        )
+
+    def _chunks(self, run: Callable[[Tensor], Tensor], stack: Tensor, examples: int) -> list[Tensor]:
+        """Results of run on stack [k, ...], as many entries at a time as are best for so many examples."""
+        results: list[Tensor] = []
+        in_parts(stack, max(1, self.pairs // examples), lambda part: results.append(run(part)))
+        return results
+
+    def _at(self, examples: np.ndarray) -> Tensor:
+        """The model's input at these examples: [e, *S]."""
+        return of(self._base.leaf.detach(), self._own[examples])
+
+    def _vjp(self, cotangents: Tensor) -> Tensor:
+        return self._graph.vjp(cotangents)
+
+    def _traced(self, examples: np.ndarray, tangents: Tensor) -> Tensor:
+        if self._products is not None:
+            return self._products.jvp(examples, tangents)
+        everyone = np.arange(len(self._own))
+        self._products = self._traces.at(self._at(everyone), self.logits if len(everyone) == 1 else None)
+        products = self._products.jvp(examples, tangents)
+        if self._disagree(examples, tangents, products):
+            self._traces.distrust()
+            raise UntraceableError("the products of the trace are not the model's")
+        return products
+
+    def _disagree(self, examples: np.ndarray, tangents: Tensor, products: Tensor) -> bool:
+        """Whether JVPs [k, e, n] along tangents [k, e, *S] disagree grossly with the latest VJPs."""
+        if self._latest is None:
+            return False
+        known, cotangents, rows = self._latest
+        _, here, there = np.intersect1d(examples, known, return_indices=True)
+        same, slot = (to_device(places, rows.device) for places in (here, there))
+        cotangents, rows = cotangents[slot].double(), rows[slot].double()
+        along = flatten(tangents, 2)[:, same].double().transpose(0, 1)
+        gap = (rows @ along.mT - cotangents @ products[:, same].double().permute(1, 2, 0)).abs()
+        size = rows.square().sum(2, keepdim=True).sqrt() * along.square().sum(2).sqrt().unsqueeze(1)
+        return bool(to_host((gap > GROSS * size).any())[0])
+
+    def _forward_mode(self, examples: np.ndarray, tangents: Tensor) -> Tensor:
+        x = self._at(examples)
+
+        def logits(value: Tensor) -> Tensor:
+            return call(self._base.model, value.clone())
+
+        def jvp(tangent: Tensor) -> Tensor:
+            products: Tensor = torch.func.jvp(logits, (x,), (tangent,))[1]
+            return products
+
+        with torch.no_grad(), math_attention(), self._base.same_precision():
+            return vmap(jvp, tangents)
+
+    def _double_backward(self, examples: np.ndarray, tangents: Tensor) -> Tensor:
+        leaf = self._at(examples).requires_grad_()
+        with math_attention(), torch.backends.cudnn.flags(enabled=False):  # cudnn's RNNs have no second derivative
+            with self._base.same_precision():
+                logits = call(self._base.model, leaf.clone())
+            dummy = torch.zeros_like(logits, requires_grad=True)
+            (gradient,) = torch.autograd.grad(logits, leaf, dummy, create_graph=True)
+
+            def jvp(tangent: Tensor) -> Tensor:
+                return torch.autograd.grad(gradient, dummy, tangent, retain_graph=True)[0]
+
+            return vmap(jvp, tangents)

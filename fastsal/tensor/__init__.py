@@ -1,0 +1,1 @@
+"""From logits, their Jacobian and an input to every quantity; it knows no model."""

@@ -1,0 +1,126 @@
+"""The `cuda` backend: tensors -> calls of the native module fastsal._cuda on the current stream of the tensors' device.
+
+`layout.Backend` describes the functions.
+"""
+
+import contextlib
+import functools
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+from fastsal.tensor.backends import layout
+
+_FUSED_BLOCKS = 8  # examples for every multiprocessor from which on one block an example fills the device
+_FUSED_TASKS = 16  # warps: an example with no more work than this is one block's in any case
+_SPLIT_BLOCKS = 2  # blocks for every multiprocessor below which pairwise_margins gives each segment of D its own
+
+_cuda, _reason = layout.imported("fastsal._cuda", "the native module fastsal._cuda")
+
+
+def unavailable() -> str:
+    if _reason or torch.cuda.is_available():
+        return _reason
+    return "torch.cuda.is_available() is false: no NVIDIA driver or device, or a torch without CUDA"
+
+
+@functools.cache
+def _device_why_not(index: int) -> str:
+    with torch.cuda.device(index):
+        reason: str = _cuda.why_not()
+    return f"cuda:{index} cannot run the kernels of this build: {reason}" if reason else ""
+
+
+def why_not(jacobian: Tensor) -> str:
+    if _reason:
+        return _reason
+    if jacobian.device.type != "cuda" or torch.version.hip:
+        return f"tensors are on {jacobian.device}, not on an NVIDIA device"
+    return _device_why_not(jacobian.get_device())
+
+
+def info() -> dict[str, object]:
+    """The CUDA runtime that is linked in."""
+    if _reason:
+        return {}
+    version = _cuda.runtime_version()
+    return {"runtime": f"{version // 1000}.{version % 1000 // 10}"}
+
+
+@contextlib.contextmanager
+def _launching(on: Tensor) -> Iterator[int]:
+    """Makes the tensor's device the current one; gives its current stream."""
+    with torch.cuda.device(on.device):
+        yield torch.cuda.current_stream().cuda_stream
+
+
+@functools.cache
+def _multiprocessors(device: torch.device) -> int:
+    return torch.cuda.get_device_properties(device).multi_processor_count
+
+
+def _scratch(on: Tensor, size: int) -> Tensor:
+    return torch.empty(size, dtype=torch.uint8, device=on.device)
+
+
+def row_distances(anchor: Tensor, rows: Tensor, norm: float) -> Tensor:
+    with _launching(rows) as stream:
+        out = layout.empty_distances(rows)
+        scratch = _scratch(rows, _cuda.row_distances_scratch(layout.DTYPE_CODES[rows.dtype], *rows.shape))
+        arguments = layout.native_arguments(norm, rows, (anchor.data_ptr(), anchor.stride(0)))
+        _cuda.row_distances(*arguments, out.data_ptr(), scratch.data_ptr(), stream)
+    return out
+
+
+def _fused(jacobian: Tensor) -> bool:
+    """Whether margin_geometry gives each example to one block, in one launch, or spreads it over four or five."""
+    problem = (layout.DTYPE_CODES[jacobian.dtype], *jacobian.shape)
+    if not _cuda.margin_geometry_fits(*problem):
+        return False
+    few_tasks: bool = _cuda.margin_geometry_tasks(*problem) <= _FUSED_TASKS
+    return few_tasks or len(jacobian) >= _FUSED_BLOCKS * _multiprocessors(jacobian.device)
+
+
+def margin_geometry(logits: Tensor, jacobian: Tensor, x: Tensor, norm: float) -> tuple[Tensor, Tensor, Tensor]:
+    with _launching(jacobian) as stream:
+        scores = layout.scores(logits, jacobian)
+        outputs = layout.empty_geometry(jacobian)
+        arguments = layout.native_arguments(norm, jacobian, (scores.data_ptr(),), layout.x_arguments(x))
+        fused = _fused(jacobian)
+        dtype = layout.DTYPE_CODES[jacobian.dtype]
+        scratch = _scratch(jacobian, _cuda.margin_geometry_scratch(dtype, *jacobian.shape, fused))
+        _cuda.margin_geometry(*arguments, *map(Tensor.data_ptr, outputs), fused, scratch.data_ptr(), stream)
+    return outputs
+
+
+def _split(jacobian: Tensor) -> bool:
+    """Whether pairwise_margins gives each segment of D its own block, lest there be too few."""
+    blocks: int = _cuda.pairwise_margins_blocks(*jacobian.shape, False)
+    return blocks < _SPLIT_BLOCKS * _multiprocessors(jacobian.device)
+
+
+def pairwise_margins(
+    logits: Tensor, jacobian: Tensor, x: Tensor | None, norm: float
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    with _launching(jacobian) as stream:
+        scores = layout.scores(logits, jacobian)
+        outputs = layout.empty_pairwise(jacobian, x)
+        arguments = layout.native_arguments(norm, jacobian, (scores.data_ptr(),), layout.x_arguments(x))
+        split = _split(jacobian)
+        scratch = _scratch(jacobian, _cuda.pairwise_margins_scratch(*jacobian.shape, x is not None, split))
+        _cuda.pairwise_margins(*arguments, *map(Tensor.data_ptr, outputs), split, scratch.data_ptr(), stream)
+    return outputs
+
+
+def pairwise_backward(
+    w: Tensor, v: Tensor | None, jacobian: Tensor, x: Tensor | None, norm: float
+) -> tuple[Tensor, Tensor]:
+    with _launching(jacobian) as stream:
+        w, v = w.contiguous(), None if v is None else v.contiguous()
+        outputs = layout.empty_gradients(jacobian, x)
+        before = w.data_ptr(), 0 if v is None else v.data_ptr()
+        arguments = layout.native_arguments(norm, jacobian, before, layout.x_arguments(x))
+        scratch = _scratch(jacobian, _cuda.pairwise_backward_scratch(layout.DUAL_CODES[norm], *jacobian.shape))
+        _cuda.pairwise_backward(*arguments, *map(Tensor.data_ptr, outputs), scratch.data_ptr(), stream)
+    return outputs

@@ -1,0 +1,287 @@
+"""What probes prove: quantiles against forty digits, the rounds' shares, and the upper bounds with and without rounding."""
+
+import math
+
+import mpmath
+import pytest
+import torch
+from chance import REJECT, chance_at_least
+
+from fastsal.methods.certified import bounds
+from fastsal.methods.certified.bounds import (
+    NORMS,
+    LeftOver,
+    Summed,
+    chi_square_exceeds,
+    chi_square_quantile,
+    schedule,
+    widened,
+)
+
+
+def probability_below(count, x):
+    """P(χ²_count ≤ x) to forty digits."""
+    with mpmath.workdps(40):
+        return mpmath.gammainc(mpmath.mpf(count) / 2, 0, mpmath.mpf(x) / 2, regularized=True)
+
+
+class TestQuantile:
+    @pytest.mark.parametrize("probability", [0.9, 0.5, 0.2, 1e-2, 1e-3, 1e-6, 2.7e-7, 8e-8, 1e-9, 1e-12, 1e-18])
+    def test_never_above_the_true_one_and_hardly_below(self, probability):
+        counts = {1, 2, 3, 5, 7, *bounds.COUNTS}
+        for count in counts:
+            reached = probability_below(count, chi_square_quantile(count, probability))
+            assert reached <= probability
+            assert reached > probability * (1 - 1e-5)
+
+    def test_known_values(self):
+        """Two degrees: −2 ln(1 − p). One: the square of a normal quantile. Ten at 5 %: any printed table."""
+        assert chi_square_quantile(2, 1e-12) == pytest.approx(-2 * math.log1p(-1e-12), rel=1e-7)
+        assert chi_square_quantile(1, math.erf(0.3 / math.sqrt(2))) == pytest.approx(0.09, rel=1e-7)
+        assert chi_square_quantile(10, 0.05) == pytest.approx(3.940299, rel=1e-6)
+
+    def test_tails_for_planning(self):
+        for count in (4, 10, 40):
+            for x in (0.3 * count, count, 1.7 * count):
+                want = 1 - float(probability_below(count, x))
+                assert chi_square_exceeds(count, torch.tensor([x])).item() == pytest.approx(want, abs=0.01)
+        assert chi_square_exceeds(4, torch.tensor([0.0, math.inf])).tolist() == pytest.approx([1.0, 0.0], abs=1e-4)
+
+    def test_classes_left_over(self):
+        """As many as the chances of each class add up to; no room is none, and NaN too; ample room leaves nobody over."""
+        room = 2 ** torch.empty(3, 500, dtype=torch.float64).uniform_(
+            -10, 12, generator=torch.Generator().manual_seed(0)
+        )
+        found = LeftOver((4, 20, 64), 1e-6, torch.device("cpu")).expected(room)
+        for column, count in enumerate((4, 20, 64)):
+            quantile = schedule(count, 1e-6)[0][1]
+            want = [sum(1 - float(probability_below(count, r * quantile)) for r in row.tolist()) for row in room]
+            assert found[:, column].tolist() == pytest.approx(want, rel=0.02)
+        edges = LeftOver((8,), 1e-6, torch.device("cpu")).expected(
+            torch.tensor([[-1.0, 0.0, math.nan, math.inf, 1e30]]).double()
+        )
+        assert edges.item() == pytest.approx(3, abs=1e-3)
+
+
+class TestSchedule:
+    def test_the_shares_add_up_to_the_failure_probability(self):
+        assert sum(bounds.SHARES) <= 1 + 1e-15
+        for failure_probability in (0.2, 1e-6):
+            total = sum(probability_below(count, quantile) for count, quantile in schedule(20, failure_probability))
+            assert 0.999 * failure_probability < total <= failure_probability
+
+    @pytest.mark.parametrize("first", bounds.FIRST)
+    def test_counts_grow(self, first):
+        counts = [count for count, _ in schedule(first, 1e-6)]
+        assert counts[0] == first
+        assert counts == sorted(set(counts))
+
+
+def upper_norms(*figures):
+    """The Euclidean bounds from what the probes and the basis gave."""
+    known, rest, _ = widened(*figures)
+    return (known + rest).sqrt()
+
+
+def upper(sums, slack, count, quantile, known=0.0):
+    """The bound of class 1 where class 0 is predicted, from figures for class 1 and slacks of both."""
+    return upper_norms(
+        torch.tensor([[0.0, known]], dtype=torch.float64),
+        torch.tensor([[0.0, sums]], dtype=torch.float64),
+        torch.tensor([slack], dtype=torch.float64),
+        torch.tensor([0]),
+        count,
+        torch.tensor([[quantile]], dtype=torch.float64),
+    )[0, 1].item()
+
+
+class TestUpperNorms:
+    def test_without_rounding(self):
+        assert upper(6.0, [0.0, 0.0], 10, 2.0, known=1.0) == pytest.approx(2.0, rel=1e-15)
+
+    @pytest.mark.parametrize("of_the_winner", [0.0, 1e-3, 2e-3])
+    @pytest.mark.parametrize("count", [1, 9, 40])
+    def test_errors_as_large_as_the_slack_are_covered(self, count, of_the_winner):
+        """A norm of 1 at the quantile itself, all of it outside the basis or inside, measured too short by the whole slack."""
+        slack = [of_the_winner, 2e-3]
+        quantile = 0.7 * count
+        error = math.sqrt(count) * sum(slack)
+        assert upper((math.sqrt(quantile) - error) ** 2, slack, count, quantile) >= 1 - 1e-12
+        assert upper(0.0, slack, count, 1e30, known=(1 - sum(slack)) ** 2) >= 1 - 1e-12
+        assert upper((math.sqrt(quantile) - error) ** 2, slack, count, quantile) < 1 + 1e-4
+
+    def test_the_winners_own_bound_counts_its_slack_twice(self):
+        """Nothing asks for it; it shows that the winner's slack is the one of the predicted class."""
+        known = torch.zeros(1, 3, dtype=torch.float64)
+        slack = torch.tensor([[1.0, 2.0, 4.0]], dtype=torch.float64)
+        quantile = torch.ones(1, 1, dtype=torch.float64)
+        got = upper_norms(known, known, slack, torch.tensor([2]), 4, quantile)
+        both = slack + 4.0
+        torch.testing.assert_close(got, (both.square() + 4 * both.square()).sqrt())
+
+
+def summed(seed, E=6, n=40, D=50, r=5, spread=1.0):
+    """A `Summed` whose weights range over orders of magnitude, bases [E, r, D], and vectors Δ_j [E, n, D] of several kinds."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def normal(*shape):
+        return torch.randn(*shape, generator=generator, dtype=torch.float64)
+
+    norm = Summed(torch.zeros(E, n), D, "reference")
+    norm.fit(torch.cat((torch.zeros(E, 1, D, dtype=torch.float64), (spread * normal(E, 3, D)).exp()), 1))
+    basis = torch.linalg.qr(normal(E, D, r)).Q.mT
+    everyone = torch.arange(E)
+    inside = (normal(E, n, r) @ basis) / norm.directions(everyone, torch.ones(E, 1, D, dtype=torch.float64))
+    vectors = normal(E, n, D)
+    vectors[:, : n // 4] /= normal(E, n // 4, D).square()  # heavy tails
+    vectors[:, n // 4 : n // 2] *= torch.rand(E, n // 4, D, generator=generator, dtype=torch.float64) < 0.1  # sparse
+    vectors = torch.exp(2 * normal(E, n, 1)) * vectors + inside
+    vectors[:, -2] = inside[:, -2]  # nothing outside
+    return norm, everyone, basis, vectors
+
+
+def parts(norm, everyone, basis, vectors):
+    """The components of Δ_j / w in the basis [E, r, n], and the squared norms of both parts [E, n]."""
+    scaled = norm.rows(everyone, vectors)
+    components = basis @ scaled.mT
+    rest = scaled - components.mT @ basis
+    return components, components.square().sum(1), rest.square().sum(2)
+
+
+class TestSummed:
+    @pytest.mark.parametrize("seed", range(20))
+    @pytest.mark.parametrize("measured", [True, False])
+    def test_never_below_the_1_norm(self, seed, measured):
+        norm, everyone, basis, vectors = summed(seed, spread=0.3 * (seed % 5))
+        components, known, rest = parts(norm, everyone, basis, vectors)
+        if measured:
+            assert norm.measure(everyone, torch.ones_like(known, dtype=torch.bool), components, basis)
+        nothing = torch.zeros_like(known)
+        upper, length = norm.upper(everyone, known, rest, nothing), vectors.abs().sum(2)
+        assert (upper >= length * (1 - 1e-12)).all()
+        root = math.sqrt(vectors.shape[2])
+        assert (upper <= root * (known + rest).sqrt() * (1 + 1e-12)).all()  # Cauchy and Schwarz
+        if measured:
+            weights = 1 / norm.directions(everyone, torch.ones(6, 1, 50, dtype=torch.float64))
+            triangle = ((components.mT @ basis) * weights).abs().sum(2) + root * rest.sqrt()
+            assert (upper <= triangle * (1 + 1e-9)).all()
+            assert (upper < triangle * 0.9).any()
+
+    @pytest.mark.parametrize("seed", range(5))
+    def test_it_is_attained(self, seed):
+        """Δ = K plus a little of what the signs of K hold at right angles to it: no smaller bound would be true."""
+        norm, everyone, basis, vectors = summed(seed)
+        weights = 1 / norm.directions(everyone, torch.ones(6, 1, 50, dtype=torch.float64))
+        k = (basis @ norm.rows(everyone, vectors).mT).mT @ basis
+        signs = weights * k.sign()
+        away = signs - (signs * k).sum(2, keepdim=True) / k.square().sum(2, keepdim=True) * k
+        # So little that no sign changes; and the basis is k itself, for `away` need not be at right angles to the others.
+        away *= 0.5 * (k.abs() / away.abs()).amin(2, keepdim=True)
+        for j in range(vectors.shape[1]):
+            length = k[:, j].norm(dim=1, keepdim=True)
+            known, rest = length.square(), away[:, j].square().sum(1, keepdim=True)
+            alone = Summed(torch.zeros(6, 1), 50, "reference")
+            alone._weights = weights.squeeze(1)
+            components, direction = length.unsqueeze(2), (k[:, j] / length).unsqueeze(1)
+            alone.measure(everyone, torch.ones(6, 1, dtype=torch.bool), components, direction)
+            upper = alone.upper(everyone, known, rest, torch.zeros_like(known))
+            want = (weights.squeeze(1) * (k[:, j] + away[:, j])).abs().sum(1, keepdim=True)
+            torch.testing.assert_close(upper, want, rtol=1e-10, atol=0.0)
+
+    @pytest.mark.parametrize("slack", [1e-6, 1e-2])
+    def test_errors_as_large_as_the_slack_are_covered(self, slack):
+        norm, everyone, basis, vectors = summed(3)
+        components, known, rest = parts(norm, everyone, basis, vectors)
+        length = vectors.abs().sum(2)
+        generator = torch.Generator().manual_seed(0)
+        for _ in range(20):
+            error = torch.randn(components.shape, generator=generator, dtype=torch.float64)
+            wrong = components + slack * error / error.norm(dim=1, keepdim=True)
+            fresh, *_ = summed(3)
+            fresh.measure(everyone, torch.ones_like(known, dtype=torch.bool), wrong, basis)
+            upper = fresh.upper(everyone, (wrong.norm(dim=1) + slack).square(), rest, torch.full_like(known, slack))
+            assert (upper >= length * (1 - 1e-12)).all()
+
+    def test_rows_and_directions_belong_together(self):
+        """⟨directions(u), Δ⟩ = ⟨u, rows(Δ)⟩, the weights' squares have the mean 1, and no weight is far below it."""
+        norm, everyone, _, vectors = summed(1)
+        u = torch.randn(6, 4, 50, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+        got = norm.directions(everyone, u) @ vectors.mT
+        torch.testing.assert_close(got, u @ norm.rows(everyone, vectors).mT)
+        weights = 1 / norm.directions(everyone, torch.ones(6, 1, 50, dtype=torch.float64))
+        torch.testing.assert_close(weights.square().mean(2), torch.ones(6, 1, dtype=torch.float64))
+        assert (weights.square() >= Summed.FLOOR * (1 - 1e-12)).all()
+        assert weights.square().max() > 2
+
+    def test_rows_without_gradients_leave_the_weights_at_one(self):
+        norm = Summed(torch.zeros(2, 5), 7, "reference")
+        norm.fit(torch.ones(2, 4, 7))
+        torch.testing.assert_close(norm.rows(torch.arange(2), torch.ones(2, 3, 7)), torch.ones(2, 3, 7).double())
+
+    @pytest.mark.parametrize("tile", [1, 7 * 50, 1 << 22])
+    def test_only_what_is_marked_is_measured_and_once(self, monkeypatch, tile):
+        monkeypatch.setattr(Summed, "TILE", tile)
+        norm, everyone, basis, vectors = summed(2)
+        components, _, _ = parts(norm, everyone, basis, vectors)
+        some = torch.rand(6, 40, generator=torch.Generator().manual_seed(0)) < 0.5
+        some[0], some[3] = False, False
+        e = everyone[1:]
+        assert norm.measure(e, some[e], components[e], basis[e])
+        weights = 1 / norm.directions(everyone, torch.ones(6, 1, 50, dtype=torch.float64))
+        want = ((components.mT @ basis) * weights).abs().sum(2)
+        torch.testing.assert_close(norm._sums[some], want[some], rtol=1e-13, atol=0.0)
+        assert (norm._sums[~some] == math.inf).all()
+        assert not norm.measure(e, some[e], components[e], basis[e])
+
+
+@pytest.mark.parametrize("norm", NORMS)
+def test_figures_for_planning(norm):
+    """`expected` is `upper` without slack, `room` its inverse, and `likely` lies below."""
+    made, everyone, basis, vectors = summed(4)
+    made = made if norm == math.inf else NORMS[norm](torch.zeros(6, 40), 50, "reference")
+    components, known, rest = parts(made, everyone, basis, vectors)
+    made.measure(everyone, torch.ones_like(known, dtype=torch.bool), components, basis)
+    expected = made.expected(everyone, known, rest)
+    torch.testing.assert_close(expected, made.upper(everyone, known, rest, torch.zeros_like(known)))
+    outside = rest > 1e-6 * known
+    torch.testing.assert_close(made.room(everyone, known, expected)[outside], rest[outside], rtol=1e-6, atol=0.0)
+    assert (made.room(everyone, known, 0.5 * made.expected(everyone, known, 0 * rest)) < 0).all()
+    assert (made.likely(everyone, known, rest) <= expected * (1 + 1e-12)).all()
+
+
+class TestOneClass:
+    """The bounds of one class over many draws of its sums: each round fails with its own share, all together with δ."""
+
+    DELTA, TRIALS = 0.2, 20000
+
+    def share_of_misses(self, plan):
+        draws = torch.randn(self.TRIALS, plan[-1][0], generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+        pivots = draws.square().cumsum(1)
+        misses = torch.zeros(self.TRIALS, dtype=torch.bool)
+        nothing = torch.zeros(self.TRIALS, 2, dtype=torch.float64)
+        winner = torch.zeros(self.TRIALS, dtype=torch.int64)
+        for count, quantile in plan:
+            sums = pivots[:, count - 1 : count].expand(-1, 2)
+            got = upper_norms(nothing, sums, nothing, winner, count, torch.full((self.TRIALS, 1), quantile))
+            misses |= got[:, 1] < 1
+        return int(misses.sum())
+
+    def test_the_share_of_misses(self):
+        misses = self.share_of_misses(schedule(16, self.DELTA))
+        assert chance_at_least(misses, self.TRIALS, self.DELTA) > REJECT
+        assert misses >= 0.3 * self.DELTA * self.TRIALS  # a bound so loose that nothing ever fails tests nothing
+
+    def test_one_round_is_exact(self):
+        misses = self.share_of_misses([(16, chi_square_quantile(16, self.DELTA))])
+        assert chance_at_least(misses, self.TRIALS, self.DELTA) > REJECT
+        assert chance_at_least(self.TRIALS - misses, self.TRIALS, 1 - self.DELTA) > REJECT
+
+    def test_mutants_are_caught(self):
+        def caught(plan):
+            return chance_at_least(self.share_of_misses(plan), self.TRIALS, self.DELTA) < REJECT
+
+        assert caught([(16, chi_square_quantile(16, 1 - self.DELTA))])  # the wrong tail
+        assert caught([(count, chi_square_quantile(count, self.DELTA)) for count in (16, 22, 32, 48)])  # δ not divided
+        assert caught(
+            [(count, chi_square_quantile(count, self.DELTA)) for count in range(1, 33)]
+        )  # a look at every probe

@@ -1,0 +1,80 @@
+"""What `ModelPasses` holds: one recorded pass at most, and none, if it is large, while Jacobian-vector products are taken."""
+
+import weakref
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from fastsal.model import products
+from fastsal.model.linearization import linearize
+
+
+class Watched(nn.Module):
+    """Knows which of the logits that it returned are still held by somebody."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.Sequential(nn.Linear(5, 8), nn.Tanh(), nn.Linear(8, 3))
+        self.returned: list[weakref.ref] = []
+
+    def forward(self, x):
+        logits = self.layers(x)
+        self.returned.append(weakref.ref(logits))
+        return logits
+
+    def held(self) -> list[int]:
+        """The numbers of examples of the logits that are held."""
+        return [len(logits) for reference in self.returned if (logits := reference()) is not None]
+
+
+@pytest.fixture
+def model():
+    torch.manual_seed(0)
+    return Watched().double().eval()
+
+
+@pytest.mark.parametrize("examples", [np.arange(3), np.array([0, 2])], ids=["a whole batch", "a group"])
+@pytest.mark.parametrize("way", ["_traced", "_forward_mode", "_double_backward"])
+@pytest.mark.parametrize("large", [True, False])
+def test_a_large_recorded_pass_gives_its_memory_to_products(monkeypatch, model, examples, way, large):
+    monkeypatch.setattr(products, "KEPT", 0 if large else 1 << 40)
+    monkeypatch.setattr("fastsal.model.traced.PAYS", 0)
+    x, e = torch.randn(3, 5, dtype=torch.float64), len(examples)
+    held = []
+
+    def taken(self, *given):
+        held.append(model.held())
+        return run(self, *given)
+
+    with linearize(model, x) as graph:
+        product = products.ModelPasses(graph, examples, None)
+        run = getattr(products.ModelPasses, way)
+        product._ways = [taken]
+        everyone, cotangents = np.arange(e), torch.randn(e, 2, 3, dtype=torch.float64)
+        rows = product.vjp(everyone, cotangents)
+        assert model.held() == [e]
+        directions = torch.randn(e, 4, 5, dtype=torch.float64)
+        jvps = product.jvp(everyone, directions)
+        assert held == [[] if large else [e]]
+        torch.testing.assert_close(rows @ directions.mT, cotangents @ jvps.mT)
+        torch.testing.assert_close(product.vjp(everyone[:1], cotangents[:1]), rows[:1])
+        assert model.held() == [1 if large else e]
+
+
+@pytest.mark.parametrize("batch", [3, 20], ids=["recorded by the search for mixtures", "too large for that"])
+def test_only_the_examples_that_are_wanted_stay_recorded(model, batch):
+    with linearize(model, torch.randn(batch, 5, dtype=torch.float64)) as graph:
+        product = products.ModelPasses(graph, np.arange(batch - 1), None)
+        assert model.held() == [batch - 1]
+        product.vjp(np.arange(1), torch.ones(1, 30, 3, dtype=torch.float64))
+        assert model.held() == [1]
+
+
+def test_a_whole_batch_gives_way_to_the_examples_that_are_left(model):
+    with linearize(model, torch.randn(20, 5, dtype=torch.float64)) as graph:
+        product = products.ModelPasses(graph, np.arange(20), None)
+        assert model.held() == [20]
+        product.vjp(np.arange(1), torch.ones(1, 30, 3, dtype=torch.float64))
+        assert model.held() == [1]

@@ -1,0 +1,222 @@
+"""The installed fastsal._cuda as the build left it: architectures, registers and spills, and manners without a driver.
+
+Nothing is compiled here that the build has compiled already; only sm_100, which it leaves to PTX, is.
+"""
+
+import importlib.util
+import os
+import re
+import shutil
+import subprocess
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+import torch
+
+ROOT = Path(__file__).resolve().parents[3]
+SOURCES = sorted((ROOT / "csrc/cuda").glob("*.cu"))
+CUDA = importlib.util.find_spec("fastsal._cuda")
+KERNELS = {
+    "probe_kernel",
+    *(f"row_distances_{step}_kernel" for step in ("fold", "join")),
+    *(f"margin_geometry_{step}_kernel" for step in ("fused", "predict", "fold", "join", "two_rows", "gap")),
+    *(f"pairwise_margins_{step}_kernel" for step in ("tile", "finish")),
+    *(f"pairwise_backward_{step}_kernel" for step in ("sum_weights", "tops", "rows", "x")),
+}
+ALONE = {"probe_kernel", "margin_geometry_fused_kernel"}  # in no chain of csrc/cuda/launch.cuh
+FIRST = {"row_distances_fold_kernel", "margin_geometry_predict_kernel", "pairwise_backward_sum_weights_kernel"}
+LAST = {
+    *("row_distances_join_kernel", "margin_geometry_gap_kernel"),
+    *("pairwise_margins_finish_kernel", "pairwise_backward_rows_kernel"),
+}
+INSTRUCTION = re.compile(r"\s+/\*[0-9a-f]{4,5}\*/\s+(?:@\S+\s+)?([A-Z][\w.]+)")
+LOAD_OR_USE = re.compile(r"LDG\.E\.128|[FD]ADD|[FD]FMA|BRA|CALL")
+ANY_LOAD_OR_USE = re.compile(r"LDG|[FD]ADD|[FD]FMA|[FD]SETP|BRA|CALL")
+# Instructions that access memory other than constants, and those after which the next need not be the next to run.
+ACCESS_OR_BRANCH = re.compile("LD(?!C)|UBLK|ST|ATOM|RED|CCTL|MEMBAR|SYNCS|BAR|BRA|BRX|JMP|JMX|CALL|RET|EXIT|WARPSYNC")
+
+needs_module = pytest.mark.skipif(CUDA is None, reason="fastsal was installed without fastsal._cuda (no nvcc)")
+
+
+def tool(name):
+    """A CUDA tool: of CUDA_HOME, on PATH, or of Triton's wheel, which has cuobjdump."""
+    folders = [os.path.join(os.environ.get("CUDA_HOME", ""), "bin")]
+    triton = importlib.util.find_spec("triton")
+    if triton is not None:
+        folders.append(str(Path(triton.origin).parent / "backends/nvidia/bin"))
+    found = shutil.which(name, path=folders[0]) or shutil.which(name) or shutil.which(name, path=folders[-1])
+    return found or pytest.skip(f"no {name} in CUDA_HOME, on PATH or in Triton's package")
+
+
+def cuobjdump(option):
+    command = [tool("cuobjdump"), option, CUDA.origin]
+    return subprocess.run(command, capture_output=True, text=True, check=True).stdout
+
+
+@needs_module
+def test_architectures():
+    """Machine code for every architecture asked for, and PTX of the newest."""
+    wanted = sorted(int(arch) for arch in os.environ.get("FASTSAL_CUDA_ARCHS", "80;90").split(";"))
+    found = re.findall(r"sm_(\d+)\.cubin", cuobjdump("--list-elf"))
+    assert sorted({int(arch) for arch in found}) == wanted
+    assert all(found.count(str(arch)) == len(SOURCES) for arch in wanted)
+    assert re.findall(r"sm_(\d+)\.ptx", cuobjdump("--list-ptx")) == [str(wanted[-1])] * len(SOURCES)
+
+
+@needs_module
+def test_registers_and_spills(record_property):
+    """Every kernel keeps its values in registers: no stack frame, which is where spills go."""
+    usage = re.findall(r"Function (\w+):\n\s*REG:(\d+) STACK:(\d+) SHARED:(\d+) LOCAL:(\d+)", cuobjdump("-res-usage"))
+    kernels = [row for row in usage if re.search(r"\d[a-z_]+_kernel", row[0])]
+    names = {re.search(r"\d([a-z_]+_kernel)", row[0]).group(1) for row in kernels}
+    assert names == KERNELS
+    lines = [f"{name} {registers} {stack} {local}" for name, registers, stack, _, local in kernels]
+    record_property("kernel registers stack local", "\n".join(lines))
+    print(*lines, sep="\n")
+    assert not [line for line in lines if not line.endswith(" 0 0")]
+
+
+@needs_module
+def test_shared_memory_needs_no_attribute():
+    """What a kernel has of its own and what its launch adds stay below the 48 KiB that every device grants unasked."""
+    usage = re.findall(r"Function (\w+):\n\s*REG:\d+ STACK:\d+ SHARED:(\d+)", cuobjdump("-res-usage"))
+    source = (ROOT / "csrc/cuda/margin_geometry.cu").read_text(encoding="utf-8")
+    most = 1024 * max(
+        int(size) for size in re.findall(r"constexpr int64_t k(?:Shared|Copy)Bytes = (\d+) \* 1024", source)
+    )
+    assert most >= 40 * 1024
+    reserved = 1024  # which newer devices keep of every block, and cuobjdump counts in
+    for name, shared in usage:
+        assert int(shared) + (most if "fused" in name else 0) <= 48 * 1024 + reserved, name
+
+
+@pytest.fixture(scope="module")
+def machine_code():
+    """The kernels of sm_90, each with its mangled name and the words of its instructions."""
+    if "sm_90.cubin" not in cuobjdump("--list-elf"):
+        pytest.skip("built without sm_90, whose machine code is read here")
+    command = [tool("cuobjdump"), "-sass", "-arch", "sm_90", CUDA.origin]
+    functions = []
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
+        for line in process.stdout:
+            if "Function : " in line:
+                words = []
+                functions.append((re.search(r"\d([a-z_]+_kernel)(\w*)", line).groups(), words))
+            elif instruction := INSTRUCTION.match(line):
+                words.append(instruction.group(1))
+    assert process.returncode == 0
+    assert {name for (name, _), _ in functions} == KERNELS
+    return functions
+
+
+@needs_module
+def test_no_kernel_touches_memory_before_its_turn(machine_code):
+    """A kernel that follows another may start before that one has ended: first of all it waits (csrc/cuda/launch.cuh).
+
+    ACQBULK is griddepcontrol.wait in machine code, PREEXIT griddepcontrol.launch_dependents.
+    """
+    for (name, _), words in machine_code:
+        assert ("ACQBULK" in words) == (name not in ALONE | FIRST), name
+        assert ("PREEXIT" in words) == (name not in ALONE | LAST), name
+        if "ACQBULK" in words:
+            before = words[: words.index("ACQBULK")]
+            assert not [word for word in before if ACCESS_OR_BRANCH.match(word)], (name, before)
+            assert "PREEXIT" not in before, name
+
+
+@needs_module
+def test_steps_on_their_way_at_once(machine_code):
+    """The fold asks for rows of the last of several steps before it needs one of the first, and before any branch."""
+    steps, rows = (
+        int(re.search(rf"\b{name} = (\d+);", (ROOT / "csrc/cuda/stage1.cuh").read_text(encoding="utf-8")).group(1))
+        for name in ("kFoldSteps", "kGroupRows")
+    )
+    for (name, of), words in machine_code:
+        if name.endswith("_fold_kernel"):
+            ordered = "".join("L" if "LDG" in word else "+" for word in words if LOAD_OR_USE.match(word))
+            assert max(map(len, ordered.split("+"))) > (steps - 1) * (rows + 1), (name, of)
+
+
+@needs_module
+def test_batches_on_their_way_at_once(machine_code):
+    """What few warps wait for between the fold and the scalars is asked for together, before any of it is needed."""
+    wanted = {  # which run of loads, in the order of the code, and how many it has
+        "margin_geometry_join_kernel": (-1, 4),  # a lane's folds
+        "margin_geometry_two_rows_kernel": (1, 9),  # the predicted logit; logits and ratios of four candidates
+        "margin_geometry_gap_kernel": (-1, 60),  # the six sums of five slices, each a value and an exponent
+    }
+    for (name, of), words in machine_code:
+        if name in wanted and not (
+            name.endswith("join_kernel") and "Ed" in of
+        ):  # float64 has twice the loads: some wait
+            which, least = wanted[name]
+            ordered = "".join("L" if "LDG" in word else "+" for word in words if ANY_LOAD_OR_USE.match(word))
+            runs = [len(run) for run in ordered.split("+") if run]
+            assert runs[which] >= least, (name, of, runs)
+
+
+@needs_module
+def test_first_rows_are_asked_for_before_the_prediction(machine_code):
+    """UBLKPF is cp.async.bulk.prefetch in machine code. The logits, and all rows, are loaded after it."""
+    for (name, of), words in machine_code:
+        assert ("UBLKPF.L2" in words) == (name == "margin_geometry_fold_kernel"), (name, of)
+        if "UBLKPF.L2" in words:
+            assert not [word for word in words[: words.index("UBLKPF.L2")] if word.startswith("LDG")], (name, of)
+
+
+@needs_module
+def test_import_needs_no_driver(run_python):
+    """The module imports and answers everywhere; a launch without a driver is an error that says so."""
+    code = (
+        "import sys, importlib.util as u\n"
+        "spec = u.spec_from_file_location('_cuda', sys.argv[1])\n"
+        "cuda = u.module_from_spec(spec)\n"
+        "spec.loader.exec_module(cuda)\n"
+        "print(cuda.runtime_version() >= 11000, 'torch' in sys.modules, bool(cuda.why_not()))\n"
+        "try:\n"
+        "    cuda.row_distances(2, 0, 0, 1, 0, 1, 1, 1, 1, 1, 0, 0, 0)\n"
+        "except RuntimeError as error:\n"
+        "    print(error)\n"
+    )
+    result = run_python("-c", code, CUDA.origin, CUDA_VISIBLE_DEVICES="")
+    assert result.returncode == 0, result.stderr
+    first, second = result.stdout.splitlines()
+    assert first == "True False True"
+    assert second.startswith("row_distances_fold_kernel: ")
+
+
+@needs_module
+@pytest.mark.parametrize(("norm", "dtype", "named"), [(3, 0, "norm"), (2, 4, "dtype")])
+def test_unknown_codes_are_refused(norm, dtype, named):
+    from fastsal import _cuda
+
+    with pytest.raises(RuntimeError, match=f"{named}: got code {max(norm, dtype)}"):
+        _cuda.row_distances(norm, dtype, 0, 1, 0, 1, 1, 1, 1, 1, 0, 0, 0)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a device")
+def test_refuses_politely_without_a_device():
+    import fastsal
+    from fastsal.tensor import ops
+
+    reason = fastsal.info()["backends"]["cuda"]
+    assert "torch.cuda.is_available()" in reason or "cannot be imported" in reason
+    with pytest.raises(RuntimeError, match="backend 'cuda' cannot run: "):
+        ops.choose("cuda", torch.zeros(1, 2, 3))
+
+
+def test_compiles_for_sm_100(tmp_path):
+    """The architecture that the build covers by PTX; ptxas must find registers for it too."""
+    nvcc = tool("nvcc")
+
+    def compile_one(source):
+        flags = ["-O3", "-std=c++17", f"-I{ROOT / 'csrc/include'}", "-gencode=arch=compute_100,code=sm_100", "-cubin"]
+        command = [nvcc, *flags, "-Xptxas=-v", "-o", str(tmp_path / source.stem), str(source)]
+        return subprocess.run(command, capture_output=True, text=True)
+
+    with ThreadPoolExecutor(2) as pool:
+        for result in pool.map(compile_one, SOURCES):
+            assert result.returncode == 0, result.stderr
+            spills = re.findall(r"[1-9]\d* bytes spill stores", result.stderr)
+            assert not spills, result.stderr

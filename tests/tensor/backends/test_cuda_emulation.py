@@ -1,0 +1,314 @@
+"""The CUDA kernels' own source, run on the CPU by tests/cuda_emulation: values, and that who computes changes no bit.
+
+What this cannot show: hardware (warps in lockstep, memory ordering), speed, and what nvcc makes of the source.
+"""
+
+import contextlib
+import math
+import os
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import cases
+import pytest
+import torch
+from cases import each_dtype, each_norm
+from cuda_emulation import emulated
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from fastsal.tensor import reference
+from fastsal.tensor.backends import cuda
+
+TESTS = Path(__file__).resolve().parents[2]
+pytestmark = [
+    pytest.mark.skipif(emulated.COMPILER is None, reason="needs a C++ compiler"),
+    pytest.mark.skipif(sys.platform != "linux", reason="the emulation needs glibc's contexts"),
+]
+
+
+@pytest.fixture(scope="module")
+def module_path(tmp_path_factory):
+    return emulated.build(tmp_path_factory.mktemp("cuda_emulation"))
+
+
+@pytest.fixture
+def kernels(module_path, monkeypatch):
+    """fastsal.tensor.backends.cuda on the emulation."""
+    for name, value in emulated.replacements(emulated.load(module_path)).items():
+        monkeypatch.setattr(cuda, name, value)
+    return cuda
+
+
+def run_poisoned(function, *arguments):
+    with cases.poisoned():
+        return function(*arguments)
+
+
+def assert_all_same(a, b):
+    for one, other in zip(a, b, strict=True):
+        cases.assert_same(one, other)
+
+
+def test_values_of_every_backend(module_path, run_python):
+    """The tests that all backends share, in a process whose only target is the emulation."""
+    result = run_python(
+        *("-m", "pytest", "-q", "-p", "no:cacheprovider", "-p", "cuda_emulation.emulated", f"--rootdir={TESTS.parent}"),
+        *("-c", str(TESTS.parent / "pyproject.toml"), "-k", "not long_rows"),
+        *(str(TESTS / "tensor" / name) for name in ("test_geometry.py", "test_pairwise.py", "test_tensor_level.py")),
+        FASTSAL_EMULATED_CUDA=str(module_path),
+        PYTHONPATH=f"{Path(cuda.__file__).resolve().parents[3]}:{TESTS}",
+    )
+    assert result.returncode == 0, result.stdout[-4000:] + result.stderr[-2000:]
+
+
+@each_norm
+@each_dtype
+@pytest.mark.parametrize(("B", "n", "D"), [(2, 10, 784), (3, 5, 5003), (1, 33, 40)])
+def test_one_block_and_four_kernels_agree(kernels, monkeypatch, norm, dtype, B, n, D):
+    arguments = (*cases.inputs(B, n, D, dtype), norm)
+    results = []
+    for fused in (True, False):
+        monkeypatch.setattr(cuda, "_fused", lambda *_, fused=fused: fused)
+        results.append(run_poisoned(kernels.margin_geometry, *arguments))
+    assert_all_same(*results)
+
+
+@pytest.mark.parametrize(("B", "n"), [(34, 4000), (1, 4100)])
+def test_many_classes(kernels, monkeypatch, B, n):
+    """So many tasks that a warp of the fold kernel takes two; so many classes that they are predicted beforehand."""
+    monkeypatch.setattr(cuda, "_fused", lambda *_: False)
+    logits, jacobian, x = cases.inputs(B, n, 4, torch.float32)
+    scalars, indices, distances = run_poisoned(kernels.margin_geometry, logits, jacobian, x, 2.0)
+    truth, prediction, runner_up, want = reference.margin_geometry(logits, jacobian, x, 2.0)
+    assert torch.equal(indices, torch.stack((prediction, runner_up)))
+    torch.testing.assert_close(distances.double(), want, rtol=1e-6, atol=0)
+    torch.testing.assert_close(scalars[0].double(), truth["linearized_robustness"], rtol=1e-6, atol=0)
+
+
+@each_norm
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_segments_split_or_not_agree(kernels, monkeypatch, norm, dtype):
+    arguments = (*cases.inputs(1, 5, 4100, dtype), norm)
+    results = []
+    for split in (True, False):
+        monkeypatch.setattr(cuda, "_split", lambda *_, split=split: split)
+        results.append(run_poisoned(kernels.pairwise_margins, *arguments))
+    assert_all_same(*results)
+
+
+@each_norm
+def test_pairs_do_not_depend_on_the_tile(kernels, norm):
+    """17 classes take the large tile, 16 the small one."""
+    logits, jacobian, x = cases.inputs(1, 17, 100, torch.float32)
+    large = kernels.pairwise_margins(logits, jacobian, x, norm)
+    small = kernels.pairwise_margins(logits[:, :16], jacobian[:, :16], x, norm)
+    for k in (0, 1, 4):
+        cases.assert_same(large[k][:, :16, :16], small[k])
+
+
+@each_dtype
+@pytest.mark.parametrize("D", [256, 4096])  # the rows fit into a block's shared memory, or do not
+@pytest.mark.parametrize("offset", [0, 1, 3])
+def test_alignment_changes_no_bit(kernels, dtype, D, offset):
+    """Rows and x that start anywhere, among NaN that must not be read."""
+    logits, jacobian, x = cases.inputs(2, 6, D, dtype)
+    moved = torch.full((2, 6, D + 16), math.nan, dtype=dtype)[..., offset : offset + D].copy_(jacobian)
+    moved_x = torch.full((2, D + 16), math.nan, dtype=dtype)[..., offset : offset + D].copy_(x)
+    for run in (
+        lambda j, x: kernels.margin_geometry(logits, j, x, 2.0),
+        lambda j, x: (kernels.row_distances(j[:, 2], j, 2.0),),
+        lambda j, x: kernels.pairwise_margins(logits, j, x, 2.0),
+    ):
+        expected = run_poisoned(run, jacobian, x)
+        for rows, inputs in ((moved, x), (jacobian, moved_x), (moved, moved_x)):
+            assert_all_same(expected, run_poisoned(run, rows, inputs))
+
+
+@pytest.mark.parametrize(("dtype", "D"), [(torch.float32, 1152), (torch.bfloat16, 3328)])
+def test_nothing_is_read_behind_the_rows(module_path, run_python, dtype, D):
+    """Rows that end at a page which nobody may read: a load or a prefetch behind them ends the process.
+
+    Their last segment ends in the half that is prefetched first or in the other one, and there are no rows for all lanes that
+    prefetch.
+    """
+    code = f"""
+import ctypes, mmap, sys, torch
+from cuda_emulation import emulated
+from fastsal.tensor.backends import cuda
+for name, value in emulated.replacements(emulated.load(sys.argv[1])).items():
+    setattr(cuda, name, value)
+cuda._fused = lambda *_: False
+rows = torch.randn(1, 6, {D}).to({dtype})
+size, page = rows.nbytes, mmap.PAGESIZE
+pages = mmap.mmap(-1, (size // page + 2) * page)
+end = len(pages) - page
+libc = ctypes.CDLL(None, use_errno=True)
+address = ctypes.addressof(ctypes.c_char.from_buffer(pages))
+assert libc.mprotect(ctypes.c_void_p(address + end), page, 0) == 0
+at_end = torch.frombuffer(pages, dtype={dtype}, count=rows.numel(), offset=end - size).view(rows.shape).copy_(rows)
+logits, x = torch.randn(1, 6), torch.randn(1, {D}).to({dtype})
+for one, other in zip(cuda.margin_geometry(logits, rows, x, 2.0), cuda.margin_geometry(logits, at_end, x, 2.0)):
+    assert torch.equal(one, other)
+print("same")
+"""
+    result = run_python("-c", code, str(module_path), PYTHONPATH=f"{Path(cuda.__file__).resolve().parents[3]}:{TESTS}")
+    assert (result.returncode, result.stdout) == (0, "same\n"), result.stderr
+
+
+@each_norm
+def test_x_in_float32_beside_narrower_rows(kernels, norm):
+    """x is as exact as the rows, wherever it starts."""
+    logits, jacobian, _ = cases.inputs(2, 6, 256, torch.bfloat16)
+    x = cases.inputs(2, 6, 256, torch.float32)[2]
+    moved = torch.full((2, 300), math.nan)[:, 1:257].copy_(x)
+    expected = run_poisoned(kernels.margin_geometry, logits, jacobian, x, norm)
+    assert_all_same(expected, run_poisoned(kernels.margin_geometry, logits, jacobian, moved, norm))
+    truth = reference.margin_geometry(logits, jacobian, x, norm)[0]
+    torch.testing.assert_close(expected[0][1].double(), truth["alignment"], rtol=1e-6, atol=0)
+
+
+class NothingIsRead(TorchDispatchMode):
+    """Raises where a value of a tensor comes to the host, or a shape depends on one."""
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        assert func._schema.name not in ("aten::_local_scalar_dense", "aten::nonzero", "aten::equal"), func
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("fused", [True, False])
+def test_nothing_is_read_back(kernels, monkeypatch, fused):
+    """A GPU would stop for it, and a CUDA graph could not be captured."""
+    monkeypatch.setattr(cuda, "_fused", lambda *_: fused)
+    with NothingIsRead():
+        everything(kernels, torch.bfloat16, 2.0)
+        with pytest.raises(AssertionError, match="_local_scalar_dense"):
+            torch.ones(1).item()
+
+
+def test_an_example_does_not_depend_on_its_batch(kernels):
+    logits, jacobian, x = cases.inputs(5, 7, 1500, torch.bfloat16)
+    whole = kernels.margin_geometry(logits, jacobian, x, math.inf)
+    for b in range(5):
+        one = kernels.margin_geometry(logits[b : b + 1], jacobian[b : b + 1], x[b : b + 1], math.inf)
+        assert_all_same((whole[0][:, b : b + 1], whole[1][:, b : b + 1], whole[2][b : b + 1]), one)
+
+
+def everything(kernels, dtype, norm):
+    """The bits of every kernel."""
+    logits, jacobian, x = cases.inputs(2, 18, 1100, dtype)
+    jacobian[0] *= 1e-30 if dtype != torch.float16 else 1  # the slow paths too
+    w = torch.randn(2, 18, 18, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    return (
+        *kernels.margin_geometry(logits, jacobian, x, norm),
+        kernels.row_distances(jacobian[:, 0], jacobian, norm),
+        *kernels.pairwise_margins(logits, jacobian[..., :200], x[:, :200], norm),
+        *kernels.pairwise_backward(w + w.mT, w - w.mT, jacobian[..., :200], x[:, :200], norm),
+    )
+
+
+@each_norm
+@each_dtype
+@pytest.mark.parametrize("fused", [True, False])
+def test_order_of_threads_changes_no_bit(kernels, monkeypatch, norm, dtype, fused):
+    """A missing barrier shows when the last thread and the last block go first."""
+    monkeypatch.setattr(cuda, "_fused", lambda *_: fused)
+    monkeypatch.delenv("FASTSAL_EMULATION_REVERSE", raising=False)
+    forward = run_poisoned(everything, kernels, dtype, norm)
+    monkeypatch.setenv("FASTSAL_EMULATION_REVERSE", "1")
+    assert_all_same(forward, run_poisoned(everything, kernels, dtype, norm))
+
+
+@each_norm
+@each_dtype
+@pytest.mark.parametrize("with_x", [True, False])
+def test_pairwise_backward(kernels, norm, dtype, with_x):
+    """Against the reference, whose float64 differs only in the order of n additions."""
+    _, jacobian, x = cases.inputs(2, 9, 131, dtype)
+    jacobian[1, 3] = jacobian[1, 4]
+    w, v = torch.randn(2, 2, 9, 9, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+    x, v = (x, v - v.mT) if with_x else (None, None)
+    got = run_poisoned(kernels.pairwise_backward, w + w.mT, v, jacobian, x, norm)
+    want = reference.pairwise_backward(w + w.mT, v, jacobian, x, norm)
+    for one, other in zip(got, want, strict=True):
+        if other is None:
+            assert one.numel() == 0
+            continue
+        assert one.dtype == dtype
+        # n additions of float64, and one rounding to the result's type
+        error = 32 * torch.finfo(torch.float64).eps * other.abs().max() + torch.finfo(dtype).eps * other.abs()
+        assert ((one.double() - other).abs() <= error + torch.finfo(dtype).smallest_normal).all()
+
+
+def test_launches_go_to_the_tensors_device(monkeypatch):
+    """Whatever device is the current one: its current stream, and the caller's device again afterwards."""
+    current = ["cuda:0"]
+
+    @contextlib.contextmanager
+    def device(of):
+        before, current[0] = current[0], of
+        yield
+        current[0] = before
+
+    stream_of = {"cuda:0": 5, "cuda:1": 7}
+    monkeypatch.setattr(torch.cuda, "device", device)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda: SimpleNamespace(cuda_stream=stream_of[current[0]]))
+    with cuda._launching(SimpleNamespace(device="cuda:1")) as stream:
+        assert (stream, current) == (7, ["cuda:1"])
+    assert current == ["cuda:0"]
+
+
+def test_every_scalar_is_written(kernels, monkeypatch):
+    cases.assert_writes_every_scalar("cuda", monkeypatch)
+
+
+def test_backward_takes_v_and_x_together(kernels):
+    cases.assert_v_and_x_go_together("cuda")
+
+
+@pytest.mark.parametrize("D", [1, 31, 1025])
+def test_row_distances(kernels, D):
+    _, jacobian, _ = cases.inputs(3, 6, D, torch.float32)
+    for norm in cases.NORMS:
+        got = run_poisoned(kernels.row_distances, jacobian[:, 1], jacobian, norm)
+        torch.testing.assert_close(got, reference.row_distances(jacobian[:, 1], jacobian, norm), rtol=1e-6, atol=0)
+
+
+def emulated_program(folder, kernel, **environment):
+    """Runs a chain of two launches of a kernel with this body on the emulation."""
+    source = folder / "program.cpp"
+    source.write_text(
+        f"""#include "device.cu"
+        __global__ void kernel() {{ {kernel} }}
+        int main() {{
+          fastsal::Chain chain(0);
+          chain.launch("first", kernel, 1, 32, 0);
+          chain.launch("second", kernel, 1, 32, 0);
+        }}"""
+    )
+    includes = [f"-I{path}" for path in (TESTS / "cuda_emulation", TESTS.parent / "csrc/cuda")]
+    program = str(folder / "program")
+    subprocess.run([emulated.COMPILER, "-std=c++17", *includes, str(source), "-o", program], check=True)
+    return subprocess.run([program], capture_output=True, text=True, env={**os.environ, **environment})
+
+
+def test_a_divergent_barrier_is_reported(tmp_path):
+    """The emulation itself: what hangs or corrupts on a GPU ends the process here."""
+    result = emulated_program(tmp_path, "if (threadIdx.x < 16) __ballot_sync(~0u, 1);")
+    assert result.returncode != 0
+    assert "CUDA emulation: threads wait for others" in result.stderr
+
+
+WAIT, ADMIT = "fastsal::wait_for_kernel_before();", "fastsal::let_next_kernel_start();"
+
+
+@pytest.mark.parametrize(
+    ("kernel", "report"),
+    [(WAIT + ADMIT, ""), (ADMIT + WAIT, "lets the next kernel start"), ("", "a thread never waits")],
+)
+def test_a_kernel_before_its_turn_is_reported(tmp_path, kernel, report):
+    """The second of a chain is launched before its turn, unless FASTSAL_DEPENDENT_LAUNCH is 0."""
+    result = emulated_program(tmp_path, kernel, FASTSAL_DEPENDENT_LAUNCH="1")
+    assert (result.returncode != 0, report in result.stderr) == (bool(report), True), result.stderr
+    assert emulated_program(tmp_path, kernel, FASTSAL_DEPENDENT_LAUNCH="0").returncode == 0
