@@ -42,8 +42,8 @@ class ModelPasses:
     """The `Passes` of a model at some examples, int64 [E], of a recorded batch.
 
     A JVP is taken from a trace where there is one (`fastsal.model.traced` says when). Else it is taken in forward mode, vmapped
-    over the directions. Where a module has no forward-mode rule (LSTM, for one), it is the derivative of the VJP with respect to
-    its cotangent. All of them compute attention by plain operations.
+    over the directions. Where a module has no forward-mode rule (LSTM, for one), it is the derivative of the VJP with respect
+    to its cotangent. All of them compute attention by plain operations.
     """
 
     def __init__(self, graph: Linearization, examples: np.ndarray, chunk_size: int | None) -> None:
