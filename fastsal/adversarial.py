@@ -1,6 +1,5 @@
 """Adversarial perturbations: DeepFool, which takes the step that ρ̃ measures until the prediction changes."""
 
-import copy
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -10,6 +9,7 @@ from torch import Tensor
 
 from fastsal import methods, validation
 from fastsal.methods import Method
+from fastsal.methods.base import Selection
 from fastsal.model.calling import Model, call, check_evaluation_mode, check_input, recording
 from fastsal.model.linearization import Linearization, linearize
 from fastsal.tensor import reference
@@ -74,22 +74,19 @@ def to_boundary(model: Model, x: Tensor, adversarial: Tensor, reference: Tensor)
 
 def nearest_boundary(
     graph: Linearization,
-    own: Tensor,
+    own: Tensor | None,
     norm: float,
     method: Method,
     *,
     among: Tensor | None = None,
     chunk_size: int | None = None,
     backend: str = "auto",
-) -> tuple[Tensor, Tensor, Tensor]:
+) -> tuple[Selection, Tensor, Tensor]:
     """The nearest linearised boundary of given classes, which need not be the predicted ones.
-
-    A method finds the boundaries of the class with the highest score. As scores it is given −|Ψᶜ − Ψʲ|, which have the
-    margins wanted; c is lifted by next to nothing, over the classes that tie with it.
 
     Args:
         graph: The model's forward pass at B examples.
-        own: The class c of every example, int64 [B].
+        own: The class c of every example, int64 [B]; None for the predicted ones.
         norm: The norm p of a perturbation.
         method: How to find the boundary.
         among: The classes that count, bool [B, n]; None for all.
@@ -97,19 +94,15 @@ def nearest_boundary(
         backend: As in `analyze`.
 
     Returns:
-        The class j ≠ c for which |Ψᶜ − Ψʲ| / ‖g_c − g_j‖_q is smallest, int64 [B], and in float64 that distance [B] and the
-        row g_c − g_j [B, D].
+        What the method found, whose `winners` are c and the class j ≠ c for which |Ψᶜ − Ψʲ| / ‖g_c − g_j‖_q is smallest; and in
+        float64 that distance [B] and the row g_c − g_j [B, D].
     """
-    column = own.unsqueeze(1)
-    margin = (graph.logits.gather(1, column) - graph.logits).abs()
-    scores = -margin if among is None else (-margin).masked_fill(~among, -math.inf)
-    folded = copy.copy(graph)
-    folded.logits = scores.scatter(1, column, torch.finfo(scores.dtype).tiny)
-    selection = method.select(folded, norm, chunk_size, backend)
-    other, pair = selection.winners[:, 1], selection.pair.double()
+    selection = method.select(graph, norm, chunk_size, backend, own, among)
+    pair = selection.pair.double()
     row = pair[:, 0] - pair[:, 1]
-    length = reference.vector_norm(row, reference.dual(norm))
-    return other, reference.ratios(margin.double().gather(1, other.unsqueeze(1)).squeeze(1), length), row
+    scores = selection.logits.double().gather(1, selection.winners)
+    margin = (scores[:, 0] - scores[:, 1]).abs()
+    return selection, reference.ratios(margin, reference.vector_norm(row, reference.dual(norm))), row
 
 
 def _step(length: Tensor, row: Tensor, norm: float) -> Tensor:

@@ -96,8 +96,8 @@ def analyze(
     empty = B == 0  # one example of zeros tells the number of classes, and is dropped at the end
     with linearize(model, x.new_zeros(1, *x.shape[1:]) if empty else x, differentiable=differentiable) as graph:
         selection = chosen.select(graph, p, chunk_size, backend)
-        validation.warn_probabilities(graph.logits)
-        logits, pair, flat_x = graph.logits, selection.pair, graph.x.detach()
+        validation.warn_probabilities(selection.logits)
+        logits, pair, flat_x = selection.logits, selection.pair, graph.x.detach()
         if differentiable:
             logits, flat_x = graph.graph_logits, graph.x
             pair = torch.cat([graph.rows(row.unsqueeze(0), create_graph=True) for row in selection.winners.t()], 1)

@@ -248,8 +248,9 @@ class TestNearestBoundary:
             chosen.append(methods.Certified())
         for method in chosen:
             with linearize(model, x) as graph:
-                got = nearest_boundary(graph, own, norm, method)
-                assert torch.equal(graph.logits, logits)  # left as they were
+                selection, *got = nearest_boundary(graph, own, norm, method)
+                assert torch.equal(graph.logits, logits)
+            got = (selection.winners[:, 1], *got)
             for mine, right in zip(got, self.want(logits, jacobian, own, norm), strict=True):
                 torch.testing.assert_close(mine, right, rtol=1e-10, atol=1e-12)
 
@@ -262,7 +263,8 @@ class TestNearestBoundary:
         among[:, :2] = True
         for method in (methods.Exact(), methods.Candidates(11)):
             with linearize(model, x) as graph:
-                got = nearest_boundary(graph, own, norm, method, among=among)
+                selection, *got = nearest_boundary(graph, own, norm, method, among=among)
+            got = (selection.winners[:, 1], *got)
             for mine, right in zip(got, self.want(logits, jacobian, own, norm, among), strict=True):
                 torch.testing.assert_close(mine, right, rtol=1e-10, atol=1e-12)
 
@@ -271,7 +273,8 @@ class TestNearestBoundary:
         """Three equal logits: whichever class it is, the distance to another is 0."""
         weight = torch.eye(4, dtype=torch.float64)
         with linearize(lambda z: z @ weight, torch.tensor([[1.0, 1.0, 1.0, 0.5]]).double()) as graph:
-            other, distance, row = nearest_boundary(graph, torch.tensor([own]), 2.0, methods.Exact())
+            selection, distance, row = nearest_boundary(graph, torch.tensor([own]), 2.0, methods.Exact())
+        other = selection.winners[:, 1]
         assert other.item() == (1 if own == 0 else 0)
         assert distance.item() == 0
         assert torch.equal(row[0], weight[own] - weight[other.item()])

@@ -109,14 +109,14 @@ class MarginSaliency(attr.Saliency):
             return self.forward_func(*_separate(x, parts), *args)  # type: ignore[no-any-return]
 
         with linearize(Logits(forward, self.forward_func), torch.cat(columns, 1)) as graph:
-            validation.warn_probabilities(graph.logits)
-            own = graph.logits.argmax(1)
+            own = None
             if target is not None:
-                classes = torch.as_tensor(target, device=own.device).reshape(-1)
+                classes = torch.as_tensor(target, device=graph.x.device).reshape(-1)
                 if len(classes) not in (1, B):
                     raise ValueError(f"target: got {len(classes)} classes for {B} examples, wants one, or one for each")
                 own = classes.expand(B)
-            _, _, row = nearest_boundary(graph, own, self.norm, self.method)
+            selection, _, row = nearest_boundary(graph, own, self.norm, self.method)
+            validation.warn_probabilities(selection.logits)
         return _separate(row, parts)
 
 

@@ -68,9 +68,9 @@ class FAB(torchattacks.FAB):
         """
         norm = NORMS[self.norm]
         with linearize(Logits(self.get_logits, self.model), imgs) as graph:
-            other, _, row = nearest_boundary(graph, la, norm, self.method)
-            logits = graph.logits.double()
-        margin = logits.gather(1, other.unsqueeze(1)) - logits.gather(1, la.unsqueeze(1))
+            selection, _, row = nearest_boundary(graph, la, norm, self.method)
+        own, other = selection.logits.double().gather(1, selection.winners).split(1, 1)
+        margin = other - own
         largest = row.abs().amax(1, keepdim=True)
         scale = torch.where(largest.isfinite() & (largest > 0), torch.frexp(largest).exponent, 0)
         row, margin = torch.ldexp(-row, -scale), torch.ldexp(margin, -scale)

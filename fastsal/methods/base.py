@@ -17,15 +17,39 @@ class Selection:
     """What a method found for every example of a batch.
 
     Attributes:
+        logits: The model's logits, [B, n].
         winners: The prediction i* and the runner-up j*, int64 [B, 2].
         pair: Their rows of the Jacobian, [B, 2, D].
         provenance: The fields of `Geometry` that say how they were found: `method`, `vjps`, and those that differ from what
             `margin_geometry` fills in.
     """
 
+    logits: Tensor
     winners: Tensor
     pair: Tensor
     provenance: dict[str, Any]
+
+
+def margins(logits: Tensor, own: Tensor | None, among: Tensor | None) -> tuple[Tensor, Tensor]:
+    """The class whose nearest boundary is asked for, int64 [B], and its margins over all classes, float64 [B, n].
+
+    Without `own` that is the predicted class i*, with m_j = Ψ^{i*} − Ψʲ. Of a class c that need not be the predicted one the
+    margins are |Ψᶜ − Ψʲ|, where c is lifted by next to nothing over the classes that tie with it: there is no boundary to one
+    whose gradient is the same. Those of classes that do not count, outside of `among`, are +inf.
+    """
+    if own is None:
+        own, margin = reference.predicted_margins(logits)
+    else:
+        scores = logits.double()
+        margin = (scores.gather(1, own.unsqueeze(1)) - scores).abs().clamp(min=torch.finfo(logits.dtype).tiny)
+    return own, margin if among is None else margin.masked_fill(~among, math.inf)
+
+
+def by_margin(margin: Tensor, prediction: Tensor) -> Tensor:
+    """The other classes, int64 [B, n − 1], the smallest margin first: a NaN before all, the lowest class among equals."""
+    others = reference.other_classes(prediction, margin.shape[1])
+    order = margin.gather(1, others).nan_to_num(-math.inf, posinf=math.inf).sort(stable=True, dim=1).indices
+    return others.gather(1, order)
 
 
 class Method(ABC):
@@ -40,7 +64,15 @@ class Method(ABC):
     norms: ClassVar[frozenset[float]] = frozenset((1.0, 2.0, math.inf))
 
     @abstractmethod
-    def select(self, graph: Linearization, norm: float, chunk_size: int | None, backend: str) -> Selection:
+    def select(
+        self,
+        graph: Linearization,
+        norm: float,
+        chunk_size: int | None,
+        backend: str,
+        own: Tensor | None = None,
+        among: Tensor | None = None,
+    ) -> Selection:
         """Finds the prediction, the nearest class and their rows for every example of a recorded forward pass.
 
         Args:
@@ -48,6 +80,8 @@ class Method(ABC):
             norm: The p of the perturbation, one of `norms`.
             chunk_size: How many rows to take at once; None leaves it to the method.
             backend: The name of the backend that measures the rows, or "auto".
+            own: The classes that stand in for the predicted ones, int64 [B], with the margins that `margins` says.
+            among: Which classes may be the nearest, bool [B, n]; None for all.
         """
 
 
@@ -58,19 +92,19 @@ class Nearest:
     from which the distance of every other row is measured.
 
     Attributes:
-        prediction: i*, int64 [B].
-        margin: m_j = Ψ^{i*} − Ψʲ, float64 [B, n].
+        prediction: i*, int64 [B], or the class that stands in for it.
+        margin: m_j of every class, float64 [B, n], as `margins` has them.
         distances: m_j / ‖g − g_j‖_q of the classes that were visited, +inf elsewhere and at i*, float64 [B, n].
         runner_up: The nearest class so far, int64 [B, 1], or [B, 0] before there is one.
         pair: The anchor and the nearest row so far, [B, 2, D], or [B, 0, D] before there is an anchor.
     """
 
-    def __init__(self, logits: Tensor, norm: float, backend: str) -> None:
+    def __init__(self, prediction: Tensor, margin: Tensor, norm: float, backend: str) -> None:
         self._norm, self._backend = norm, backend
-        self.prediction, self.margin = reference.predicted_margins(logits)
+        self.prediction, self.margin = prediction, margin
         self.distances = torch.full_like(self.margin, math.inf)
-        self.runner_up = self.prediction.new_empty(len(logits), 0)
-        self.pair = logits.new_empty(len(logits), 0, 0)
+        self.runner_up = self.prediction.new_empty(len(margin), 0)
+        self.pair = margin.new_empty(len(margin), 0, 0)
 
     def visit(self, classes: Tensor, rows: Tensor, examples: Tensor | None = None) -> None:
         """Compares more rows with the nearest so far.

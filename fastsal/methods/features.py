@@ -18,7 +18,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor, nn
 
-from fastsal.methods.base import Selection
+from fastsal.methods.base import Nearest, Selection
 from fastsal.model.linearization import Linearization
 from fastsal.tensor import ops, reference
 
@@ -111,6 +111,7 @@ def _jacobian(features: Linearization, chunk_size: int | None) -> Tensor:
 
 def through_features(
     graph: Linearization,
+    nearest: Nearest,
     norm: float,
     chunk_size: int | None,
     backend: str,
@@ -121,6 +122,7 @@ def through_features(
 
     Args:
         graph: The recorded forward pass.
+        nearest: The classes and their margins; it visits nothing.
         norm: The p of the perturbation.
         chunk_size: How many rows of J_f to take at once; None chooses.
         backend: The name of the backend that measures the differences, or "auto".
@@ -145,7 +147,7 @@ def through_features(
             graph.model(x)
         return calls[0][1].flatten(1)
 
-    prediction, margin = reference.predicted_margins(graph.logits)
+    prediction, margin = nearest.prediction, nearest.margin
     distance = torch.zeros_like(margin)
     everyone = torch.arange(B, device=prediction.device)
     tile = max(1, TILE_BYTES // (min(size, B) * D * graph.x.element_size()))
@@ -164,4 +166,4 @@ def through_features(
     winners = torch.stack((prediction, reference.nearest_other(ratio, margin, prediction)), 1)
     distances = ratio.scatter(1, prediction.unsqueeze(1), math.inf).to(graph.logits.dtype)
     provenance = {"method": "exact", "distances": distances, "vjps": torch.full_like(prediction, F + 2)}
-    return Selection(winners, graph.rows(winners.t()), provenance)
+    return Selection(graph.logits, winners, graph.rows(winners.t()), provenance)

@@ -6,7 +6,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
-from fastsal.methods.base import Method, Nearest, Selection
+from fastsal.methods.base import Method, Nearest, Selection, by_margin, margins
 from fastsal.methods.features import through_features
 from fastsal.model.linearization import Linearization
 from fastsal.tensor.reference import other_classes
@@ -50,16 +50,23 @@ class Exact(Method):
         if not isinstance(self.memory_limit, int) or self.memory_limit < 0:
             raise ValueError(f"Exact: got memory_limit={self.memory_limit!r}, wants a number of bytes")
 
-    def select(self, graph: Linearization, norm: float, chunk_size: int | None, backend: str) -> Selection:
+    def select(
+        self,
+        graph: Linearization,
+        norm: float,
+        chunk_size: int | None,
+        backend: str,
+        own: Tensor | None = None,
+        among: Tensor | None = None,
+    ) -> Selection:
         """Looks at all classes: by way of the features where that is possible and cheaper, else row by row."""
-        selection = through_features(graph, norm, chunk_size, backend, self.head, self.memory_limit)
+        nearest = Nearest(*margins(graph.logits, own, among), norm, backend)
+        selection = through_features(graph, nearest, norm, chunk_size, backend, self.head, self.memory_limit)
         if selection is not None:
             return selection
-        nearest = Nearest(graph.logits, norm, backend)
-        others = other_classes(nearest.prediction, graph.logits.shape[1])
-        vjps = _stream(graph, nearest, others, chunk_size)
-        distances = nearest.distances.to(graph.logits.dtype)
-        return Selection(nearest.winners, nearest.pair, {"method": self.name, "distances": distances, "vjps": vjps})
+        vjps = _stream(graph, nearest, other_classes(nearest.prediction, nearest.margin.shape[1]), chunk_size)
+        provenance = {"method": self.name, "distances": nearest.distances.to(graph.logits.dtype), "vjps": vjps}
+        return Selection(graph.logits, nearest.winners, nearest.pair, provenance)
 
 
 @dataclass(frozen=True)
@@ -91,15 +98,21 @@ class Candidates(Method):
         if not isinstance(self.k, int) or self.k < 1:
             raise ValueError(f"Candidates: got k={self.k!r}, wants an integer >= 1")
 
-    def select(self, graph: Linearization, norm: float, chunk_size: int | None, backend: str) -> Selection:
-        """Looks at the classes of the highest logits, the lowest class first among equals."""
-        nearest = Nearest(graph.logits, norm, backend)
-        others = other_classes(nearest.prediction, graph.logits.shape[1])
-        highest = graph.logits.gather(1, others).sort(stable=True, dim=1, descending=True).indices[:, : self.k]
-        vjps = _stream(graph, nearest, others.gather(1, highest), chunk_size)
+    def select(
+        self,
+        graph: Linearization,
+        norm: float,
+        chunk_size: int | None,
+        backend: str,
+        own: Tensor | None = None,
+        among: Tensor | None = None,
+    ) -> Selection:
+        """Looks at the classes of the smallest margins, the lowest class first among equals."""
+        nearest = Nearest(*margins(graph.logits, own, among), norm, backend)
+        vjps = _stream(graph, nearest, by_margin(nearest.margin, nearest.prediction)[:, : self.k], chunk_size)
         nothing = torch.zeros_like(graph.logits[:, 0])
         provenance = {"method": self.name, "distances": None, "certified": nothing.bool(), "lower_bound": nothing}
-        return Selection(nearest.winners, nearest.pair, provenance | {"vjps": vjps})
+        return Selection(graph.logits, nearest.winners, nearest.pair, provenance | {"vjps": vjps})
 
 
 def _stream(graph: Linearization, nearest: Nearest, others: Tensor, chunk_size: int | None) -> Tensor:

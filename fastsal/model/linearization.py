@@ -1,7 +1,6 @@
 """A model's forward pass, recorded: its logits, any rows of its Jacobian, and the checks that make both trustworthy."""
 
 import contextlib
-import functools
 import math
 import warnings
 from collections.abc import Callable, Iterator
@@ -53,28 +52,34 @@ class Linearization:
         self.leaf = leaf
         self._name = type(model).__name__
         self._batched = True
+        self._recorded: Tensor | None = None  # the logits with their graph, while they are held
+        self._logits: Tensor | None = None  # the same, detached, once they are known
         self.x = flatten(leaf, 1)
 
-    @functools.cached_property
+    @property
     def graph_logits(self) -> Tensor:
         """The logits with their graph, in the output dtype of x: [B, n]."""
-        with self.same_precision():
-            logits = call(self.model, self.leaf.clone())  # a clone, so that a model may overwrite its input in place
-        if not logits.requires_grad:
-            raise ValueError(
-                "model: its logits do not depend on x (they carry no gradient); wants logits computed from x with "
-                "differentiable torch operations, without no_grad, detach or a trip through numpy inside the model"
-            )
-        return logits
+        if self._recorded is None:
+            with self.same_precision():
+                logits = call(
+                    self.model, self.leaf.clone()
+                )  # a clone, so that a model may overwrite its input in place
+            if not logits.requires_grad:
+                raise ValueError(
+                    "model: its logits do not depend on x (they carry no gradient); wants logits computed from x with "
+                    "differentiable torch operations, without no_grad, detach or a trip through numpy inside the model"
+                )
+            self._recorded, self._logits = logits, logits.detach()
+        return self._recorded
 
-    @functools.cached_property
+    @property
     def logits(self) -> Tensor:
-        """The same, detached. A method that records the model at a few examples at a time sets them."""
-        return self.graph_logits.detach()
+        """The same, detached."""
+        return self.graph_logits.detach() if self._logits is None else self._logits
 
     def forget(self) -> None:
         """Frees the recorded pass. What needs it next, the logits excepted, makes it anew."""
-        self.__dict__.pop("graph_logits", None)
+        self._recorded = None
 
     def same_precision(self) -> torch.autocast:
         """The autocast state that the forward pass ran under, for running the model again."""

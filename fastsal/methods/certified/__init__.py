@@ -66,7 +66,7 @@ import torch
 from torch import Tensor
 
 from fastsal.devices import of, to_device, to_host
-from fastsal.methods.base import Method, Nearest, Selection
+from fastsal.methods.base import Method, Nearest, Selection, by_margin, margins
 from fastsal.methods.certified.bounds import FIRST, NORMS, SHARES, LeftOver, schedule, widened
 from fastsal.model.linearization import Linearization
 from fastsal.model.products import ModelPasses, NoJVPError, Passes
@@ -134,7 +134,15 @@ class Certified(Method):
         if not isinstance(self.seed, int):
             raise ValueError(f"Certified: got seed={self.seed!r}, wants an integer")
 
-    def select(self, graph: Linearization, norm: float, chunk_size: int | None, backend: str) -> Selection:
+    def select(
+        self,
+        graph: Linearization,
+        norm: float,
+        chunk_size: int | None,
+        backend: str,
+        own: Tensor | None = None,
+        among: Tensor | None = None,
+    ) -> Selection:
         """Certifies the batch in groups, so that nobody waits long for the hardest example, and no more is recorded at a time.
 
         A group's bases, seldom over 20 float64 directions an example, are to fit a cache, or a part of a device's memory. It
@@ -144,20 +152,22 @@ class Certified(Method):
         held = GROUP_BYTES if device.type == "cpu" else GROUP_BYTES_ACCELERATOR
         size = max(2, held // (8 * 20 * graph.x.shape[1]))
         normals = Normals(self.seed, graph.x.shape[1], device)
-        parts, logits = [], []
+        parts, recorded = [], []
         for start in range(0, len(graph.leaf), size):
-            passes = ModelPasses(graph, np.arange(start, min(start + size, len(graph.leaf))), chunk_size)
-            parts.append(certify(passes, self, backend, norm, normals))
-            logits.append(passes.logits)
-        graph.logits = torch.cat(logits)
+            stop = min(start + size, len(graph.leaf))
+            passes = ModelPasses(graph, np.arange(start, stop), chunk_size)
+            wanted, allowed = (None if value is None else value[start:stop] for value in (own, among))
+            parts.append(certify(passes, self, backend, norm, normals, wanted, allowed))
+            recorded.append(passes.logits)
+        logits = torch.cat(recorded)
 
         def joined(name: str) -> Tensor:
             return torch.cat([getattr(part, name) for part in parts])
 
         provenance: dict[str, Any] = {name: joined(name) for name in ("vjps", "jvps", "certified")}
         provenance |= {"method": self.name, "distances": None, "failure_probability": self.failure_probability}
-        provenance["lower_bound"] = joined("lower_bound").to(graph.logits.dtype)
-        return Selection(joined("winners"), joined("pair"), provenance)
+        provenance["lower_bound"] = joined("lower_bound").to(logits.dtype)
+        return Selection(logits, joined("winners"), joined("pair"), provenance)
 
 
 @dataclass(frozen=True)
@@ -205,27 +215,32 @@ class _Search:
     """
 
     def __init__(
-        self, passes: Passes, method: Certified, backend: str, norm: float = 2.0, normals: Normals | None = None
+        self,
+        passes: Passes,
+        method: Certified,
+        backend: str,
+        norm: float = 2.0,
+        normals: Normals | None = None,
+        own: Tensor | None = None,
+        among: Tensor | None = None,
     ) -> None:
         self.passes, self.method = passes, method
         self.normals = normals or Normals(method.seed, passes.dimension, passes.logits.device)
         logits = passes.logits
         self.device = logits.device
         E, self.n = logits.shape
-        self.nearest = Nearest(logits, norm, backend)
+        self.nearest = Nearest(*margins(logits, own, among), norm, backend)
         self.norm = NORMS[norm](logits, passes.dimension, backend)
         self.prediction, self.margin = self.nearest.prediction, self.nearest.margin
         self.left_over = LeftOver(FIRST, method.failure_probability, self.device)
-        self.seen = torch.zeros_like(logits, dtype=torch.bool)
+        self.seen = self.margin == math.inf  # no candidates: classes that do not count, and logits of −inf
         self.lower = torch.zeros_like(self.margin)
         self.vjps, self.jvps = np.zeros(E, np.int64), np.zeros(E, np.int64)
         self.drawn = np.zeros(E, np.int64)  # how many probes
         self.everyone = np.arange(E)
         # The predicted class and the highest other logits, the lowest first among equals, [E, c]; their rows, [E, c, D], are
         # checked once there are probes.
-        others = reference.other_classes(self.prediction, self.n)
-        order = logits.gather(1, others).sort(stable=True, dim=1, descending=True).indices
-        early = others.gather(1, order[:, : min(TOP, self._left(self.everyone).min() - 1)])
+        early = by_margin(self.margin, self.prediction)[:, : min(TOP, self._left(self.everyone).min() - 1)]
         self.early = torch.cat((self.prediction.unsqueeze(1), early), 1)
         self.early_rows = self.evaluate(self.everyone, self.early)
         self.unit = torch.ones_like(self.margin[:, 0])
@@ -442,7 +457,7 @@ class _Search:
         """Builds the bases and returns the plans: the first rounds' counts of probes [E], 0 where rows are cheaper."""
         self.norm.fit(self.early_rows)
         scale = reference.vector_norm(self.norm.rows(self.everyone, self.early_rows), 2.0).amax(1)
-        usable = torch.isfinite(scale) & torch.isfinite(self.margin).all(1)
+        usable = torch.isfinite(scale) & (torch.isfinite(self.margin) | self.seen).all(1)
         self.lower = torch.where(usable.unsqueeze(1), self.lower, math.nan)
         self.unit = torch.where(usable & (scale > 0), scale, 1.0)
         plan = np.zeros_like(self.vjps)
@@ -637,13 +652,19 @@ def _common(counts: np.ndarray) -> int:
 
 
 def certify(
-    passes: Passes, method: Certified, backend: str = "auto", norm: float = 2.0, normals: Normals | None = None
+    passes: Passes,
+    method: Certified,
+    backend: str = "auto",
+    norm: float = 2.0,
+    normals: Normals | None = None,
+    own: Tensor | None = None,
+    among: Tensor | None = None,
 ) -> Certificate:
     """Runs the algorithm of this module on a group of E >= 1 examples; see there for why `certified` may be believed.
 
     `normals` are those of the method's seed, where several groups share them.
     """
-    search = _Search(passes, method, backend, norm, normals)
+    search = _Search(passes, method, backend, norm, normals, own, among)
     search.probe(search.prepare())
     search.finish()
     best = search.best
