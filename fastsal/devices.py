@@ -25,6 +25,6 @@ def to_device(values: Any, device: torch.device) -> Tensor:
     return tensor.pin_memory().to(device, non_blocking=True)
 
 
-def of(values: Tensor, examples: np.ndarray) -> Tensor:
+def take(values: Tensor, examples: np.ndarray) -> Tensor:
     """The entries of values [E, ...] for examples, int64 [e], ascending; not copied where these are all."""
     return values if len(examples) == len(values) else values[to_device(examples, values.device)]

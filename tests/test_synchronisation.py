@@ -17,7 +17,13 @@ from torch.utils._pytree import tree_flatten
 
 import fastsal
 from bench.contestants.jacobians import KINDS, Matrices, distances
+from fastsal.devices import to_device, to_host
 from fastsal.methods import certified
+from fastsal.methods.certified.basis import Basis
+from fastsal.methods.certified.norms import NORM_BOUNDS
+from fastsal.methods.certified.rounding import Rounding
+from fastsal.methods.certified.search import Search
+from fastsal.methods.certified.state import State
 
 
 def fake_inputs(device, dtype):
@@ -89,11 +95,11 @@ def test_a_certificate_waits_once_a_round(monkeypatch, norm, max_passes):
     """One decision before there is a basis, two on rounding, one a step of the basis, a round of probes and a round of rows."""
     calls = Counter()
     for owner, name in (
-        (certified._Search, "trust"),
-        (certified._Search, "widen"),
-        (certified._Search, "bound"),
-        (certified._Search, "evaluate"),
-        (certified.NORMS[norm], "measure"),
+        (Rounding, "trust"),
+        (Basis, "widen"),
+        (Search, "bound"),
+        (State, "evaluate"),
+        (NORM_BOUNDS[norm], "measure"),
     ):
 
         def counted(*args, name, right):
@@ -130,6 +136,6 @@ def test_the_stub_notices_who_reads():
             with pytest.raises(AssertionError):
                 read()
         assert device.waits == 0
-        value[certified.to_device(np.array([1]), value.device)] = 0.0
-        assert certified.to_host(value)[0, 1] == 0.0
+        value[to_device(np.array([1]), value.device)] = 0.0
+        assert to_host(value)[0, 1] == 0.0
         assert device.waits == 1

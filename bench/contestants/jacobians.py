@@ -8,8 +8,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fastsal.devices import of
-from fastsal.methods.certified.bounds import Summed
+from fastsal.devices import take
+from fastsal.methods.certified.norms import Summed
 from fastsal.tensor.reference import dual
 
 MANY = 90  # classes: enough for probes to be worth while
@@ -28,10 +28,10 @@ class Matrices:
         self.dimension = self.jacobian.shape[2]
 
     def vjp(self, examples: np.ndarray, cotangents: Tensor) -> Tensor:
-        return cotangents @ of(self.jacobian, examples)
+        return cotangents @ take(self.jacobian, examples)
 
     def jvp(self, examples: np.ndarray, directions: Tensor) -> Tensor:
-        return directions.to(self.jacobian.dtype) @ of(self.jacobian, examples).mT
+        return directions.to(self.jacobian.dtype) @ take(self.jacobian, examples).mT
 
 
 def distances(logits: Tensor, jacobian: Tensor, norm: float = 2.0) -> Tensor:

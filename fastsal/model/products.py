@@ -7,7 +7,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fastsal.devices import of, to_device, to_host
+from fastsal.devices import take, to_device, to_host
 from fastsal.model.calling import call, flatten, math_attention
 from fastsal.model.chunking import in_parts, is_out_of_memory, vmap
 from fastsal.model.linearization import Linearization
@@ -112,7 +112,7 @@ class ModelPasses:
 
     def _at(self, examples: np.ndarray) -> Tensor:
         """The model's input at these examples: [e, *S]."""
-        return of(self._base.leaf.detach(), self._own[examples])
+        return take(self._base.leaf.detach(), self._own[examples])
 
     def _vjp(self, cotangents: Tensor) -> Tensor:
         return self._graph.vjp(cotangents)

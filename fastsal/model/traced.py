@@ -28,7 +28,7 @@ from torch._guards import TracingContext, tracing
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
 
-from fastsal.devices import of
+from fastsal.devices import take
 from fastsal.model.calling import call, math_attention
 from fastsal.model.chunking import is_out_of_memory
 from fastsal.model.linearization import Linearization
@@ -212,7 +212,7 @@ class TracedPasses:
         if len(examples) == 1:
             own = [values[examples[0]] for values in self._own]
             return torch.func.vmap(run, in_dims=(None, 0))(own, directions[:, 0]).unsqueeze(1)
-        own = [of(values, examples) for values in self._own]
+        own = [take(values, examples) for values in self._own]
         if len(directions) == 1:
             return torch.func.vmap(run)(own, directions[0]).unsqueeze(0)
         return torch.func.vmap(torch.func.vmap(run), in_dims=(None, 0))(own, directions)

@@ -1,6 +1,5 @@
-"""What random probes prove: quantiles of the chi-square distribution, schedules of rounds, and upper bounds of norms."""
+"""Upper bounds of the norms of gradients, from what a basis and probes show of them; docs/certified.md has the proofs."""
 
-import functools
 import math
 from typing import ClassVar
 
@@ -8,78 +7,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fastsal.devices import of, to_device, to_host
+from fastsal.devices import take, to_device, to_host
 from fastsal.tensor import ops
-
-# The cumulative counts of probes at which a round may end, three an octave: examples that began apart share later rounds.
-COUNTS = tuple(round(4 * 2 ** (k / 3)) for k in range(20))
-# What share of the failure probability each round has, fixed before any probe is drawn.
-SHARES = (0.27, 0.22, 0.18, 0.14, 0.11, 0.08)
-FIRST = COUNTS[: 1 - len(SHARES)]  # where a first round may end
-# torch.special.gammainc errs by up to 2e-9 of its value; a quantile this much lower stays below the true one.
-BELOW = 1 - 2.0**-26
-
-
-@functools.lru_cache(maxsize=4096)
-def chi_square_quantile(count: int, probability: float) -> float:
-    """An x with P(χ²_count ≤ x) ≤ probability, by a relative 2e-8 at most below the largest: bisection on log x in float64.
-
-    The cumulative distribution is gammainc(count/2, x/2), whose float64 error is relative down to the smallest numbers.
-    """
-    half = torch.tensor(count / 2, dtype=torch.float64)
-    low, high = -1400.0 / count - 50.0, math.log(count) + 8.0
-    for _ in range(64):
-        middle = (low + high) / 2
-        reached = torch.special.gammainc(half, torch.tensor(math.exp(middle) / 2, dtype=torch.float64)).item()
-        low, high = (middle, high) if reached <= probability else (low, middle)
-    return math.exp(low) * BELOW
-
-
-def schedule(first: int, failure_probability: float) -> list[tuple[int, float]]:
-    """(cumulative count of probes, lower χ² quantile at the round's share of the failure probability), for all rounds.
-
-    `first`, one of FIRST, is the count of the first round; the others end at the next counts.
-    """
-    rounds = zip(COUNTS[COUNTS.index(first) :], SHARES, strict=False)
-    return [(count, chi_square_quantile(count, share * failure_probability)) for count, share in rounds]
-
-
-def chi_square_exceeds(count: int, x: Tensor) -> Tensor:
-    """Roughly P(χ²_count > x) for x >= 0, by Wilson and Hilferty. For planning: nothing is proven by it."""
-    spread = 2 / (9 * count)
-    return 0.5 - torch.erf(((x / count) ** (1 / 3) + (spread - 1)) / math.sqrt(2 * spread)) / 2
-
-
-class LeftOver:
-    """How many classes a first round of probes leaves without a sufficient bound, for several counts. For planning.
-
-    A class is left over where S_j / quantile is more than there is room for. The chance of that depends on the room alone, in
-    units of the squared norm that the probes look at, so that classes are sorted into bins by it.
-    """
-
-    LOW, HIGH, BINS = -8.0, 24.0, 512  # of log2 of the room
-
-    def __init__(self, counts: tuple[int, ...], failure_probability: float, device: torch.device) -> None:
-        """For first rounds of `counts` probes each."""
-        self._chances = to_device(_chances(counts, failure_probability), device)
-
-    def expected(self, room: Tensor) -> Tensor:
-        """The expected number [e, len(counts)] of classes left over, for room [e, n]: below 0 or NaN is none, +inf is ample."""
-        place = (room.nan_to_num(0.0, posinf=math.inf).log2() - self.LOW) * (self.BINS / (self.HIGH - self.LOW))
-        place = place.nan_to_num(0.0, posinf=math.inf).clamp(0, self.BINS - 1).long()
-        many = self._chances.new_zeros(len(room), self.BINS).scatter_add_(1, place, torch.ones_like(room))
-        return many @ self._chances
-
-
-@functools.lru_cache(maxsize=64)
-def _chances(counts: tuple[int, ...], failure_probability: float) -> Tensor:
-    """The chance [BINS, len(counts)] that a class is left over, for the middle of each bin; the last bin has room for all."""
-    step = (LeftOver.HIGH - LeftOver.LOW) / LeftOver.BINS
-    room = 2 ** (LeftOver.LOW + step * (torch.arange(LeftOver.BINS, dtype=torch.float64) + 0.5))
-    room[-1] = math.inf
-    quantiles = (schedule(count, failure_probability)[0][1] for count in counts)
-    columns = [chi_square_exceeds(count, room * q) for count, q in zip(counts, quantiles, strict=True)]
-    return torch.stack(columns, 1)
 
 
 def widened(
@@ -88,9 +17,7 @@ def widened(
     """Upper bounds of the squared Euclidean norms of the known part of Δ_j and of the rest, and the slack of Δ_j: [e, n] each.
 
     The second one, of a class that is fixed beforehand, fails with the quantile's probability. Without rounding these are the
-    known part itself and S_j / quantile. The vector of the products of class j with the basis may be off by slack_j in norm,
-    the one with the probes by √count · slack_j, and a difference of two classes by the sum of both: the triangle inequality
-    adds them to the norms of the two vectors.
+    known part itself and S_j / quantile; docs/certified.md, "Rounding", says what the slack adds.
 
     Args:
         known: The squared norm of the known part of Δ_j, [e, n].
@@ -166,26 +93,13 @@ class Euclidean:
 class Summed(Euclidean):
     """The 1-norm, q = 1, through weights w > 0 with Σ w² = D.
 
-    Theorem. Let Δ/w = k + r with ⟨k, r⟩ = 0, ρ = ‖Δ/w‖_2, θ the angle between Δ/w and k (tan θ = ‖r‖_2 / ‖k‖_2), and K = wk.
-    With φ = arccos(‖K‖_1 / (√D ‖k‖_2)),
+    With Δ/w = k + r, ⟨k, r⟩ = 0, θ the angle between Δ/w and k, and cos φ = ‖wk‖_1 / (√D ‖k‖_2),
 
-        ‖Δ‖_1 ≤ √D ρ cos(max(0, φ − θ)).
+        ‖Δ‖_1 ≤ √D ‖Δ/w‖_2 cos(max(0, φ − θ)),
 
-    Proof. With t the signs of Δ, ‖Δ‖_1 = ⟨t, Δ⟩ = ⟨wt, Δ/w⟩. The length of wt is √D, that of Δ/w is ρ. The cosine of the angle
-    between wt and k is ⟨t, K⟩ / (√D ‖k‖_2) ≤ cos φ. So that angle is φ at least, and the one between wt and Δ/w is φ − θ at
-    least (the triangle inequality of angles).
-
-    Where φ > θ the bound is ‖K‖_1 + √D ‖r‖_2 sin φ: less by the factor sin φ, about 0.6 for entries that are spread like
-    normal ones, than the triangle inequality would add for the rest. Otherwise it is Cauchy and Schwarz's √D ρ.
-
-    As a function of ‖K‖_1, ‖k‖_2 and ‖r‖_2 the bound is the maximum of b + ‖r‖_2 √(D − b²/‖k‖²_2) over b ≤ ‖K‖_1 and
-    b ≤ √D ‖k‖_2. It falls with none of the three, so that upper bounds may stand for them. Where the components of k are off by
-    `slack` in norm, ‖K‖_1 is off by √D times that at most (Cauchy and Schwarz), which is added to it. The float64 products
-    and sums of K err by far less than 2⁻⁴⁰ √D ‖k‖_2, which is added too.
-
-    `upper` holds whatever w is, if w is fixed before a probe is drawn. The bound of the rest is least where w² is proportional
-    to the rest's absolute entries. These are like those of the Δ_j which are known first, and their mean, with a floor, is
-    what `fit` takes.
+    which falls with none of ‖wk‖_1, ‖k‖_2 and ‖r‖_2, so that upper bounds may stand for them (docs/certified.md, "The 1-norm").
+    It holds whatever w is, if w is fixed before a probe is drawn, and is least where w² is proportional to the absolute entries
+    of r. These are like those of the Δ_j which are known first, and their mean, with a floor, is what `fit` takes.
     """
 
     MEASURES = True
@@ -215,13 +129,13 @@ class Summed(Euclidean):
         return (square / square.mean(-1, keepdim=True)).sqrt()
 
     def rows(self, e: np.ndarray, rows: Tensor) -> Tensor:
-        return rows.double() / of(self._weights, e).unsqueeze(1)
+        return rows.double() / take(self._weights, e).unsqueeze(1)
 
     def directions(self, e: np.ndarray, directions: Tensor) -> Tensor:
-        return directions / of(self._weights, e).unsqueeze(1)
+        return directions / take(self._weights, e).unsqueeze(1)
 
     def measure(self, e: np.ndarray, classes: Tensor, components: Tensor, basis: Tensor) -> bool:
-        new = to_host(classes & (of(self._sums, e) == math.inf))[0]
+        new = to_host(classes & (take(self._sums, e) == math.inf))[0]
         tile = max(1, self.TILE // basis.shape[2])
         for slot in np.flatnonzero(new.any(1)):
             example = e[slot]
@@ -240,20 +154,20 @@ class Summed(Euclidean):
 
     def _cosine(self, e: np.ndarray, known: Tensor) -> Tensor:
         """cos φ where ‖K_j‖_1 has been measured, and elsewhere the early classes' typical one."""
-        sums = of(self._sums, e)
-        cosine = torch.where(sums < math.inf, sums / (self._root * known.sqrt()), of(self._typical, e))
+        sums = take(self._sums, e)
+        cosine = torch.where(sums < math.inf, sums / (self._root * known.sqrt()), take(self._typical, e))
         return cosine.nan_to_num(1.0).clamp(max=1 - 1e-9)
 
     def upper(self, e: np.ndarray, known: Tensor, rest: Tensor, slack: Tensor) -> Tensor:
         return self._bound(
-            known, rest, (of(self._sums, e) + self._root * slack) / (self._root * known.sqrt()) + 2.0**-40
+            known, rest, (take(self._sums, e) + self._root * slack) / (self._root * known.sqrt()) + 2.0**-40
         )
 
     def expected(self, e: np.ndarray, known: Tensor, rest: Tensor) -> Tensor:
         return self._bound(known, rest, self._cosine(e, known))
 
     def likely(self, e: np.ndarray, known: Tensor, rest: Tensor) -> Tensor:
-        return self._root * of(self._typical, e) * (known + rest).sqrt()
+        return self._root * take(self._typical, e) * (known + rest).sqrt()
 
     def room(self, e: np.ndarray, known: Tensor, limit: Tensor) -> Tensor:
         cosine, length, limit = self._cosine(e, known), known.sqrt(), limit / self._root
@@ -262,4 +176,4 @@ class Summed(Euclidean):
         return torch.where(straight * cosine < length * sine, straight * straight.abs(), limit.square() - known)
 
 
-NORMS = {2.0: Euclidean, math.inf: Summed}  # by the p of the perturbation
+NORM_BOUNDS = {2.0: Euclidean, math.inf: Summed}  # by the p of the perturbation

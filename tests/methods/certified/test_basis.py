@@ -1,0 +1,35 @@
+"""The basis of a certificate: orthonormal, and the pilot probes' rest beside it."""
+
+import numpy as np
+import pytest
+import torch
+from certificates import problem, search
+
+from bench.contestants.jacobians import Matrices
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+
+def test_the_basis_is_orthonormal_though_the_rows_are_nearly_dependent():
+    """What is left of a row beside those of its own step is a thousandth of it; rounding grows no more for that."""
+    logits, rows = problem(3, 100, 400)
+    rows = rows[:, torch.arange(100) // 6 * 6] + 1e-3 * rows
+    made = search(Matrices(logits, rows)).basis
+    for start in (0, 6, 12):
+        made.span(np.arange(3), rows[:, start : start + 6])
+    gram = made.directions @ made.directions.mT
+    torch.testing.assert_close(gram, torch.eye(18, dtype=torch.float64).expand(3, -1, -1), atol=1e-14, rtol=0.0)
+
+
+def test_a_step_leaves_the_pilots_rest_and_room_for_others():
+    """J times what the pilots have outside the basis, after every step and for those who took it; the others keep theirs."""
+    logits, rows = problem(3, 100, 400)
+    made = search(Matrices(logits, rows)).basis
+    made.see(np.arange(3))
+    for e in (np.arange(3), np.array([0, 2]), np.array([2])):
+        made.span(e, rows[e, len(e) * 20 : len(e) * 20 + 18])
+    assert made.directions.shape == (3, 54, 400)
+    assert (made.directions.square().sum(2) > 0.5).sum(1).tolist() == [36, 18, 54]
+    torch.testing.assert_close(made.components, (made.directions @ rows.mT))
+    beyond = made.pilots - made.pilots @ made.directions.mT @ made.directions
+    torch.testing.assert_close(made.residual, beyond @ rows.mT, atol=1e-10, rtol=0.0)
