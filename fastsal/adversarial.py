@@ -9,7 +9,7 @@ from torch import Tensor
 
 from fastsal import methods, validation
 from fastsal.methods import Method
-from fastsal.methods.base import Selection
+from fastsal.methods.base import Question, Selection
 from fastsal.model.calling import Model, call, check_evaluation_mode, check_input, recording
 from fastsal.model.linearization import Linearization, linearize
 from fastsal.tensor import reference
@@ -72,37 +72,24 @@ def to_boundary(model: Model, x: Tensor, adversarial: Tensor, reference: Tensor)
     return at(high)
 
 
-def nearest_boundary(
-    graph: Linearization,
-    own: Tensor | None,
-    norm: float,
-    method: Method,
-    *,
-    among: Tensor | None = None,
-    chunk_size: int | None = None,
-    backend: str = "auto",
-) -> tuple[Selection, Tensor, Tensor]:
+def nearest_boundary(graph: Linearization, method: Method, question: Question) -> tuple[Selection, Tensor, Tensor]:
     """The nearest linearised boundary of given classes, which need not be the predicted ones.
 
     Args:
         graph: The model's forward pass at B examples.
-        own: The class c of every example, int64 [B]; None for the predicted ones.
-        norm: The norm p of a perturbation.
         method: How to find the boundary.
-        among: The classes that count, bool [B, n]; None for all.
-        chunk_size: As in `analyze`.
-        backend: As in `analyze`.
+        question: The norm, and the class c of every example, its `own`.
 
     Returns:
         What the method found, whose `winners` are c and the class j ≠ c for which |Ψᶜ − Ψʲ| / ‖g_c − g_j‖_q is smallest; and in
         float64 that distance [B] and the row g_c − g_j [B, D].
     """
-    selection = method.select(graph, norm, chunk_size, backend, own, among)
+    selection = method.select(graph, question)
     pair = selection.pair.double()
     row = pair[:, 0] - pair[:, 1]
     scores = selection.logits.double().gather(1, selection.winners)
     margin = (scores[:, 0] - scores[:, 1]).abs()
-    return selection, reference.ratios(margin, reference.vector_norm(row, reference.dual(norm))), row
+    return selection, reference.ratios(margin, reference.vector_norm(row, reference.dual(question.norm))), row
 
 
 def _step(length: Tensor, row: Tensor, norm: float) -> Tensor:
@@ -150,7 +137,7 @@ def walk(
         max_steps: How many steps to take at most.
         overshoot: By how much the sum of the steps is lengthened.
         bounds: The box that the points are clipped to.
-        among: As in `nearest_boundary`.
+        among: Which classes may be the nearest, bool [B, n]; None for all.
         chunk_size: As in `analyze`.
         backend: As in `analyze`.
 
@@ -174,9 +161,8 @@ def walk(
                 active, graph = active[going], graph.at(going.nonzero().squeeze(1))
             steps[active] += 1
             counted = None if among is None else among[active]
-            _, distance, row = nearest_boundary(
-                graph, own[active], norm, method, among=counted, chunk_size=chunk_size, backend=backend
-            )
+            question = Question(norm, chunk_size, backend, own[active], counted)
+            _, distance, row = nearest_boundary(graph, method, question)
             movable = distance.isfinite() & (row != 0).any(1) & row.isfinite().all(1)
             active, distance, row = active[movable], distance[movable], row[movable]
             if not len(active):
@@ -220,7 +206,7 @@ def deepfool(
             None stands for the model's own predictions, as ρ and ρ̃ mean it.
         norm: The p of the perturbation: 2, 1, `math.inf` or "inf".
         method: Which classes a step considers, as in `analyze`: "candidates" (the 10 highest logits besides the predicted one,
-            DeepFool's habit), "exact" (all) or "certified" (all, in fewer passes; not for p = 1), or a method with options.
+            DeepFool's own), "exact" (all) or "certified" (all, in fewer passes; not for p = 1), or a method with options.
         max_steps: How many linearisations to take at most. Examples that are done cost nothing more.
         overshoot: By which share to step beyond the linearised boundary. It costs no distance: the bisection takes it back.
         chunk_size: How many class gradients to take at once, as in `analyze`.

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from fastsal import methods, validation
+from fastsal.methods.base import Question
 from fastsal.model.calling import Model, check_input
 from fastsal.model.linearization import linearize
 from fastsal.tensor.geometry import Geometry, margin_geometry
@@ -36,7 +37,7 @@ def analyze(
     | `"certified"`  | some 20 to 90 at 1000 classes, of    | ρ̃, except with probability     | many classes, norm 2 or inf |
     |                | both kinds                           | 1e-6 for each example          |                             |
     | `"candidates"` | 11 backward: the predicted class and | an upper bound of ρ̃, often ρ̃   | a first look; inside loops  |
-    |                | the 10 highest other logits          | itself, but nobody knows where | (DeepFool's habit)          |
+    |                | the 10 highest other logits          | itself, but not known where    | (DeepFool's choice)         |
 
     `fastsal.Exact`, `fastsal.Certified` and `fastsal.Candidates` are the same methods with options. `Geometry.vjps` and
     `Geometry.jvps` count the passes that were taken.
@@ -95,7 +96,7 @@ def analyze(
     B = x.shape[0]
     empty = B == 0  # one example of zeros tells the number of classes, and is dropped at the end
     with linearize(model, x.new_zeros(1, *x.shape[1:]) if empty else x, differentiable=differentiable) as graph:
-        selection = chosen.select(graph, p, chunk_size, backend)
+        selection = chosen.select(graph, Question(p, chunk_size, backend))
         validation.warn_probabilities(selection.logits)
         logits, pair, flat_x = selection.logits, selection.pair, graph.x.detach()
         if differentiable:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from fastsal import methods, validation
+from fastsal.methods.base import Question
 from fastsal.model.calling import Model
 from fastsal.model.linearization import Linearization, linearize
 from fastsal.tensor import reference
@@ -79,7 +80,7 @@ def margin_loss(
     validation.chunk_size(chunk_size)
     with linearize(model, x, differentiable=True) as graph:
         _check_labels(y, graph)
-        prediction, runner_up = chosen.select(graph, p, chunk_size, backend).winners.unbind(1)
+        prediction, runner_up = chosen.select(graph, Question(p, chunk_size, backend)).winners.unbind(1)
         own = y.to(prediction)
         other = torch.where(prediction == own, runner_up, prediction)
         classes = torch.stack((own, other), 1)

@@ -4,6 +4,7 @@ import torch
 
 from bench.contestants.jacobians import Matrices
 from fastsal import Certified
+from fastsal.methods.base import Question
 from fastsal.methods.certified.probes import Normals
 from fastsal.methods.certified.search import Search
 
@@ -23,7 +24,8 @@ def search(passes, method=None, norm=2.0, backend="reference"):
     """The search that `certify` runs, before its first step."""
     method = method or Certified()
     normals = Normals(method.seed, passes.dimension, passes.logits.device)
-    return Search(passes, norm, backend, method.failure_probability, method.max_passes, normals)
+    question = Question(norm, backend=backend)
+    return Search(passes, question, method.failure_probability, method.max_passes, normals)
 
 
 class Recorded(Matrices):

@@ -9,6 +9,7 @@ from torch import nn
 import fastsal
 from fastsal import methods
 from fastsal.adversarial import HALVINGS, deepfool, nearest_boundary
+from fastsal.methods.base import Question
 from fastsal.model.linearization import linearize
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -248,7 +249,7 @@ class TestNearestBoundary:
             chosen.append(methods.Certified())
         for method in chosen:
             with linearize(model, x) as graph:
-                selection, *got = nearest_boundary(graph, own, norm, method)
+                selection, *got = nearest_boundary(graph, method, Question(norm, own=own))
                 assert torch.equal(graph.logits, logits)
             got = (selection.winners[:, 1], *got)
             for mine, right in zip(got, self.want(logits, jacobian, own, norm), strict=True):
@@ -263,7 +264,7 @@ class TestNearestBoundary:
         among[:, :2] = True
         for method in (methods.Exact(), methods.Candidates(11)):
             with linearize(model, x) as graph:
-                selection, *got = nearest_boundary(graph, own, norm, method, among=among)
+                selection, *got = nearest_boundary(graph, method, Question(norm, own=own, among=among))
             got = (selection.winners[:, 1], *got)
             for mine, right in zip(got, self.want(logits, jacobian, own, norm, among), strict=True):
                 torch.testing.assert_close(mine, right, rtol=1e-10, atol=1e-12)
@@ -273,7 +274,7 @@ class TestNearestBoundary:
         """Three equal logits: whichever class it is, the distance to another is 0."""
         weight = torch.eye(4, dtype=torch.float64)
         with linearize(lambda z: z @ weight, torch.tensor([[1.0, 1.0, 1.0, 0.5]]).double()) as graph:
-            selection, distance, row = nearest_boundary(graph, torch.tensor([own]), 2.0, methods.Exact())
+            selection, distance, row = nearest_boundary(graph, methods.Exact(), Question(2.0, own=torch.tensor([own])))
         other = selection.winners[:, 1]
         assert other.item() == (1 if own == 0 else 0)
         assert distance.item() == 0

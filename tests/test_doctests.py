@@ -52,7 +52,7 @@ def test_every_parameter_and_field_is_described(thing):
 
 @pytest.mark.parametrize("guide", sorted(ROOT.glob("docs/*.md")), ids=lambda path: path.name)
 def test_guides(guide):
-    """The sessions of a guide, which say what comes out."""
+    """The sessions of a guide, which say what they print."""
     assert doctest.testfile(str(guide), module_relative=False).failed == 0
 
 

@@ -19,6 +19,7 @@ import fastsal
 from bench.contestants.jacobians import KINDS, Matrices, distances
 from fastsal.devices import to_device, to_host
 from fastsal.methods import certified
+from fastsal.methods.base import Question
 from fastsal.methods.certified.basis import Basis
 from fastsal.methods.certified.norms import NORM_BOUNDS
 from fastsal.methods.certified.rounding import Rounding
@@ -110,7 +111,7 @@ def test_a_certificate_waits_once_a_round(monkeypatch, norm, max_passes):
     logits, rows = KINDS[norm]["heavy_tails"](torch.Generator().manual_seed(0), 6)
     with Device() as device:
         there = Matrices(logits.as_subclass(OnDevice), rows.as_subclass(OnDevice))
-        found = certified.certify(there, fastsal.Certified(max_passes=max_passes), "reference", norm)
+        found = certified.certify(there, fastsal.Certified(max_passes=max_passes), Question(norm, backend="reference"))
     winners, sure = (value.as_subclass(torch.Tensor) for value in (found.winners, found.certified))
     assert torch.equal(winners[sure, 1], distances(logits, rows, norm).argmin(1)[sure])
     assert sure.all() or max_passes

@@ -23,6 +23,7 @@ from bench import RESULTS
 from bench.contestants.certified_models import CLASSES, STEPS, Images, accuracy, load
 from bench.contestants.jacobians import KINDS, Matrices, distances
 from bench.suite.store import commit, environment
+from fastsal.methods.base import Question
 from fastsal.methods.certified import certify
 
 HABITS = (1, 5, 10)
@@ -140,7 +141,7 @@ def growth(n: int, norm: float, turned: bool, examples: int = 24, dimension: int
         rows = rows @ turn if turned else rows
         logits = torch.randn(n, generator=generator)
         logits[0] += 10.0
-        found = certify(Matrices(logits[None], rows[None]), fastsal.Certified(seed=seed), norm=norm)
+        found = certify(Matrices(logits[None], rows[None]), fastsal.Certified(seed=seed), Question(norm))
         nearest = distances(logits[None], rows[None], norm).argmin()
         right += int(found.certified[0]) * int(nearest == found.winners[0, 1])
         totals.append(int(found.vjps[0] + found.jvps[0]))
@@ -156,7 +157,7 @@ def misses(kind: str, max_passes: int | None, norm: float, batches: int = 60, ex
     for batch in range(batches):
         logits, rows = KINDS[norm][kind](torch.Generator().manual_seed(10_000 + batch), examples)
         ratio = distances(logits, rows, norm)
-        found = certify(Matrices(logits, rows), fastsal.Certified(DELTA, max_passes, batch), norm=norm)
+        found = certify(Matrices(logits, rows), fastsal.Certified(DELTA, max_passes, batch), Question(norm))
         least = ratio.amin(1) * (1 + 1e-12)
         above = ratio.gather(1, found.winners[:, 1:]).squeeze(1) > least
         false += int(((found.certified & above) | (found.lower_bound > least)).sum())

@@ -13,6 +13,7 @@ from torch import Tensor
 from fastsal import methods, validation
 from fastsal.adversarial import nearest_boundary
 from fastsal.integrations import Logits, peer
+from fastsal.methods.base import Question
 from fastsal.model.linearization import linearize
 
 with peer("captum", "captum"):
@@ -115,7 +116,7 @@ class MarginSaliency(attr.Saliency):
                 if len(classes) not in (1, B):
                     raise ValueError(f"target: got {len(classes)} classes for {B} examples, wants one, or one for each")
                 own = classes.expand(B)
-            selection, _, row = nearest_boundary(graph, own, self.norm, self.method)
+            selection, _, row = nearest_boundary(graph, self.method, Question(self.norm, own=own))
             validation.warn_probabilities(selection.logits)
         return _separate(row, parts)
 

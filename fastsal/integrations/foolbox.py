@@ -152,7 +152,7 @@ class LinfDeepFoolAttack(_DeepFool, deepfool.LinfDeepFoolAttack):
     """DeepFool for the largest change of an entry: the walk to the nearest linearised boundary, until the criterion holds.
 
     The arguments are those of `foolbox.attacks.LinfDeepFoolAttack`, and `method`. All else is as in `L2DeepFoolAttack`; the
-    example there comes out as ([True], 1.7) here.
+    example there prints ([True], 1.7) here.
     """
 
     norm = math.inf

@@ -21,6 +21,7 @@ from torch import Tensor
 from fastsal import methods
 from fastsal.adversarial import nearest_boundary
 from fastsal.integrations import Logits, peer
+from fastsal.methods.base import Question
 from fastsal.model.linearization import linearize
 
 with peer("torchattacks", "--no-deps torchattacks"):
@@ -68,7 +69,7 @@ class FAB(torchattacks.FAB):
         """
         norm = NORMS[self.norm]
         with linearize(Logits(self.get_logits, self.model), imgs) as graph:
-            selection, _, row = nearest_boundary(graph, la, norm, self.method)
+            selection, _, row = nearest_boundary(graph, self.method, Question(norm, own=la))
         own, other = selection.logits.double().gather(1, selection.winners).split(1, 1)
         margin = other - own
         largest = row.abs().amax(1, keepdim=True)

@@ -2,7 +2,7 @@
 
 import math
 from abc import ABC, abstractmethod
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
 import torch
@@ -30,19 +30,42 @@ class Selection:
     provenance: dict[str, Any]
 
 
-def margins(logits: Tensor, own: Tensor | None, among: Tensor | None) -> tuple[Tensor, Tensor]:
-    """The class whose nearest boundary is asked for, int64 [B], and its margins over all classes, float64 [B, n].
+@dataclass(frozen=True)
+class Question:
+    """What is asked of a method, for B examples.
 
-    Without `own` that is the predicted class i*, with m_j = Ψ^{i*} − Ψʲ. Of a class c that need not be the predicted one the
-    margins are |Ψᶜ − Ψʲ|, where c is lifted by next to nothing over the classes that tie with it: there is no boundary to one
-    whose gradient is the same. Those of classes that do not count, outside of `among`, are +inf.
+    Attributes:
+        norm: The p of the perturbation.
+        chunk_size: How many rows to take at once; None leaves it to the method.
+        backend: The name of the backend that measures the rows, or "auto".
+        own: The classes that stand in for the predicted ones, int64 [B]; None for these.
+        among: Which classes may be the nearest, bool [B, n]; None for all.
     """
-    if own is None:
-        own, margin = reference.predicted_margins(logits)
-    else:
-        scores = logits.double()
-        margin = (scores.gather(1, own.unsqueeze(1)) - scores).abs().clamp(min=torch.finfo(logits.dtype).tiny)
-    return own, margin if among is None else margin.masked_fill(~among, math.inf)
+
+    norm: float
+    chunk_size: int | None = None
+    backend: str = "auto"
+    own: Tensor | None = None
+    among: Tensor | None = None
+
+    def at(self, examples: slice) -> "Question":
+        """The same, asked of some of the examples."""
+        own, among = (None if value is None else value[examples] for value in (self.own, self.among))
+        return replace(self, own=own, among=among)
+
+    def margins(self, logits: Tensor) -> tuple[Tensor, Tensor]:
+        """The class whose nearest boundary is asked for, int64 [B], and its margins over all classes, float64 [B, n].
+
+        Without `own` that is the predicted class i*, with m_j = Ψ^{i*} − Ψʲ. Of a class c that need not be the predicted one
+        the margins are |Ψᶜ − Ψʲ|, where c is lifted by next to nothing over the classes that tie with it: there is no boundary
+        to one whose gradient is the same. Those of classes that do not count, outside of `among`, are +inf.
+        """
+        if self.own is None:
+            own, margin = reference.predicted_margins(logits)
+        else:
+            own, scores = self.own, logits.double()
+            margin = (scores.gather(1, own.unsqueeze(1)) - scores).abs().clamp(min=torch.finfo(logits.dtype).tiny)
+        return own, margin if self.among is None else margin.masked_fill(~self.among, math.inf)
 
 
 def by_margin(margin: Tensor, prediction: Tensor) -> Tensor:
@@ -64,25 +87,8 @@ class Method(ABC):
     norms: ClassVar[frozenset[float]] = frozenset((1.0, 2.0, math.inf))
 
     @abstractmethod
-    def select(
-        self,
-        graph: Linearization,
-        norm: float,
-        chunk_size: int | None,
-        backend: str,
-        own: Tensor | None = None,
-        among: Tensor | None = None,
-    ) -> Selection:
-        """Finds the prediction, the nearest class and their rows for every example of a recorded forward pass.
-
-        Args:
-            graph: The forward pass, of B >= 1 examples.
-            norm: The p of the perturbation, one of `norms`.
-            chunk_size: How many rows to take at once; None leaves it to the method.
-            backend: The name of the backend that measures the rows, or "auto".
-            own: The classes that stand in for the predicted ones, int64 [B], with the margins that `margins` says.
-            among: Which classes may be the nearest, bool [B, n]; None for all.
-        """
+    def select(self, graph: Linearization, question: Question) -> Selection:
+        """Finds the prediction, the nearest class and their rows for every example of a recorded pass, of B >= 1 examples."""
 
 
 class Nearest:
@@ -93,18 +99,18 @@ class Nearest:
 
     Attributes:
         prediction: i*, int64 [B], or the class that stands in for it.
-        margin: m_j of every class, float64 [B, n], as `margins` has them.
+        margin: m_j of every class, float64 [B, n], as `Question.margins` has them.
         distances: m_j / ‖g − g_j‖_q of the classes that were visited, +inf elsewhere and at i*, float64 [B, n].
         runner_up: The nearest class so far, int64 [B, 1], or [B, 0] before there is one.
         pair: The anchor and the nearest row so far, [B, 2, D], or [B, 0, D] before there is an anchor.
     """
 
-    def __init__(self, prediction: Tensor, margin: Tensor, norm: float, backend: str) -> None:
-        self._norm, self._backend = norm, backend
-        self.prediction, self.margin = prediction, margin
+    def __init__(self, logits: Tensor, question: Question) -> None:
+        self._norm, self._backend = question.norm, question.backend
+        self.prediction, self.margin = question.margins(logits)
         self.distances = torch.full_like(self.margin, math.inf)
-        self.runner_up = self.prediction.new_empty(len(margin), 0)
-        self.pair = margin.new_empty(len(margin), 0, 0)
+        self.runner_up = self.prediction.new_empty(len(logits), 0)
+        self.pair = logits.new_empty(len(logits), 0, 0)
 
     def visit(self, classes: Tensor, rows: Tensor, examples: Tensor | None = None) -> None:
         """Compares more rows with the nearest so far.

@@ -18,7 +18,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor, nn
 
-from fastsal.methods.base import Nearest, Selection
+from fastsal.methods.base import Nearest, Question, Selection
 from fastsal.model.linearization import Linearization
 from fastsal.tensor import ops, reference
 
@@ -112,9 +112,7 @@ def _jacobian(features: Linearization, chunk_size: int | None) -> Tensor:
 def through_features(
     graph: Linearization,
     nearest: Nearest,
-    norm: float,
-    chunk_size: int | None,
-    backend: str,
+    question: Question,
     wanted: nn.Module | None,
     memory_limit: int,
 ) -> Selection | None:
@@ -123,9 +121,7 @@ def through_features(
     Args:
         graph: The recorded forward pass.
         nearest: The classes and their margins; it visits nothing.
-        norm: The p of the perturbation.
-        chunk_size: How many rows of J_f to take at once; None chooses.
-        backend: The name of the backend that measures the differences, or "auto".
+        question: The norm, how many rows of J_f to take at once, and the backend that measures the differences.
         wanted: The head; None looks for one.
         memory_limit: How many bytes J_f may take.
 
@@ -149,19 +145,21 @@ def through_features(
 
     prediction, margin = nearest.prediction, nearest.margin
     distance = torch.zeros_like(margin)
-    everyone = torch.arange(B, device=prediction.device)
+    examples = torch.arange(B, device=prediction.device)
     tile = max(1, TILE_BYTES // (min(size, B) * D * graph.x.element_size()))
     for start in range(0, B, size):
         part = slice(start, min(start + size, B))
-        inner = graph.at(everyone[part], features)
+        inner = graph.at(examples[part], features)
         if inner.mixes_examples():
             return None
-        jacobian = _jacobian(inner, chunk_size)
+        jacobian = _jacobian(inner, question.chunk_size)
         winner = weight.double()[prediction[part]].unsqueeze(1)
         nothing = graph.x.new_zeros(len(jacobian), D)
         for first in range(0, n, tile):
             difference = (winner - weight[first : first + tile].double()).to(graph.x.dtype)
-            distance[part, first : first + tile] = ops.row_distances(nothing, difference @ jacobian, norm, backend)
+            distance[part, first : first + tile] = ops.row_distances(
+                nothing, difference @ jacobian, question.norm, question.backend
+            )
     ratio = reference.ratios(margin, distance)
     winners = torch.stack((prediction, reference.nearest_other(ratio, margin, prediction)), 1)
     distances = ratio.scatter(1, prediction.unsqueeze(1), math.inf).to(graph.logits.dtype)

@@ -6,7 +6,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
-from fastsal.methods.base import Method, Nearest, Selection, by_margin, margins
+from fastsal.methods.base import Method, Nearest, Question, Selection, by_margin
 from fastsal.methods.features import through_features
 from fastsal.model.linearization import Linearization
 from fastsal.tensor.reference import other_classes
@@ -50,21 +50,13 @@ class Exact(Method):
         if not isinstance(self.memory_limit, int) or self.memory_limit < 0:
             raise ValueError(f"Exact: got memory_limit={self.memory_limit!r}, wants a number of bytes")
 
-    def select(
-        self,
-        graph: Linearization,
-        norm: float,
-        chunk_size: int | None,
-        backend: str,
-        own: Tensor | None = None,
-        among: Tensor | None = None,
-    ) -> Selection:
+    def select(self, graph: Linearization, question: Question) -> Selection:
         """Looks at all classes: by way of the features where that is possible and cheaper, else row by row."""
-        nearest = Nearest(*margins(graph.logits, own, among), norm, backend)
-        selection = through_features(graph, nearest, norm, chunk_size, backend, self.head, self.memory_limit)
+        nearest = Nearest(graph.logits, question)
+        selection = through_features(graph, nearest, question, self.head, self.memory_limit)
         if selection is not None:
             return selection
-        vjps = _stream(graph, nearest, other_classes(nearest.prediction, nearest.margin.shape[1]), chunk_size)
+        vjps = _stream(graph, nearest, other_classes(nearest.prediction, nearest.margin.shape[1]), question.chunk_size)
         provenance = {"method": self.name, "distances": nearest.distances.to(graph.logits.dtype), "vjps": vjps}
         return Selection(graph.logits, nearest.winners, nearest.pair, provenance)
 
@@ -98,18 +90,10 @@ class Candidates(Method):
         if not isinstance(self.k, int) or self.k < 1:
             raise ValueError(f"Candidates: got k={self.k!r}, wants an integer >= 1")
 
-    def select(
-        self,
-        graph: Linearization,
-        norm: float,
-        chunk_size: int | None,
-        backend: str,
-        own: Tensor | None = None,
-        among: Tensor | None = None,
-    ) -> Selection:
+    def select(self, graph: Linearization, question: Question) -> Selection:
         """Looks at the classes of the smallest margins, the lowest class first among equals."""
-        nearest = Nearest(*margins(graph.logits, own, among), norm, backend)
-        vjps = _stream(graph, nearest, by_margin(nearest.margin, nearest.prediction)[:, : self.k], chunk_size)
+        nearest = Nearest(graph.logits, question)
+        vjps = _stream(graph, nearest, by_margin(nearest.margin, nearest.prediction)[:, : self.k], question.chunk_size)
         nothing = torch.zeros_like(graph.logits[:, 0])
         provenance = {"method": self.name, "distances": None, "certified": nothing.bool(), "lower_bound": nothing}
         return Selection(graph.logits, nearest.winners, nearest.pair, provenance | {"vjps": vjps})

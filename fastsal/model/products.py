@@ -52,7 +52,7 @@ class ModelPasses:
         self.logits = self._graph.logits
         self.dimension = graph.x.shape[1]
         self.pairs = self._graph.default_pairs() if chunk_size is None else chunk_size * len(examples)
-        # Functions, not bound methods: a circle of references would keep the recorded pass until the next garbage collection.
+        # Functions, not bound methods: a reference cycle would keep the recorded pass until the next garbage collection.
         self._ways = [ModelPasses._traced, ModelPasses._forward_mode, ModelPasses._double_backward]
         gradients = self._graph.gradient_bytes()
         self._large = sum(gradients) * len(examples) > KEPT
@@ -120,8 +120,8 @@ class ModelPasses:
     def _traced(self, examples: np.ndarray, tangents: Tensor) -> Tensor:
         if self._products is not None:
             return self._products.jvp(examples, tangents)
-        everyone = np.arange(len(self._own))
-        self._products = self._traces.at(self._at(everyone), self.logits if len(everyone) == 1 else None)
+        examples = np.arange(len(self._own))
+        self._products = self._traces.at(self._at(examples), self.logits if len(examples) == 1 else None)
         products = self._products.jvp(examples, tangents)
         if self._disagree(examples, tangents, products):
             self._traces.distrust()

@@ -2,7 +2,7 @@
 
 The scale is the value itself for norms, distances and ρ̃, and the sum of the absolute terms where terms may cancel. Of this
 scale fastsal allows itself an error of 1e-6, and of 1e-13 for float64 inputs. The test suite, `fastsal check` and `fastsal
-demo` all measure with this one yardstick.
+demo` all measure errors this way.
 """
 
 import math

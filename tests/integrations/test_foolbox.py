@@ -232,7 +232,7 @@ class TestMethods:
 
     @pytest.mark.parametrize("wrapper", [False, True])
     def test_features_are_found_inside_of_foolbox(self, monkeypatch, wrapper):
-        """A head of fewer inputs than classes is a shorter way, and comes out the same."""
+        """A head of fewer inputs than classes is a shorter way to the same result."""
         torch.manual_seed(0)
         model = nn.Sequential(nn.Linear(20, 16), nn.Tanh(), nn.Linear(16, 60)).double().eval()
         fmodel = foolbox.PyTorchModel(model, (-9, 9)).transform_bounds((-1, 1), wrapper=wrapper)

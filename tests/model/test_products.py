@@ -52,14 +52,14 @@ def test_a_large_recorded_pass_gives_its_memory_to_products(monkeypatch, model, 
         product = products.ModelPasses(graph, examples, None)
         run = getattr(products.ModelPasses, way)
         product._ways = [taken]
-        everyone, cotangents = np.arange(e), torch.randn(e, 2, 3, dtype=torch.float64)
-        rows = product.vjp(everyone, cotangents)
+        examples, cotangents = np.arange(e), torch.randn(e, 2, 3, dtype=torch.float64)
+        rows = product.vjp(examples, cotangents)
         assert model.held() == [e]
         directions = torch.randn(e, 4, 5, dtype=torch.float64)
-        jvps = product.jvp(everyone, directions)
+        jvps = product.jvp(examples, directions)
         assert held == [[] if large else [e]]
         torch.testing.assert_close(rows @ directions.mT, cotangents @ jvps.mT)
-        torch.testing.assert_close(product.vjp(everyone[:1], cotangents[:1]), rows[:1])
+        torch.testing.assert_close(product.vjp(examples[:1], cotangents[:1]), rows[:1])
         assert model.held() == [1 if large else e]
 
 

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from fastsal.devices import to_device
-from fastsal.methods.base import Method, Selection
+from fastsal.methods.base import Method, Question, Selection
 from fastsal.methods.certified.norms import NORM_BOUNDS
 from fastsal.methods.certified.probes import Normals
 from fastsal.methods.certified.search import Search
@@ -72,15 +72,7 @@ class Certified(Method):
         if not isinstance(self.seed, int):
             raise ValueError(f"Certified: got seed={self.seed!r}, wants an integer")
 
-    def select(
-        self,
-        graph: Linearization,
-        norm: float,
-        chunk_size: int | None,
-        backend: str,
-        own: Tensor | None = None,
-        among: Tensor | None = None,
-    ) -> Selection:
+    def select(self, graph: Linearization, question: Question) -> Selection:
         """Certifies the batch in groups, to bound latency and memory: no example waits for many others.
 
         A group's bases, seldom over 20 float64 directions an example, are to fit a cache, or a part of a device's memory. It
@@ -93,9 +85,8 @@ class Certified(Method):
         parts, recorded = [], []
         for start in range(0, len(graph.leaf), size):
             stop = min(start + size, len(graph.leaf))
-            passes = ModelPasses(graph, np.arange(start, stop), chunk_size)
-            wanted, allowed = (None if value is None else value[start:stop] for value in (own, among))
-            parts.append(certify(passes, self, backend, norm, normals, wanted, allowed))
+            passes = ModelPasses(graph, np.arange(start, stop), question.chunk_size)
+            parts.append(certify(passes, self, question.at(slice(start, stop)), normals))
             recorded.append(passes.logits)
         logits = torch.cat(recorded)
 
@@ -120,27 +111,17 @@ class Certificate:
     lower_bound: Tensor  # float64
 
 
-def certify(
-    passes: Passes,
-    method: Certified,
-    backend: str = "auto",
-    norm: float = 2.0,
-    normals: Normals | None = None,
-    own: Tensor | None = None,
-    among: Tensor | None = None,
-) -> Certificate:
+def certify(passes: Passes, method: Certified, question: Question, normals: Normals | None = None) -> Certificate:
     """Certifies a group of E >= 1 examples.
 
     Args:
         passes: The model at the examples.
         method: The options.
-        backend: The backend that measures rows.
-        norm: The p of the perturbation.
+        question: What is asked of them.
         normals: The probes of the method's seed, where several groups share them.
-        own, among: As in `Method.select`.
     """
     normals = normals or Normals(method.seed, passes.dimension, passes.logits.device)
-    search = Search(passes, norm, backend, method.failure_probability, method.max_passes, normals, own, among)
+    search = Search(passes, question, method.failure_probability, method.max_passes, normals)
     search.probe(search.prepare())
     search.finish()
     state = search.state

@@ -7,14 +7,12 @@ from torch import Tensor
 from fastsal.devices import take
 from fastsal.methods.certified.state import TOP, State, write
 
-PILOTS = 2
-BLOCK = (
-    6  # range finder directions a step, PILOTS of them from the pilot probes: a pass fewer than with 4, and fewer steps
-)
+PILOT_PROBES = 2
+# Range finder directions a step, PILOT_PROBES of them from the pilot probes: a pass fewer than with 4, and fewer steps.
+BLOCK = 6
 ROOM = TOP + 1 + 2 * BLOCK  # for directions, to begin with
-UNDERESTIMATE = (
-    1.3  # pilot probes that have chosen directions see too little outside the basis: 0.5 to 1 times what there is
-)
+# Pilot probes that have chosen directions see too little outside the basis: 0.5 to 1 times what there is.
+UNDERESTIMATE = 1.3
 PRIOR = 4.0  # the average over classes counts as this many pilot probes in the estimate for one class
 DEPENDENT = 1e-4  # what is left of a row that the basis spans is rounding: no direction worth a JVP
 
@@ -24,19 +22,19 @@ class Basis:
 
     Attributes:
         rank: How many directions there are; an example that has fewer has zeros.
-        pilots: The pilot probes, float64 [PILOTS, D].
-        pilot_products: J times the pilot probes, [E, PILOTS, n].
-        residual: J times their parts outside the basis, [E, PILOTS, n].
+        pilot_probes: The pilot probes, float64 [PILOT_PROBES, D].
+        pilot_products: J times the pilot probes, [E, PILOT_PROBES, n].
+        residual: J times their parts outside the basis, [E, PILOT_PROBES, n].
     """
 
-    def __init__(self, state: State, pilots: Tensor) -> None:
-        self._state, self.pilots = state, pilots
+    def __init__(self, state: State, pilot_probes: Tensor) -> None:
+        self._state, self.pilot_probes = state, pilot_probes
         E, margin = len(state.examples), state.margin
         self.rank, self._widened = 0, False
         self._directions = margin.new_empty(E, ROOM, state.passes.dimension)
         self._components = margin.new_empty(E, ROOM, state.n)
-        self.pilot_products = margin.new_zeros(E, PILOTS, state.n)
-        self.residual = margin.new_zeros(E, PILOTS, state.n)
+        self.pilot_products = margin.new_zeros(E, PILOT_PROBES, state.n)
+        self.residual = margin.new_zeros(E, PILOT_PROBES, state.n)
 
     @property
     def directions(self) -> Tensor:
@@ -50,7 +48,9 @@ class Basis:
 
     def see(self, e: np.ndarray) -> None:
         """Takes the pilot probes' products."""
-        self.pilot_products[self._state.on_device(e)] = self._state.products(e, self.pilots.expand(len(e), -1, -1))
+        self.pilot_products[self._state.on_device(e)] = self._state.products(
+            e, self.pilot_probes.expand(len(e), -1, -1)
+        )
         self.residual.copy_(self.pilot_products)
 
     def span(self, e: np.ndarray, rows: Tensor) -> None:
@@ -76,14 +76,14 @@ class Basis:
         products = state.products(e, directions)
         self._directions = write(self._directions, e, self.rank, directions)
         self._components = write(self._components, e, self.rank, products)
-        self.residual[state.on_device(e)] = take(self.residual, e) - (self.pilots @ directions.mT) @ products
+        self.residual[state.on_device(e)] = take(self.residual, e) - (self.pilot_probes @ directions.mT) @ products
         self.rank += directions.shape[1]
 
     def parts(self, e: np.ndarray) -> tuple[Tensor, Tensor]:
         """The squared norms of the parts of every Δ_j in the basis and outside it, [e, n]; the second one is an estimate."""
         state = self._state
         energy = state.differences(e, take(self.residual, e)).square().sum(1)
-        mean = (energy + PRIOR * state.average(e, energy / PILOTS).unsqueeze(1)) / (PRIOR + PILOTS)
+        mean = (energy + PRIOR * state.average(e, energy / PILOT_PROBES).unsqueeze(1)) / (PRIOR + PILOT_PROBES)
         inside = state.differences(e, take(self.components, e)).square().sum(1)
         return inside, UNDERESTIMATE * mean if self._widened else mean
 
@@ -93,7 +93,7 @@ class Basis:
         The mixtures are the newest known components of the Δ_j, and what the pilot probes see outside the basis.
         """
         state = self._state
-        newest = torch.cat((take(self.components, e)[:, PILOTS - BLOCK :], take(self.residual, e)), 1)
+        newest = torch.cat((take(self.components, e)[:, PILOT_PROBES - BLOCK :], take(self.residual, e)), 1)
         mixture = state.weights(e).square().unsqueeze(1) * state.differences(e, newest)
         cotangents = -mixture
         own = take(state.prediction, e).view(-1, 1, 1).expand_as(mixture[:, :, :1])

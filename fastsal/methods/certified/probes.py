@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from fastsal.devices import take
-from fastsal.methods.certified.basis import PILOTS, Basis
+from fastsal.methods.certified.basis import PILOT_PROBES, Basis
 from fastsal.methods.certified.state import State, write
 
 
@@ -22,9 +22,9 @@ class Normals:
 
     def __init__(self, seed: int, dimension: int, device: torch.device) -> None:
         self.seed, self._dimension, self._device = seed, dimension, device
-        self.pilots = self._next(stream(seed, "pilots"), PILOTS)
+        self.pilot_probes = self._next(stream(seed, "pilots"), PILOT_PROBES)
         self._generator = stream(seed, "probes")
-        self._probes = self.pilots[:0]
+        self._probes = self.pilot_probes[:0]
 
     def _next(self, generator: np.random.Generator, count: int) -> Tensor:
         return torch.from_numpy(generator.standard_normal((count, self._dimension))).to(self._device)

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from fastsal.devices import take, to_host
-from fastsal.methods.certified.basis import PILOTS, Basis
+from fastsal.methods.certified.basis import PILOT_PROBES, Basis
 from fastsal.methods.certified.probes import Probes, stream
 from fastsal.methods.certified.state import State
 
@@ -68,11 +68,11 @@ class Rounding:
         if not len(e):
             return
         state, basis = self._state, self._basis
-        normal = stream(seed, "combination").standard_normal((1, basis.rank + PILOTS))
+        normal = stream(seed, "combination").standard_normal((1, basis.rank + PILOT_PROBES))
         mixture = state.on_device(normal / np.linalg.norm(normal))
-        inside, pilots = mixture[:, : basis.rank], mixture[:, basis.rank :] / math.sqrt(state.passes.dimension)
-        products = state.products(e, inside @ take(basis.directions, e) + pilots @ basis.pilots)
-        expected = inside @ take(basis.components, e) + pilots @ take(basis.pilot_products, e)
+        inside, outside = mixture[:, : basis.rank], mixture[:, basis.rank :] / math.sqrt(state.passes.dimension)
+        products = state.products(e, inside @ take(basis.directions, e) + outside @ basis.pilot_probes)
+        expected = inside @ take(basis.components, e) + outside @ take(basis.pilot_products, e)
         apart = (products - expected).squeeze(1).abs()
         self.inconsistent[state.on_device(e)] = apart > self.slack(e, self.sizes(e))
 
@@ -101,12 +101,12 @@ class Rounding:
         def gap(got: Tensor, values: Tensor) -> Tensor:
             return (got - take(values, e).gather(2, pick.expand(-1, values.shape[1], -1)).mT).square()
 
-        outside = gap(rows @ basis.pilots.T, basis.pilot_products).sum(2)
+        outside = gap(rows @ basis.pilot_probes.T, basis.pilot_products).sum(2)
         drawn = state.on_device(probes.drawn[e]).unsqueeze(1)
         if s := int(probes.drawn.max()):
             along = gap(probes.along(e, rows, inside), probes.products[:, :s])
             within = torch.arange(s, device=state.device) < drawn.unsqueeze(2)
             outside += torch.where(within, along, 0.0).sum(2)
-        square = torch.maximum(gap(inside, basis.components).sum(2), outside / (PILOTS + drawn))
+        square = torch.maximum(gap(inside, basis.components).sum(2), outside / (PILOT_PROBES + drawn))
         size = torch.maximum(torch.linalg.vector_norm(rows, dim=2), take(self.typical, e).unsqueeze(1))
         return torch.where(square == 0, 0.0, square.sqrt() / size).amax(1)

@@ -7,9 +7,9 @@ import torch
 from torch import Tensor
 
 from fastsal.devices import take, to_host
-from fastsal.methods.base import Nearest, margins
+from fastsal.methods.base import Nearest, Question
 from fastsal.methods.certified import plan
-from fastsal.methods.certified.basis import BLOCK, PILOTS, Basis
+from fastsal.methods.certified.basis import BLOCK, PILOT_PROBES, Basis
 from fastsal.methods.certified.chi_square import FIRST, SHARES, LeftOver, schedule
 from fastsal.methods.certified.norms import NORM_BOUNDS, widened
 from fastsal.methods.certified.probes import Normals, Probes
@@ -29,30 +29,24 @@ class Search:
 
     Args:
         passes: The model at the examples.
-        norm: The p of the perturbation.
-        backend: The backend that measures rows.
+        question: What is asked of them.
         failure_probability: δ, for each example.
         max_passes: The most passes that an example may use; None for no limit.
         normals: The probes of the seed.
-        own, among: As in `Method.select`.
     """
 
     def __init__(
         self,
         passes: Passes,
-        norm: float,
-        backend: str,
+        question: Question,
         failure_probability: float,
         max_passes: int | None,
         normals: Normals,
-        own: Tensor | None = None,
-        among: Tensor | None = None,
     ) -> None:
-        nearest = Nearest(*margins(passes.logits, own, among), norm, backend)
-        gradients = NORM_BOUNDS[norm](passes.logits, passes.dimension, backend)
-        self.state = state = State(passes, nearest, gradients, max_passes)
+        norm = NORM_BOUNDS[question.norm](passes.logits, passes.dimension, question.backend)
+        self.state = state = State(passes, Nearest(passes.logits, question), norm, max_passes)
         self.failure_probability, self.normals = failure_probability, normals
-        self.basis = Basis(state, normals.pilots)
+        self.basis = Basis(state, normals.pilot_probes)
         self.probes = Probes(state, normals)
         self.rounding = Rounding(state, self.basis, self.probes)
         self.target = torch.full_like(state.unit, torch.inf)  # about ρ̃, once there are probes
@@ -72,7 +66,7 @@ class Search:
         state.unit = torch.where(usable & (scale > 0), scale, 1.0)
         counts = np.zeros_like(state.vjps)
         worthwhile = to_host(usable & (state.undecided(state.examples).sum(1) > WORTHWHILE))[0] > 0
-        enough = state.left(state.examples) >= state.early.shape[1] + PILOTS + 1 + FIRST[0]
+        enough = state.left(state.examples) >= state.early.shape[1] + PILOT_PROBES + 1 + FIRST[0]
         e = state.examples[worthwhile & enough]
         if not len(e):
             return counts

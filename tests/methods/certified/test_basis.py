@@ -22,7 +22,7 @@ def test_the_basis_is_orthonormal_though_the_rows_are_nearly_dependent():
 
 
 def test_a_step_leaves_the_pilots_rest_and_room_for_others():
-    """J times what the pilots have outside the basis, after every step and for those who took it; the others keep theirs."""
+    """J times what the pilot probes have outside the basis, after every step that an example took; the others keep theirs."""
     logits, rows = problem(3, 100, 400)
     made = search(Matrices(logits, rows)).basis
     made.see(np.arange(3))
@@ -31,5 +31,5 @@ def test_a_step_leaves_the_pilots_rest_and_room_for_others():
     assert made.directions.shape == (3, 54, 400)
     assert (made.directions.square().sum(2) > 0.5).sum(1).tolist() == [36, 18, 54]
     torch.testing.assert_close(made.components, (made.directions @ rows.mT))
-    beyond = made.pilots - made.pilots @ made.directions.mT @ made.directions
+    beyond = made.pilot_probes - made.pilot_probes @ made.directions.mT @ made.directions
     torch.testing.assert_close(made.residual, beyond @ rows.mT, atol=1e-10, rtol=0.0)

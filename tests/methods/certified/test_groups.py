@@ -1,4 +1,4 @@
-"""A batch larger than a group, by everyone who asks for the certified method: the answers are those of exact rows."""
+"""A batch larger than a group, by every caller of the certified method: the answers are those of exact rows."""
 
 import math
 
@@ -9,6 +9,7 @@ from torch import nn
 import fastsal
 from fastsal import Certified, Exact, adversarial, losses, methods
 from fastsal.methods import certified
+from fastsal.methods.base import Question
 from fastsal.model.linearization import linearize
 
 ROWS = Exact(memory_limit=0)  # class by class
@@ -50,7 +51,7 @@ def assert_same(got, want, **tolerance):
 class TestNearestBoundary:
     def boundary(self, method, model, x, own, norm, among=None):
         with linearize(model, x) as graph:
-            return adversarial.nearest_boundary(graph, own, norm, method, among=among)[-2:]
+            return adversarial.nearest_boundary(graph, method, Question(norm, own=own, among=among))[-2:]
 
     def test_of_given_classes(self, groups, norm):
         model, x = network()
@@ -84,7 +85,7 @@ class TestNearestBoundary:
         own, among = other_classes(model, x), torch.zeros(7, 120, dtype=torch.bool)
         among[:, :9] = True
         with linearize(model, x) as graph:
-            selection, *_ = adversarial.nearest_boundary(graph, own, norm, Certified(), among=among)
+            selection, *_ = adversarial.nearest_boundary(graph, Certified(), Question(norm, own=own, among=among))
         assert (selection.provenance["vjps"] <= 10).all()
         assert selection.provenance["certified"].all()
 
@@ -164,5 +165,5 @@ def test_a_selection_has_the_logits_of_the_model(method):
     """Whatever class was asked for; `analyze` computes from them what it returns."""
     model, x = network()
     with linearize(model, x) as graph:
-        selection, *_ = adversarial.nearest_boundary(graph, other_classes(model, x), 2.0, method)
+        selection, *_ = adversarial.nearest_boundary(graph, method, Question(2.0, own=other_classes(model, x)))
     torch.testing.assert_close(selection.logits, model(x).detach(), rtol=1e-12, atol=1e-12)

@@ -11,6 +11,7 @@ from chance import REJECT, chance_at_least
 
 from bench.contestants.jacobians import KINDS, Matrices, distances, fitting_weights
 from fastsal import Certified
+from fastsal.methods.base import Question
 from fastsal.methods.certified import certify, plan
 from fastsal.methods.certified import search as searching
 from fastsal.methods.certified.chi_square import FIRST, SHARES, chi_square_quantile
@@ -36,7 +37,7 @@ class TestGuarantee:
         for batch in range(self.BATCHES):
             logits, rows = KINDS[norm][kind](torch.Generator().manual_seed(1000 + batch), self.E)
             ratio = distances(logits, rows, norm)
-            found = certify(Matrices(logits, rows), Certified(delta, max_passes, batch), norm=norm)
+            found = certify(Matrices(logits, rows), Certified(delta, max_passes, batch), Question(norm))
             least = ratio.amin(1) * (1 + 1e-12)
             above = ratio.gather(1, found.winners[:, 1:]).squeeze(1) > least
             total += int(((found.certified & above) | (found.lower_bound > least)).sum())
@@ -151,7 +152,7 @@ class TestGuarantee:
         logits, rows = KINDS[math.inf]["ordinary"](torch.Generator().manual_seed(0), 4)
         monkeypatch.setattr(Summed, "directions", lambda self, e, directions: directions)
         with pytest.warns(UserWarning, match="4 of 4 examples have gradients that differ"):
-            found = certify(Matrices(logits, rows), Certified(), norm=math.inf)
+            found = certify(Matrices(logits, rows), Certified(), Question(math.inf))
         assert (found.vjps == rows.shape[1]).all()
         assert torch.equal(found.winners[:, 1], distances(logits, rows, math.inf).argmin(1))
 

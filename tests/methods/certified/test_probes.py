@@ -9,8 +9,9 @@ from certificates import Recorded, problem
 from torch import nn
 
 from fastsal import Certified, Exact, analyze
+from fastsal.methods.base import Question
 from fastsal.methods.certified import certify
-from fastsal.methods.certified.basis import BLOCK, PILOTS
+from fastsal.methods.certified.basis import BLOCK, PILOT_PROBES
 from fastsal.methods.certified.chi_square import FIRST
 from fastsal.methods.certified.probes import stream
 from fastsal.methods.certified.state import TOP
@@ -58,30 +59,30 @@ class TestProbes:
         taken = []
         for seed in (0, 0, 1):
             passes = Recorded(logits, rows)
-            certify(passes, Certified(seed=seed))
+            certify(passes, Certified(seed=seed), Question(2.0))
             taken.append(passes.directions())
         assert torch.equal(taken[0], taken[1])
         assert not torch.equal(taken[0][-1], taken[2][-1])  # a probe
-        assert not torch.equal(taken[0][0], taken[2][0])  # a pilot
+        assert not torch.equal(taken[0][0], taken[2][0])  # a pilot probe
 
     def test_the_basis_is_complete_before_the_first_probe(self):
-        """Pilots, known rows, the range finder's rows, one combination of them all; then probes, and never a basis again."""
+        """Pilot probes, known rows, the range finder's rows, one combination of all; then probes, and never a basis again."""
         logits, rows = problem(1, 400, 200)
         passes = Recorded(logits, rows)
-        found = certify(passes, Certified())
+        found = certify(passes, Certified(), Question(2.0))
         calls = [directions[0] for directions in passes.calls]
         directions = passes.directions()
         assert len(directions) == found.jvps.item()
         last = next(k for k, call in enumerate(calls) if k > 1 and len(call) == 1)
         basis = torch.cat(calls[1:last])
         combination, probes = calls[last], torch.cat(calls[last + 1 :])
-        assert len(calls[0]) == PILOTS
+        assert len(calls[0]) == PILOT_PROBES
         assert len(calls[1]) == TOP + 1
         assert all(len(call) == BLOCK for call in calls[2:last])
         assert len(probes) >= FIRST[0]
         torch.testing.assert_close(basis @ basis.T, torch.eye(len(basis), dtype=torch.float64), atol=1e-12, rtol=0.0)
         spanned = torch.linalg.qr(torch.cat((basis, calls[0])).T).Q
         torch.testing.assert_close(combination @ spanned @ spanned.T, combination, atol=1e-12, rtol=0.0)
-        assert torch.equal(calls[0], torch.from_numpy(stream(0, "pilots").standard_normal((PILOTS, 200))))
+        assert torch.equal(calls[0], torch.from_numpy(stream(0, "pilots").standard_normal((PILOT_PROBES, 200))))
         fresh = torch.from_numpy(stream(0, "probes").standard_normal((len(probes), 200)))
         torch.testing.assert_close(probes, fresh - fresh @ basis.T @ basis, atol=1e-12, rtol=0.0)

@@ -8,6 +8,7 @@ from torch import nn
 
 from bench.contestants.jacobians import KINDS, Matrices, distances
 from fastsal import Certified, Exact, analyze
+from fastsal.methods.base import Question
 from fastsal.methods.certified import certify, rounding
 from fastsal.model.linearization import linearize
 from fastsal.model.products import ModelPasses
@@ -33,7 +34,7 @@ class TestRounding:
     def test_disagreement_that_comes_late_is_finished_with_rows(self, monkeypatch, where):
         """Nothing that was seen beforehand is off, a row that is evaluated later is: every row is taken, the answer right."""
         logits, rows = problem(4, 300, 100)
-        clean = certify(Matrices(logits, rows), Certified())
+        clean = certify(Matrices(logits, rows), Certified(), Question(2.0))
         passes = Wrong(logits, rows)
         passes.error, passes.where = 1e-12, (where,)
         blind = torch.zeros(4, dtype=torch.float64)
@@ -45,7 +46,7 @@ class TestRounding:
 
         monkeypatch.setattr(rounding.Rounding, "disagreement", early_rows_agree)
         monkeypatch.setattr(rounding.Rounding, "compare", lambda self, e, seed: None)
-        found = certify(passes, Certified())
+        found = certify(passes, Certified(), Question(2.0))
         assert torch.equal(found.winners, clean.winners)
         assert found.certified.all()
         assert (clean.vjps < 100).all()
@@ -58,7 +59,7 @@ class TestRounding:
         logits, rows = problem(4, 300, 100)
         passes = Wrong(logits, rows)
         passes.error = error
-        found = certify(passes, Certified(), norm=norm)
+        found = certify(passes, Certified(), Question(norm))
         assert found.certified.all()
         assert torch.equal(found.winners[:, 1], distances(logits, rows, norm).argmin(1))
         assert (found.vjps < 300).any() or error > 1e-3
@@ -100,7 +101,7 @@ class TestRounding:
         with pytest.warns(
             UserWarning, match=r"4 of 4 examples have gradients that differ by up to \d\.\de[+]00 of themselves"
         ):
-            found = certify(passes, Certified())
+            found = certify(passes, Certified(), Question(2.0))
         assert found.certified.all()
         assert (found.vjps == 300).all()
         assert torch.equal(found.winners[:, 1], distances(logits, rows).argmin(1))
@@ -117,7 +118,7 @@ class TestRounding:
                 error = directions.to(common.dtype) @ common[examples].mT
                 return products + error * (torch.arange(products.shape[2]) % 3 - 1)
 
-        found = certify(Common(logits, rows), Certified())
+        found = certify(Common(logits, rows), Certified(), Question(2.0))
         assert found.certified.all()
         assert torch.equal(found.winners[:, 1], distances(logits, rows).argmin(1))
         assert (found.vjps < 150).all()

@@ -9,6 +9,7 @@ from certificates import problem, search
 
 from bench.contestants.jacobians import KINDS, Matrices, distances
 from fastsal import Certified
+from fastsal.methods.base import Question
 from fastsal.methods.certified import certify, plan
 from fastsal.model.products import NoJVPError
 
@@ -54,8 +55,8 @@ class TestRowsToTake:
     def test_rows_that_stand_in_are_not_counted(self):
         """Each example's passes are those that it would have used alone, but for two rows at most, taken at once or not."""
         logits, rows = KINDS[2.0]["falling_spectrum"](torch.Generator().manual_seed(3), 20)
-        together = certify(Matrices(logits, rows), Certified())
-        alone = [certify(Matrices(logits[k : k + 1], rows[k : k + 1]), Certified()) for k in range(20)]
+        together = certify(Matrices(logits, rows), Certified(), Question(2.0))
+        alone = [certify(Matrices(logits[k : k + 1], rows[k : k + 1]), Certified(), Question(2.0)) for k in range(20)]
         assert torch.equal(together.winners, torch.cat([found.winners for found in alone]))
         assert torch.equal(together.jvps, torch.cat([found.jvps for found in alone]))
         assert (together.vjps - torch.cat([found.vjps for found in alone])).abs().max() <= 2
@@ -67,7 +68,7 @@ class TestAnswer:
     @pytest.mark.parametrize("norm", KINDS)
     def test_equals_exact(self, n, D, dtype, norm):
         logits, rows = problem(12, n, D, dtype=dtype)
-        found = certify(Matrices(logits, rows), Certified(), norm=norm)
+        found = certify(Matrices(logits, rows), Certified(), Question(norm))
         ratio = distances(logits, rows, norm)
         assert found.certified.all()
         assert torch.equal(found.winners, torch.stack((logits.argmax(1), ratio.argmin(1)), 1))
@@ -78,16 +79,16 @@ class TestAnswer:
 
     def test_saves_passes(self):
         logits, rows = problem(8, 1000, 400, decay=1.0)
-        found = certify(Matrices(logits, rows), Certified())
+        found = certify(Matrices(logits, rows), Certified(), Question(2.0))
         assert found.certified.all()
         assert (found.vjps + found.jvps).double().median() < 60
 
     @pytest.mark.parametrize("seed", range(3))
     def test_an_example_depends_on_itself_only(self, seed):
         logits, rows = problem(6, 400, 60, seed=seed)
-        whole = certify(Matrices(logits, rows), Certified(seed=seed))
+        whole = certify(Matrices(logits, rows), Certified(seed=seed), Question(2.0))
         for example in range(6):
-            alone = certify(Matrices(logits[[example]], rows[[example]]), Certified(seed=seed))
+            alone = certify(Matrices(logits[[example]], rows[[example]]), Certified(seed=seed), Question(2.0))
             assert torch.equal(alone.winners[0], whole.winners[example])
             assert alone.jvps.item() == whole.jvps[example].item()
             torch.testing.assert_close(alone.lower_bound[0], whole.lower_bound[example])
@@ -97,7 +98,7 @@ class TestAnswer:
         """Gradients and margins far from 1, in float64 beyond what squares can hold."""
         for scale in (1e-200, 1e-30, 1e30, 1e200):
             logits, rows = problem(4, 200, 100)
-            found = certify(Matrices(logits, rows * scale), Certified(), norm=norm)
+            found = certify(Matrices(logits, rows * scale), Certified(), Question(norm))
             assert found.certified.all()
             assert torch.equal(found.winners[:, 1], distances(logits, rows, norm).argmin(1))
             assert (found.jvps > 0).any()
@@ -108,10 +109,10 @@ class TestBudget:
     def test_it_is_kept_and_the_bounds_hold(self, norm):
         logits, rows = problem(10, 300, 100)
         ratio = distances(logits, rows, norm)
-        needed = certify(Matrices(logits, rows), Certified(), norm=norm)
+        needed = certify(Matrices(logits, rows), Certified(), Question(norm))
         spent = (needed.vjps + needed.jvps).max().item()
         for limit in (2, 3, 10, 30, 50, 80, spent, 1000):
-            found = certify(Matrices(logits, rows), Certified(max_passes=limit), norm=norm)
+            found = certify(Matrices(logits, rows), Certified(max_passes=limit), Question(norm))
             assert (found.vjps + found.jvps <= limit).all()
             index = torch.arange(10)
             value = ratio[index, found.winners[:, 1]]
@@ -120,7 +121,7 @@ class TestBudget:
             assert torch.equal(value[found.certified], best[found.certified])
             torch.testing.assert_close(found.lower_bound[found.certified], best[found.certified])
         assert found.certified.all()
-        assert not certify(Matrices(logits, rows), Certified(max_passes=2)).certified.any()
+        assert not certify(Matrices(logits, rows), Certified(max_passes=2), Question(2.0)).certified.any()
 
     @pytest.mark.parametrize(("n", "D", "decay"), [(300, 100, 0.0), (1000, 400, 1.0)])
     def test_few_passes_bound_every_example_and_more_bound_closer(self, n, D, decay):
@@ -129,7 +130,7 @@ class TestBudget:
         ratio = distances(logits, rows)
         shares = []
         for limit in (15, 20, 30, 45, 65):
-            found = certify(Matrices(logits, rows), Certified(max_passes=limit))
+            found = certify(Matrices(logits, rows), Certified(max_passes=limit), Question(2.0))
             value = ratio.gather(1, found.winners[:, 1:]).squeeze(1)
             assert (found.lower_bound > 0).all()
             assert (found.lower_bound <= ratio.amin(1) * (1 + 1e-12)).all()
@@ -158,7 +159,7 @@ class TestEdges:
         logits, rows = problem(1, 200, 40)
         logits[0] = -5.0
         logits[0, [30, 50, 70, 90, 110, 130]] = 3.0
-        found = certify(Matrices(logits, rows), Certified())
+        found = certify(Matrices(logits, rows), Certified(), Question(2.0))
         assert found.winners.tolist() == [[30, 50]]
         assert found.certified.all()
         assert found.lower_bound.item() == 0
@@ -167,7 +168,7 @@ class TestEdges:
     @pytest.mark.parametrize("norm", KINDS)
     def test_no_gradient_at_all(self, norm):
         logits, rows = problem(1, 100, 20)
-        found = certify(Matrices(logits, rows * 0), Certified(), norm=norm)
+        found = certify(Matrices(logits, rows * 0), Certified(), Question(norm))
         others = logits[0].argsort(descending=True)
         assert found.winners[0].tolist() == others[:2].tolist()
         assert found.lower_bound.item() == math.inf
@@ -194,7 +195,7 @@ class TestEdges:
                 )
                 return torch.where(one_hot, rows, super().vjp(examples, cotangents))
 
-        found = certify(Rows(logits, rows), Certified(), norm=norm)
+        found = certify(Rows(logits, rows), Certified(), Question(norm))
         assert found.certified.tolist() == [True, False, True]
         assert torch.equal(found.winners[[0, 2], 1], clean[[0, 2]])
         assert found.lower_bound[1].isnan()
@@ -209,7 +210,7 @@ class TestEdges:
                 raise NoJVPError("Matrices: has neither")
 
         with pytest.warns(UserWarning, match="Matrices: has neither; taking every row"):
-            found = certify(WithoutJVPs(logits, rows), Certified())
+            found = certify(WithoutJVPs(logits, rows), Certified(), Question(2.0))
         assert found.certified.all()
         assert found.jvps.tolist() == [0] * 4
         assert found.vjps.tolist() == [100] * 4
