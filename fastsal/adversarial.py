@@ -146,13 +146,13 @@ def walk(
     """
     found, total = start.clone(), torch.zeros_like(start, dtype=torch.float64)
     steps, active = torch.zeros_like(own), torch.arange(len(own), device=own.device)
-    with linearize(model, start) as graph:
+    with linearize(model, start) as begin:
+        graph = begin
         validation.warn_probabilities(graph.logits)
         logits = graph.logits.clone()
         for step in range(max_steps):
             if step:
-                with graph.same_precision():
-                    graph = Linearization(model, found[active].requires_grad_())
+                graph = begin.at(active, found[active])
                 logits[active] = graph.logits
             going = ~finished(found, logits)[active]
             if not going.any():

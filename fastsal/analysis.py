@@ -31,7 +31,7 @@ def analyze(
 
     | method         | backward and forward-mode passes     | what comes back                | when to use it              |
     |----------------|--------------------------------------|--------------------------------|-----------------------------|
-    | `"exact"`      | n backward, or F + 2 where the       | ρ̃ and the distances of all     | few classes (some 50), or   |
+    | `"exact"`      | n backward, or F + 3 where the       | ρ̃ and the distances of all     | few classes (some 50), or   |
     |                | logits leave a linear layer of F     | classes                        | a narrow last layer         |
     |                | inputs and that is fewer             |                                |                             |
     | `"certified"`  | some 20 to 90 at 1000 classes, of    | ρ̃, except with probability     | many classes, norm 2 or inf |

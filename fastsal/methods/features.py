@@ -8,21 +8,25 @@ norm only.)
 
 J is never held: Δ is formed for a tile of classes at a time, and J_f for as many examples as the memory limit allows. The rows
 of the prediction and of the runner-up are taken by two more passes, so that everything but the distances is computed from the
-same rows as without features.
+same rows as without features. One more, of a mixture of all classes, shows whether J = W·J_f: a part of the model that adds 0
+to the logits may have a gradient.
 """
 
 import contextlib
 import math
+import warnings
 from collections.abc import Iterator
 
 import torch
 from torch import Tensor, nn
 
 from fastsal.methods.base import Nearest, Question, Selection
+from fastsal.methods.mixtures import mixture
 from fastsal.model.linearization import Linearization
 from fastsal.tensor import ops, reference
 
 TILE_BYTES = 1 << 26
+ROUNDING = 1000.0  # units of it that two ways to one row may be apart
 
 
 @contextlib.contextmanager
@@ -109,6 +113,13 @@ def _jacobian(features: Linearization, chunk_size: int | None) -> Tensor:
     return held
 
 
+def _disagreement(rows: Tensor, mixed: Tensor, ratio: Tensor) -> float:
+    """The largest relative distance of two vectors [B, D]; inf for a NaN in an example without one in its ratios [B, n]."""
+    scale = torch.maximum(reference.vector_norm(rows, 2.0), reference.vector_norm(mixed, 2.0))
+    gap = reference.ratios(reference.vector_norm(rows.double() - mixed.double(), 2.0), scale)
+    return float(torch.where(ratio.isnan().any(1), 0.0, gap.nan_to_num(math.inf)).max())
+
+
 def through_features(
     graph: Linearization,
     nearest: Nearest,
@@ -128,6 +139,8 @@ def through_features(
     Returns:
         The selection, or None where there is no head that serves, or class rows are cheaper.
     """
+    if graph.batch is not None and graph.batch.whole and wanted is None:
+        return None
     head = _find(graph, wanted)
     weight = None if head is None else _weight(head)
     if head is None or weight is None:
@@ -135,7 +148,7 @@ def through_features(
     B, n = graph.logits.shape
     F, D = weight.shape[1], graph.x.shape[1]
     size = memory_limit // (F * D * graph.x.element_size())
-    if size == 0 or (wanted is None and F + 2 >= n):
+    if size == 0 or (wanted is None and F + 3 >= n):
         return None
 
     def features(x: Tensor) -> Tensor:
@@ -144,12 +157,14 @@ def through_features(
         return calls[0][1].flatten(1)
 
     prediction, margin = nearest.prediction, nearest.margin
-    distance = torch.zeros_like(margin)
+    ratio = torch.zeros_like(margin)
+    cotangents, mixed = graph.logits.new_zeros(1, B, n), graph.x.new_zeros(B, D)
     examples = torch.arange(B, device=prediction.device)
+    tolerance = min(0.3, ROUNDING * torch.finfo(graph.x.dtype).eps)
     tile = max(1, TILE_BYTES // (min(size, B) * D * graph.x.element_size()))
     for start in range(0, B, size):
         part = slice(start, min(start + size, B))
-        inner = graph.at(examples[part], features)
+        inner = graph.features(features, examples[part])
         if inner.mixes_examples():
             return None
         jacobian = _jacobian(inner, question.chunk_size)
@@ -157,11 +172,20 @@ def through_features(
         nothing = graph.x.new_zeros(len(jacobian), D)
         for first in range(0, n, tile):
             difference = (winner - weight[first : first + tile].double()).to(graph.x.dtype)
-            distance[part, first : first + tile] = ops.row_distances(
-                nothing, difference @ jacobian, question.norm, question.backend
-            )
-    ratio = reference.ratios(margin, distance)
+            distance = ops.row_distances(nothing, difference @ jacobian, question.norm, question.backend)
+            ratio[part, first : first + tile] = reference.ratios(margin[part, first : first + tile], distance)
+        least = ratio[part].scatter(1, prediction[part].unsqueeze(1), math.inf).amin(1, keepdim=True)
+        cotangents[0, part] = mixture(ratio[part], least, 0).to(cotangents.dtype)
+        mixed[part] = ((cotangents[0, part].to(weight.dtype) @ weight).unsqueeze(1) @ jacobian).squeeze(1)
+    if (gap := _disagreement(graph.vjp(cotangents).squeeze(1), mixed, ratio)) > tolerance:
+        reason = f"the gradients of the logits differ by {gap:.1e} from those of its input times its weights"
+        if wanted is not None:
+            raise ValueError(f"Exact: cannot go through the given head: {reason}; leave head=None for class rows")
+        warnings.warn(
+            f"model: {type(head).__name__} at its end is not all of it: {reason}; taking class rows", stacklevel=2
+        )
+        return None
     winners = torch.stack((prediction, reference.nearest_other(ratio, margin, prediction)), 1)
     distances = ratio.scatter(1, prediction.unsqueeze(1), math.inf).to(graph.logits.dtype)
-    provenance = {"method": "exact", "distances": distances, "vjps": torch.full_like(prediction, F + 2)}
+    provenance = {"method": "exact", "distances": distances, "vjps": torch.full_like(prediction, F + 3)}
     return Selection(graph.logits, winners, graph.rows(winners.t()), provenance)

@@ -16,7 +16,7 @@ from fastsal.tensor.reference import other_classes
 class Exact(Method):
     """Looks at every class, and returns ρ̃ itself and all distances.
 
-    It takes n backward passes for n classes. Where the logits leave a linear layer with F inputs, F + 2 passes give the same
+    It takes n backward passes for n classes. Where the logits leave a linear layer with F inputs, F + 3 passes give the same
     (`fastsal.methods.features` says how), and the cheaper way is taken.
 
     Args:
@@ -34,7 +34,7 @@ class Exact(Method):
         >>> _ = torch.manual_seed(0)
         >>> model = torch.nn.Sequential(torch.nn.Linear(30, 8), torch.nn.ReLU(), torch.nn.Linear(8, 100))
         >>> fastsal.analyze(model, torch.randn(2, 30)).vjps.tolist()
-        [10, 10]
+        [11, 11]
         >>> fastsal.analyze(model, torch.randn(2, 30), method=fastsal.Exact(memory_limit=0)).vjps.tolist()
         [100, 100]
     """

@@ -2,6 +2,7 @@
 
 import contextlib
 import sys
+import threading
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -12,6 +13,8 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from fastsal import validation
 
 Model = Callable[[Tensor], Tensor]
+
+_LOCK = threading.RLock()  # of everything that runs a model
 
 # Modules that in training mode mix the examples of a batch, draw random numbers or write buffers.
 _BATCH_STATISTICS = (nn.modules.batchnorm._BatchNorm, nn.modules.instancenorm._InstanceNorm)
@@ -30,10 +33,30 @@ def _uncompiled() -> contextlib.AbstractContextManager[None]:
 
 
 @contextlib.contextmanager
+def _buffers_kept(model: Model) -> Iterator[None]:
+    """Gives a module its buffers back, and their values, as far as a forward pass has replaced them or written to them."""
+    modules = list(model.modules()) if isinstance(model, nn.Module) else []
+    before = [
+        (module, name, buffer, None if buffer is None or buffer.is_inference() else (buffer._version, buffer.clone()))
+        for module in modules
+        for name, buffer in module._buffers.items()
+    ]
+    try:
+        yield
+    finally:
+        with torch.no_grad():
+            for module, name, buffer, state in before:
+                module._buffers[name] = buffer
+                if buffer is not None and state is not None and buffer._version != state[0]:
+                    buffer.copy_(state[1])
+
+
+@contextlib.contextmanager
 def recording(model: Model, x: Tensor) -> Iterator[None]:
     """Lets autograd record inside, whatever mode the caller is in, and restores every random number generator afterwards.
 
-    A model that went through torch.compile runs as it was before.
+    Buffers that the model writes to get their values back, and a model that went through torch.compile runs as it was before.
+    One thread at a time is inside: torch's switches that are set here belong to the whole process.
 
     The caller's autocast stays in force, but its cache of cast weights is switched off: before torch 2.11 a cache that was
     filled under `no_grad` holds weights without a graph.
@@ -42,10 +65,12 @@ def recording(model: Model, x: Tensor) -> Iterator[None]:
     devices = {tensor.device for tensor in (x, *parameters) if tensor.is_cuda}
     cached = torch.is_autocast_cache_enabled()
     with (
+        _LOCK,
         torch.inference_mode(False),
         torch.enable_grad(),
         torch.random.fork_rng(devices),
         _uncompiled(),
+        _buffers_kept(model),
     ):
         torch.set_autocast_cache_enabled(False)
         try:

@@ -30,10 +30,16 @@ def vmap(run: Callable[[Tensor], R], stack: Tensor) -> R:
     return result
 
 
-def is_out_of_memory(error: RuntimeError) -> bool:
+def is_out_of_memory(error: Exception) -> bool:
     """Whether torch raised this error because memory ran out, on whatever device."""
     texts = ("out of memory", "not enough memory", "DefaultCPUAllocator", "ALLOC_FAILED")
-    return isinstance(error, torch.OutOfMemoryError) or any(text in str(error) for text in texts)
+    if isinstance(error, torch.OutOfMemoryError):
+        return True
+    return isinstance(error, RuntimeError) and any(text in str(error) for text in texts)
+
+
+def first_line(error: Exception) -> str:
+    return str(error).strip().partition("\n")[0]
 
 
 def in_parts(stack: Tensor, size: int, run: Callable[[Tensor], None]) -> None:

@@ -27,10 +27,12 @@ from fastsal.model.chunking import (
     CHUNK_PAIRS_ACCELERATOR,
     CHUNK_ROWS,
     CHUNK_ROWS_ACCELERATOR,
+    first_line,
     in_parts,
     is_out_of_memory,
     vmap,
 )
+from fastsal.model.inputs import Batch, in_precision, mixed_examples
 
 
 class Linearization:
@@ -43,10 +45,18 @@ class Linearization:
         leaf: x as the model took it, [B, *S].
         x: The same, flattened to [B, D].
         autocast: Whether autocast was on where this was made, and its dtype.
+        batch: The batch of which these are some examples; None for another function of them than the model.
     """
 
-    def __init__(self, model: Model, leaf: Tensor) -> None:
-        self.model = model
+    def __init__(
+        self,
+        model: Model,
+        leaf: Tensor,
+        batch: Batch | None = None,
+        examples: Tensor | None = None,
+        moved: bool = False,
+    ) -> None:
+        self.model, self.batch, self._examples, self._moved = model, batch, examples, moved
         device = leaf.device.type
         self.autocast = (torch.is_autocast_enabled(device), torch.get_autocast_dtype(device))
         self.leaf = leaf
@@ -60,10 +70,8 @@ class Linearization:
     def graph_logits(self) -> Tensor:
         """The logits with their graph, in the output dtype of x: [B, n]."""
         if self._recorded is None:
-            with self.same_precision():
-                logits = call(
-                    self.model, self.leaf.clone()
-                )  # a clone, so that a model may overwrite its input in place
+            batch = self.batch
+            logits = self._call(self.model) if batch is None else batch.record(self._call, self._examples, self._moved)
             if not logits.requires_grad:
                 raise ValueError(
                     "model: its logits do not depend on x (they carry no gradient); wants logits computed from x with "
@@ -71,6 +79,10 @@ class Linearization:
                 )
             self._recorded, self._logits = logits, logits.detach()
         return self._recorded
+
+    def _call(self, model: Model) -> Tensor:
+        with self.same_precision():
+            return call(model, self.leaf.clone())  # a clone, so that a model may overwrite its input in place
 
     @property
     def logits(self) -> Tensor:
@@ -83,14 +95,29 @@ class Linearization:
 
     def same_precision(self) -> torch.autocast:
         """The autocast state that the forward pass ran under, for running the model again."""
-        enabled, dtype = self.autocast
-        return torch.autocast(self.leaf.device.type, dtype=dtype, enabled=enabled, cache_enabled=False)
+        return in_precision(self.leaf, self.autocast)
 
-    def at(self, examples: Tensor | np.ndarray, model: Model | None = None) -> "Linearization":
-        """The same model, or another, recorded at some of the examples only, int64 [e]."""
+    def at(self, examples: Tensor | np.ndarray, moved: Tensor | None = None) -> "Linearization":
+        """The same model at some of the examples only, int64 [e]; with their inputs moved to other points, [e, *S]."""
+        chosen = to_device(examples, self.leaf.device)
+        leaf = self.leaf.detach()[chosen] if moved is None else moved
+        return self._like(self.model, leaf, self.batch, self._own(chosen), self._moved or moved is not None)
+
+    def features(self, function: Model, examples: Tensor) -> "Linearization":
+        """Another function than the model, at some of the examples, int64 [e]."""
+        return self._like(function, self.leaf.detach()[examples])
+
+    def function(self, examples: np.ndarray) -> Model:
+        """The model as a function of the inputs of some of the examples, int64 [e]."""
+        own = self._own(to_device(examples, self.leaf.device))
+        return self.model if self.batch is None else self.batch.function(own)
+
+    def _own(self, examples: Tensor) -> Tensor:
+        return examples if self._examples is None else self._examples[examples]
+
+    def _like(self, model: Model, leaf: Tensor, *rest: Any) -> "Linearization":
         with self.same_precision():
-            leaf = self.leaf.detach()[to_device(examples, self.leaf.device)]
-            return Linearization(model or self.model, leaf.requires_grad_())
+            return Linearization(model, leaf.requires_grad_(), *rest)
 
     def _grad(self, cotangents: Tensor, batched: bool, create_graph: bool) -> Tensor:
         def grad_of(one: Tensor) -> Tensor | None:
@@ -119,7 +146,7 @@ class Linearization:
                     raise
                 # The loop below computes the same; an error that has nothing to do with vmap comes up again there.
                 self._batched = False
-                reason = str(error).strip().partition("\n")[0]
+                reason = first_line(error)
             warnings.warn(
                 f"{self._name}: torch cannot vmap its backward pass ({reason}); taking one class at a time",
                 stacklevel=1,
@@ -212,15 +239,12 @@ def linearize(model: Model, x: Tensor, *, differentiable: bool = False) -> Itera
         plain = x.clone() if x.is_inference() else x
         own = differentiable and plain.requires_grad
         graph = Linearization(model, plain if own else plain.detach().requires_grad_())
+        graph.batch = batch = Batch(model, graph.leaf.detach(), graph.autocast)
         if len(plain) > 1:
             # A few examples show a mixture as well as all do; two alone can hide the statistics of a batch.
-            few = graph if len(plain) <= 3 else Linearization(model, plain[:3].detach().clone().requires_grad_())
+            few = graph if len(plain) <= 3 or batch.whole else graph.at(torch.arange(3, device=plain.device))
             if few.mixes_examples():
-                raise ValueError(
-                    "model: mixes the examples of a batch (logits[0] have a gradient with respect to x[1:]), wants each "
-                    "example's logits computed from that example alone; normalise with stored statistics, or pass the "
-                    "examples one at a time"
-                )
+                raise mixed_examples("logits[0] have a gradient with respect to x[1:]")
             del few
         with torch.autocast(x.device.type, enabled=False):
             yield graph

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from fastsal.devices import take, to_device, to_host
 from fastsal.model.calling import call, flatten, math_attention
-from fastsal.model.chunking import in_parts, is_out_of_memory, vmap
+from fastsal.model.chunking import first_line, in_parts, is_out_of_memory, vmap
 from fastsal.model.linearization import Linearization
 from fastsal.model.traced import TracedPasses, Traces, UntraceableError
 
@@ -98,10 +98,10 @@ class ModelPasses:
             try:
                 parts = self._chunks(lambda part: self._ways[0](self, examples, part), tangents, len(examples))
                 return torch.cat(parts).transpose(0, 1)
-            except RuntimeError as error:
+            except Exception as error:  # user code, in a pass that exact rows do without
                 if is_out_of_memory(error):
                     raise
-                reason = str(error).strip().partition("\n")[0]
+                reason = first_line(error)
                 self._ways.pop(0)
         raise NoJVPError(
             f"{type(self._base.model).__name__}: has neither forward-mode nor second derivatives ({reason})"
@@ -125,6 +125,8 @@ class ModelPasses:
         return self._graph.vjp(cotangents)
 
     def _traced(self, examples: np.ndarray, tangents: Tensor) -> Tensor:
+        if self._base.batch is not None and self._base.batch.whole:
+            raise UntraceableError("the model has to see whole batches")
         if self._products is not None:
             return self._products.jvp(examples, tangents)
         examples = np.arange(len(self._own))
@@ -151,8 +153,10 @@ class ModelPasses:
     def _forward_mode(self, examples: np.ndarray, tangents: Tensor) -> Tensor:
         x = self._at(examples)
 
+        model = self._base.function(self._own[examples])
+
         def logits(value: Tensor) -> Tensor:
-            return call(self._base.model, value.clone())
+            return call(model, value.clone())
 
         def jvp(tangent: Tensor) -> Tensor:
             products: Tensor = torch.func.jvp(logits, (x,), (tangent,))[1]
@@ -165,7 +169,7 @@ class ModelPasses:
         leaf = self._at(examples).requires_grad_()
         with math_attention(), torch.backends.cudnn.flags(enabled=False):  # cudnn's RNNs have no second derivative
             with self._base.same_precision():
-                logits = call(self._base.model, leaf.clone())
+                logits = call(self._base.function(self._own[examples]), leaf.clone())
             dummy = torch.zeros_like(logits, requires_grad=True)
             (gradient,) = torch.autograd.grad(logits, leaf, dummy, create_graph=True)
 

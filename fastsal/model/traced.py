@@ -30,11 +30,14 @@ from torch.fx.experimental.proxy_tensor import make_fx
 
 from fastsal.devices import take
 from fastsal.model.calling import call, math_attention
-from fastsal.model.chunking import is_out_of_memory
+from fastsal.model.chunking import first_line, is_out_of_memory
 from fastsal.model.linearization import Linearization
 
 # A trace takes about as long as this many bytes of gradients for each operation take longer without one.
 PAYS = 1 << 20
+KINDS = (
+    4  # of inputs (shape, dtype, device, autocast) that a model's traces are kept for: each holds the model's constants
+)
 WEIGHTS, EXAMPLE, DIRECTION = range(3)  # what a value of the trace depends on, at most
 
 _aten = torch.ops.aten
@@ -107,9 +110,9 @@ class Trace:
         except (
             Exception
         ) as error:  # whatever keeps a model from being traced: the ways without a trace compute the same
-            if isinstance(error, RuntimeError) and is_out_of_memory(error):
+            if is_out_of_memory(error):
                 raise
-            raise UntraceableError(str(error).strip().partition("\n")[0]) from error
+            raise UntraceableError(first_line(error)) from error
         self._names = names
         _simplify(traced)
         self._split(traced)
@@ -349,7 +352,10 @@ class Traces:
         self._model = graph.model if isinstance(graph.model, nn.Module) else None
         self._entry = _Known(hopeless=True)
         if self._model is not None:
-            self._entry = _known.setdefault(self._model, {}).setdefault(kind, _Known())
+            kinds = _known.setdefault(self._model, {})
+            self._entry = kinds[kind] = kinds.pop(kind, _Known())  # the latest comes last
+            while len(kinds) > KINDS:
+                kinds.pop(next(iter(kinds)))
         self._worth = sum(gradients) / len(gradients)
 
     def at(self, x: Tensor, logits: Tensor | None) -> "TracedPasses":

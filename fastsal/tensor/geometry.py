@@ -45,7 +45,7 @@ class Geometry:
         method: How the runner-up was found: "exact", "certified" or "candidates".
         vjps: How many backward passes (vector-Jacobian products) that took, int64.
         jvps: How many forward-mode passes (Jacobian-vector products), int64.
-        certified: Whether `linearized_robustness` is ρ̃ itself, bool; where it is not, it is an upper bound.
+        certified: Whether `linearized_robustness` is ρ̃ itself, bool; where it is not, it is an upper bound, or NaN.
         lower_bound: What ρ̃ is at least.
         failure_probability: The probability, for each example, that `certified` or `lower_bound` is wrong; a float.
     """
@@ -157,7 +157,7 @@ def _geometry(logits: Tensor, jacobian: Tensor, x: Tensor, norm: float, backend:
         method="exact",
         vjps=none,
         jvps=none,
-        certified=torch.ones_like(prediction, dtype=torch.bool),
+        certified=~named["linearized_robustness"].detach().isnan(),
         lower_bound=named["linearized_robustness"].detach(),
         failure_probability=0.0,
     )

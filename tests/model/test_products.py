@@ -12,7 +12,7 @@ from fastsal.model.linearization import linearize
 
 
 class Watched(nn.Module):
-    """Knows which of the logits that it returned are still held by somebody."""
+    """Knows which of the recorded passes that it returned logits of are still held by somebody."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -25,8 +25,9 @@ class Watched(nn.Module):
         return logits
 
     def held(self) -> list[int]:
-        """The numbers of examples of the logits that are held."""
-        return [len(logits) for reference in self.returned if (logits := reference()) is not None]
+        """The numbers of examples of the recorded passes that are held."""
+        held = [logits for reference in self.returned if (logits := reference()) is not None]
+        return [len(logits) for logits in held if logits.requires_grad]
 
 
 @pytest.fixture

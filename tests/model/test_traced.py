@@ -333,7 +333,7 @@ class TestWhatCannotBeTraced:
         assert eager == []
 
     def test_a_model_that_differs_at_every_call(self, eager):
-        """Noise in the forward pass: no trace has its logits, and it is tried twice, then never again."""
+        """Noise in the forward pass of one example: no trace has its logits, and it is tried twice, then never again."""
         torch.manual_seed(0)
 
         class Noisy(Steered):
@@ -342,8 +342,10 @@ class TestWhatCannotBeTraced:
 
         model = Noisy().eval()
         for _ in range(2):
-            analyze(model, torch.randn(3, 30), method="certified")
+            analyze(model, torch.randn(1, 30), method="certified")
             assert len(eager) <= 2
+        with pytest.raises(ValueError, match="two runs of the same batch have different logits"):
+            analyze(model, torch.randn(3, 30), method="certified")
 
     def test_a_callable_that_is_no_module(self, eager):
         torch.manual_seed(0)

@@ -1,6 +1,4 @@
-"""The random directions of a certificate: its private streams, the pilot probes, and the probes that have been drawn."""
-
-import hashlib
+"""The random directions of a certificate: the pilot probes, and the probes that have been drawn."""
 
 import numpy as np
 import torch
@@ -9,12 +7,7 @@ from torch import Tensor
 from fastsal.devices import take
 from fastsal.methods.certified.basis import PILOT_PROBES, Basis
 from fastsal.methods.certified.state import State, write
-
-
-def stream(seed: int, purpose: str) -> np.random.Generator:
-    """A generator of its own for a seed and a purpose: Philox with a key that is a hash of both and of this package's name."""
-    key = hashlib.blake2b(f"fastsal.Certified {purpose} {seed}".encode(), digest_size=16).digest()
-    return np.random.Generator(np.random.Philox(key=int.from_bytes(key, "little")))
+from fastsal.methods.mixtures import stream
 
 
 class Normals:

@@ -9,12 +9,12 @@ from torch import Tensor
 
 from fastsal.devices import take, to_host
 from fastsal.methods.certified.basis import PILOT_PROBES, Basis
-from fastsal.methods.certified.probes import Probes, stream
+from fastsal.methods.certified.probes import Probes
 from fastsal.methods.certified.state import State
+from fastsal.methods.mixtures import mixture, stream
 
 SPARE = 8.0  # η in units of the largest disagreement that was seen
 UNSTABLE = 0.3  # η from which on bounds say nothing
-MIXED = 16.0  # how much more a class may weigh than another in a mixture: of 16-bit gradients none overflows
 
 
 class Rounding:
@@ -66,8 +66,8 @@ class Rounding:
             return
         state, basis = self._state, self._basis
         normal = stream(seed, "combination").standard_normal((1, basis.rank + PILOT_PROBES))
-        mixture = state.on_device(normal / np.linalg.norm(normal))
-        inside, outside = mixture[:, : basis.rank], mixture[:, basis.rank :] / math.sqrt(state.passes.dimension)
+        combination = state.on_device(normal / np.linalg.norm(normal))
+        inside, outside = combination[:, : basis.rank], combination[:, basis.rank :] / math.sqrt(state.passes.dimension)
         products = state.products(e, inside @ take(basis.directions, e) + outside @ basis.pilot_probes)
         expected = inside @ take(basis.components, e) + outside @ take(basis.pilot_products, e)
         slack = take(self.eta, e).unsqueeze(1) * torch.maximum(self.sizes(e), take(self.typical, e).unsqueeze(1))
@@ -88,18 +88,11 @@ class Rounding:
         self.disagreement[self._state.on_device(e)] = torch.where(bad, worst, take(self.disagreement, e))
 
     def verify(self, e: np.ndarray, seed: int) -> None:
-        """Compares a mixture of the rows that nobody took with the same mixture of the products, over all directions.
-
-        A class is passed over wrongly where its products are too small by the share that its bound is above the best ratio, or
-        more. Its weight is one over that share, at most MIXED, and 1 at least, so that a row that has a NaN shows it.
-        """
+        """Compares a mixture of the rows that nobody took with the same mixture of the products, over all directions."""
         state = self._state
         best, lower, seen = take(state.best, e).unsqueeze(1), take(state.lower, e), take(state.seen, e)
         least = torch.minimum(best, torch.where(seen, math.inf, lower).amin(1, keepdim=True))
-        weight = (1 / (lower / least - 1)).nan_to_num(1.0).clamp(1.0, MIXED)
-        normal = state.on_device(stream(seed, "mixture").standard_normal(state.n))
-        cotangents = torch.where(seen, 0.0, weight * (normal + normal.sign())).unsqueeze(1)
-        cotangents = cotangents.to(state.passes.logits.dtype)
+        cotangents = torch.where(seen, 0.0, mixture(lower, least, seed)).unsqueeze(1).to(state.passes.logits.dtype)
         rows = state.mixtures(e, cotangents)
         self.check(e, self._gap(e, rows, lambda values: cotangents.double() @ values.mT))
 

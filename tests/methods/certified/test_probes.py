@@ -13,8 +13,8 @@ from fastsal.methods.base import Question
 from fastsal.methods.certified import certify
 from fastsal.methods.certified.basis import BLOCK, PILOT_PROBES
 from fastsal.methods.certified.chi_square import FIRST
-from fastsal.methods.certified.probes import stream
 from fastsal.methods.certified.state import TOP
+from fastsal.methods.mixtures import stream
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

@@ -1,0 +1,182 @@
+"""A model at a batch, as a function of the inputs of some of its examples, and whether it is one."""
+
+import copy
+import math
+import warnings
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+
+from fastsal.model.calling import Model, call
+from fastsal.model.chunking import first_line, is_out_of_memory
+
+# Logits of an example in batches of different sizes differ by up to 4 units of rounding of their range, on 27 families of timm.
+ROUNDING = 200.0  # units
+COARSEST = 0.05  # share of the range, where units of rounding are large
+EXACT = 1e-8  # share of the range, in float64
+GROSS = 0.01  # share of the range that rounding seldom explains
+
+
+def apart(one: Tensor, other: Tensor) -> float:
+    """How far logits [B, n] are apart, as a share of the range of an example's; inf where only one is finite."""
+    finite = other.isfinite()
+    high, low = (torch.where(finite, other, fill).double() for fill in (-math.inf, math.inf))
+    scale = torch.maximum(high.amax(1) - low.amin(1), torch.where(finite, other, 0.0).double().abs().amax(1))
+    distance = (one.double() - other.double()).abs() / scale.unsqueeze(1)
+    same = (one == other) | (one.isnan() & other.isnan())
+    return float(torch.where(same, 0.0, distance.nan_to_num(math.inf)).max())
+
+
+def mixed_examples(how: str) -> ValueError:
+    """The error for a model that mixes the examples of a batch."""
+    return ValueError(
+        f"model: mixes the examples of a batch ({how}), wants each example's logits computed from that example alone; "
+        "normalise with stored statistics, or pass the examples one at a time"
+    )
+
+
+def in_precision(x: Tensor, autocast: tuple[bool, torch.dtype]) -> torch.autocast:
+    """The autocast state of a caller, for running a model at x again."""
+    enabled, dtype = autocast
+    return torch.autocast(x.device.type, dtype=dtype, enabled=enabled, cache_enabled=False)
+
+
+class Batch:
+    """A model and the batch that it is asked about.
+
+    Passes run some examples at a time, which not every model allows. One that mixes the examples of a batch is another model
+    for a part of it. One that knows each example by its place (a closure over the masks of a batch) or wants a certain number
+    of them has to see all, in their order: the examples that are asked for are then put into the batch that the caller passed.
+
+    Args:
+        model: The model, as the caller passed it.
+        x: The batch, [B, *S].
+        autocast: Whether the caller's autocast is on, and its dtype.
+
+    Attributes:
+        whole: Whether the model has to see the whole batch.
+    """
+
+    def __init__(self, model: Model, x: Tensor, autocast: tuple[bool, torch.dtype]) -> None:
+        self.model, self.x, self.whole, self._autocast = model, x, False, autocast
+        self._logits: Tensor | None = None
+        self._halves: Tensor | None = None
+        self._checks = True  # until differences have turned out to be rounding
+        parameters = model.parameters() if isinstance(model, nn.Module) else ()
+        dtypes = {value.dtype for value in (x, *parameters) if value.dtype.is_floating_point}
+        self._eps = max(torch.finfo(dtype).eps for dtype in dtypes | ({autocast[1]} if autocast[0] else set()))
+        if len(x) > 1:
+            try:
+                self._halves = torch.cat([self._run(half) for half in x.tensor_split(2)])
+            except Exception as error:
+                if not is_out_of_memory(error):
+                    self.fails_in_part(error)
+
+    def _run(self, x: Tensor) -> Tensor:
+        with torch.no_grad(), in_precision(x, self._autocast):
+            return call(self.model, x.clone())
+
+    def _whole_logits(self) -> Tensor | None:
+        """The model's logits at the whole batch, [B, n], run in the caller's order; None where memory does not allow it."""
+        if self._logits is None and self._halves is not None:
+            try:
+                self.check_whole(self._run(self.x))
+            except RuntimeError as error:
+                if not is_out_of_memory(error):
+                    raise
+                self._halves = None
+        return self._logits
+
+    def check_whole(self, logits: Tensor) -> Tensor:
+        """Compares the logits of the whole batch with those of its halves, the first time, and returns them."""
+        if self._logits is None:
+            self._logits = logits
+            if self._halves is not None:
+                self._agree(self._halves, logits, slice(None))
+        return self._logits
+
+    def record(self, call_at: Callable[[Model], Tensor], examples: Tensor | None, moved: bool) -> Tensor:
+        """The logits of some examples, int64 [e], or of all, compared with what else is known of the batch.
+
+        `call_at` runs a model at their inputs; where these have been moved from those of the batch, nothing is known of them.
+        """
+        if examples is None:
+            logits = call_at(self.model)
+            self.check_whole(logits.detach())
+            return logits
+        if not self.whole:
+            try:
+                logits = call_at(self.model)
+            except Exception as error:
+                self.fails_in_part(error)
+            else:
+                whole = None if moved or not self._checks else self._whole_logits()
+                if whole is None or self._agree(logits.detach(), whole, examples):
+                    return logits
+        return call_at(self.function(examples))
+
+    def fails_in_part(self, error: Exception) -> None:
+        """Takes note of an error that the model raised for a part of the batch."""
+        if is_out_of_memory(error):
+            raise error
+        self._see_whole(f"fails for a part of the batch ({type(error).__name__}: {first_line(error)})")
+
+    def function(self, examples: Tensor) -> Model:
+        """The model as a function of the inputs of some examples, int64 [e]: from [e, *S] to logits [e, n]."""
+        if not self.whole:
+            return self.model
+        return lambda inputs: call(self.model, self.x.index_copy(0, examples, inputs))[examples]
+
+    def _same(self, one: Tensor, other: Tensor) -> bool:
+        return apart(one, other) <= min(ROUNDING * self._eps, COARSEST)
+
+    def _agree(self, part: Tensor, logits: Tensor, examples: Tensor | slice) -> bool:
+        """Whether logits of a part are those of the whole batch, up to rounding; else what follows is decided."""
+        return self._same(part, logits[examples]) or self._explain(apart(part, logits[examples]), logits)
+
+    def _rounds(self) -> bool | None:
+        """Whether in float64 the halves have the logits of the whole batch; None where the model cannot be run in float64."""
+        if not isinstance(self.model, nn.Module):
+            return None
+        x = self.x.double()
+        try:
+            with torch.no_grad(), torch.autocast(x.device.type, enabled=False):
+                model = copy.deepcopy(self.model).double()
+                halves = torch.cat([call(model, half.clone()) for half in x.tensor_split(2)])
+                return apart(halves, call(model, x.clone())) <= EXACT
+        except Exception:  # user code, which may be made for one precision
+            return None
+
+    def _see_whole(self, reason: str) -> None:
+        if not self.whole:
+            self.whole = True
+            warnings.warn(
+                f"model: {reason}; only whole batches are run, which takes longer. Where it knows the examples by their place, "
+                "as a closure over the masks of a batch does, pass what belongs to an example as a part of x",
+                stacklevel=2,
+            )
+
+    def _explain(self, distance: float, logits: Tensor) -> bool:
+        """Finds out why the logits of a part are some distance apart from those of the whole batch; whether it is rounding.
+
+        Raises where the model is random or mixes examples; else, and where it cannot tell, whole batches are run from now on.
+        """
+        if not self._same(self._run(self.x), logits):
+            raise ValueError(
+                "model: two runs of the same batch have different logits (dropout as a function, or other random numbers); "
+                "wants a function of x alone"
+            )
+        rounds = self._rounds()
+        if rounds:
+            self._checks = False
+            return True
+        try:
+            mixed = self._same(self._run(self.x.flip(0)).flip(0), logits)
+        except Exception as error:
+            self.fails_in_part(error)
+            return False
+        if mixed and (rounds is False or distance > GROSS):
+            raise mixed_examples("the logits of an example change with the others beside it")
+        self._see_whole("has other logits for a part of the batch than for the whole")
+        return False
