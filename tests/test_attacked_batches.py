@@ -126,7 +126,7 @@ class TestExamplesAreKnownByPlace:
         else:
             assert found.certified.all()
             assert_kept(found, ratios(*dense(model, x), norm), rtol=1e-9)
-        assert len(told) == (1 if method == "certified" else len(told[:1]))
+        assert len(told) == 1 or (len(told) == 0 and method != "certified")
 
     @pytest.mark.parametrize("norm", [2.0, math.inf])
     @pytest.mark.parametrize("method", ["candidates", "exact", "certified"])
