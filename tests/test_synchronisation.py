@@ -93,12 +93,16 @@ class Device(TorchFunctionMode):
 @pytest.mark.parametrize("max_passes", [None, 40])
 @pytest.mark.parametrize("norm", KINDS)
 def test_a_certificate_waits_once_a_round(monkeypatch, norm, max_passes):
-    """One decision before there is a basis, two on rounding, one a step of the basis, a round of probes and a round of rows."""
+    """One decision before there is a basis, two on rounding, one a step of the basis, a round of probes and a round of rows.
+
+    And two for the mixture of the rows that nobody took: where it is needed, and whether all is well.
+    """
     calls = Counter()
     for owner, name in (
         (Rounding, "trust"),
         (Basis, "widen"),
         (Search, "bound"),
+        (Rounding, "verify"),
         (State, "evaluate"),
         (NORM_BOUNDS[norm], "measure"),
     ):
@@ -117,7 +121,7 @@ def test_a_certificate_waits_once_a_round(monkeypatch, norm, max_passes):
     assert sure.all() or max_passes
     assert calls["bound"] > 0
     steps, rounds_of_rows = calls["widen"] + 1, calls["evaluate"] - 1
-    decisions = 1 + calls["trust"] + steps + calls["bound"] + rounds_of_rows + 1
+    decisions = 1 + calls["trust"] + steps + calls["bound"] + rounds_of_rows + 1 + 2 * calls["verify"]
     assert device.waits == decisions + (calls["measure"] if norm != 2 else 0)
 
 

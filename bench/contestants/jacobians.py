@@ -33,6 +33,9 @@ class Matrices:
     def jvp(self, examples: np.ndarray, directions: Tensor) -> Tensor:
         return directions.to(self.jacobian.dtype) @ take(self.jacobian, examples).mT
 
+    def distrust(self) -> None:
+        pass
+
 
 def distances(logits: Tensor, jacobian: Tensor, norm: float = 2.0) -> Tensor:
     """m_j / ‖Δ_j‖_q of every class [E, n] in float64, +inf at the prediction, for perturbations in the norm p."""

@@ -37,6 +37,9 @@ class Passes(Protocol):
     def jvp(self, examples: np.ndarray, directions: Tensor) -> Tensor:
         """Multiplies the Jacobians with directions [e, k, D]: [e, k, n]. Raises NoJVPError where the model cannot."""
 
+    def distrust(self) -> None:
+        """Forgets what was kept of the model from earlier calls, after products that were not those of its gradients."""
+
 
 class ModelPasses:
     """The `Passes` of a model at some examples, int64 [E], of a recorded batch.
@@ -103,6 +106,10 @@ class ModelPasses:
         raise NoJVPError(
             f"{type(self._base.model).__name__}: has neither forward-mode nor second derivatives ({reason})"
         )
+
+    def distrust(self) -> None:
+        """Makes the trace of the model anew the next time; gives it up if that has happened before."""
+        self._traces.distrust()
 
     def _chunks(self, run: Callable[[Tensor], Tensor], stack: Tensor, examples: int) -> list[Tensor]:
         """Results of run on stack [k, ...], as many entries at a time as are best for so many examples."""

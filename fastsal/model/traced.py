@@ -326,6 +326,7 @@ class _Known:
 
     trace: Trace | None = None
     hopeless: bool = False
+    distrusted: bool = False  # once
     examples: int = 0  # how many were looked at without a trace
 
 
@@ -386,5 +387,6 @@ class Traces:
             return torch.cat([call(self._graph.model, one.clone()) for one in x.split(1)])
 
     def distrust(self) -> None:
-        """Gives the trace up: its products are not those of the model."""
-        self._entry.trace, self._entry.hopeless = None, True
+        """Drops the trace, whose products are not those of the model, and the second time gives it up."""
+        entry = self._entry
+        entry.hopeless, entry.trace, entry.distrusted = entry.hopeless or entry.distrusted, None, True

@@ -8,6 +8,8 @@ The rooms, from the ground up: `state` (products and rows that are counted, what
 `plan`, and `search`, the order of the steps; `chi_square` and `norms` are the mathematics.
 """
 
+import secrets
+import warnings
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -15,7 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fastsal.devices import to_device
+from fastsal.devices import to_device, to_host
 from fastsal.methods.base import Method, Question, Selection
 from fastsal.methods.certified.norms import NORM_BOUNDS
 from fastsal.methods.certified.probes import Normals
@@ -38,7 +40,8 @@ class Certified(Method):
         max_passes: The most VJPs and JVPs to spend on an example, at least 2; None for no limit. Where it runs out,
             `linearized_robustness` is an upper bound, `certified` false, and `lower_bound` still holds with probability 1 − δ.
         seed: Any integer. It decides the probes, which are the same for every example; they come from a private stream that
-            shares nothing with torch's or NumPy's own, whatever those were seeded with.
+            shares nothing with torch's or NumPy's own, whatever those were seeded with. A seed that is known beforehand is
+            public: a model can be made for which its probes fail. Where models may be hostile, None draws one from the system.
 
     Raises:
         ValueError: An option is out of its range.
@@ -60,7 +63,7 @@ class Certified(Method):
 
     failure_probability: float = 1e-6
     max_passes: int | None = None
-    seed: int = 0
+    seed: int | None = 0
 
     def __post_init__(self) -> None:
         if not isinstance(self.failure_probability, float) or not 0 < self.failure_probability < 1:
@@ -69,8 +72,8 @@ class Certified(Method):
             )
         if self.max_passes is not None and (not isinstance(self.max_passes, int) or self.max_passes < 2):
             raise ValueError(f"Certified: got max_passes={self.max_passes!r}, wants None or an integer >= 2")
-        if not isinstance(self.seed, int):
-            raise ValueError(f"Certified: got seed={self.seed!r}, wants an integer")
+        if self.seed is not None and not isinstance(self.seed, int):
+            raise ValueError(f"Certified: got seed={self.seed!r}, wants an integer or None")
 
     def select(self, graph: Linearization, question: Question) -> Selection:
         """Certifies the batch in groups, to bound latency and memory: no example waits for many others.
@@ -81,7 +84,8 @@ class Certified(Method):
         device = graph.x.device
         held = GROUP_BYTES if device.type == "cpu" else GROUP_BYTES_ACCELERATOR
         size = max(2, held // (8 * 20 * graph.x.shape[1]))
-        normals = Normals(self.seed, graph.x.shape[1], device)
+        seed = secrets.randbits(128) if self.seed is None else self.seed
+        normals = Normals(seed, graph.x.shape[1], device)
         parts, recorded = [], []
         for start in range(0, len(graph.leaf), size):
             stop = min(start + size, len(graph.leaf))
@@ -93,9 +97,18 @@ class Certified(Method):
         def joined(name: str) -> Tensor:
             return torch.cat([getattr(part, name) for part in parts])
 
+        (apart,) = to_host(joined("disagreement"))
+        if (apart > 0).any():
+            passes.distrust()
+            warnings.warn(
+                f"model: {(apart > 0).sum()} of {len(apart)} examples have gradients that differ by up to {apart.max():.1e} of "
+                "themselves between a backward and a forward-mode pass (a custom function or hook, a part without gradients, a "
+                "kink such as nn.PReLU's at 0, or precision); they are finished with exact rows",
+                stacklevel=2,
+            )
         provenance: dict[str, Any] = {name: joined(name) for name in ("vjps", "jvps", "certified")}
         provenance |= {"method": self.name, "distances": None, "failure_probability": self.failure_probability}
-        provenance["lower_bound"] = joined("lower_bound").to(logits.dtype)
+        provenance["lower_bound"] = rounded_down(joined("lower_bound"), logits.dtype)
         return Selection(logits, joined("winners"), joined("pair"), provenance)
 
 
@@ -109,6 +122,15 @@ class Certificate:
     jvps: Tensor
     certified: Tensor
     lower_bound: Tensor  # float64
+    disagreement: Tensor  # of backward and forward-mode passes, where it is too large
+
+
+def rounded_down(values: Tensor, dtype: torch.dtype) -> Tensor:
+    """Float64 values in another dtype, none of them above what it was."""
+    nearest = values.to(dtype)
+    return torch.where(
+        nearest.double() > values, torch.nextafter(nearest, torch.full_like(nearest, -torch.inf)), nearest
+    )
 
 
 def certify(passes: Passes, method: Certified, question: Question, normals: Normals | None = None) -> Certificate:
@@ -120,7 +142,7 @@ def certify(passes: Passes, method: Certified, question: Question, normals: Norm
         question: What is asked of them.
         normals: The probes of the method's seed, where several groups share them.
     """
-    normals = normals or Normals(method.seed, passes.dimension, passes.logits.device)
+    normals = normals or Normals(method.seed or 0, passes.dimension, passes.logits.device)
     search = Search(passes, question, method.failure_probability, method.max_passes, normals)
     search.probe(search.prepare())
     search.finish()
@@ -132,4 +154,5 @@ def certify(passes: Passes, method: Certified, question: Question, normals: Norm
         jvps=to_device(state.jvps, state.device),
         certified=~state.best.isnan() & ~state.undecided(state.examples).any(1),
         lower_bound=torch.minimum(state.best, torch.where(state.seen, torch.inf, state.lower).amin(1)),
+        disagreement=search.rounding.disagreement,
     )

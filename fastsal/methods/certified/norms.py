@@ -12,23 +12,32 @@ from fastsal.tensor import ops
 
 
 def widened(
-    known: Tensor, sums: Tensor, slack: Tensor, predicted: Tensor, count: int, quantile: Tensor
+    known: Tensor, sums: Tensor, eta: Tensor, own: Tensor, typical: Tensor, count: int, quantile: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Upper bounds of the squared Euclidean norms of the known part of Δ_j and of the rest, and the slack of Δ_j: [e, n] each.
 
     The second one, of a class that is fixed beforehand, fails with the quantile's probability. Without rounding these are the
-    known part itself and S_j / quantile; docs/certified.md, "Rounding", says what the slack adds.
+    known part itself and S_j / quantile. The products of class j may be off by η times the larger of ‖g_j‖ and `typical`. Since
+    ‖g_j‖ ≤ ‖g_{i*}‖ + ‖Δ_j‖, that is an inequality for ‖Δ_j‖, whose largest solution gives the slack (docs/certified.md,
+    "Rounding"); where there is none, the bounds are infinite.
 
     Args:
         known: The squared norm of the known part of Δ_j, [e, n].
         sums: S_j, the sum of the squares of the products of Δ_j with the probes, [e, n].
-        slack: The rounding error of the products of g_j, [e, n].
-        predicted: The predicted classes, int64 [e].
+        eta: η, [e].
+        own: ‖g_{i*}‖ of the predicted class, [e].
+        typical: The size from which on errors grow with a gradient, [e].
         count: How many probes have been drawn.
         quantile: The lower quantile of χ²_count, [e, 1].
     """
-    both = slack + slack.gather(1, predicted.unsqueeze(1))
-    return (known.sqrt() + both).square(), (sums.sqrt() + math.sqrt(count) * both).square() / quantile, both
+    eta, own, typical = eta.unsqueeze(1), own.unsqueeze(1), typical.unsqueeze(1)
+    gain, least = eta * (1 + count / quantile).sqrt(), torch.maximum(own, typical)
+    start = (known + sums / quantile).sqrt() + gain * least
+    length = torch.maximum((start + gain * own) / (1 - gain), start + gain * typical)
+    length = torch.where(gain < 1, length, math.inf)
+    slack = eta * (torch.maximum(length + own, typical) + least)
+    slack = torch.where(eta == 0, 0.0, slack)  # not 0 · inf
+    return (known.sqrt() + slack).square(), (sums.sqrt() + math.sqrt(count) * slack).square() / quantile, slack
 
 
 class Euclidean:

@@ -1,7 +1,7 @@
 """How far products may be off, and whether they are: what is fixed before a probe is drawn, and what is compared afterwards."""
 
 import math
-import warnings
+from collections.abc import Callable
 
 import numpy as np
 import torch
@@ -14,6 +14,7 @@ from fastsal.methods.certified.state import State
 
 SPARE = 8.0  # η in units of the largest disagreement that was seen
 UNSTABLE = 0.3  # η from which on bounds say nothing
+MIXED = 16.0  # how much more a class may weigh than another in a mixture: of 16-bit gradients none overflows
 
 
 class Rounding:
@@ -22,14 +23,18 @@ class Rounding:
     Attributes:
         eta: η, how far a product may be off relative to the size of a gradient, [E].
         typical: About the root mean square of all ‖g_j‖, [E].
+        own: ‖g_{i*}‖, [E].
         inconsistent: The classes whose products disagree among themselves, bool [E, n]; they get no bound.
+        disagreement: By how much rows and products disagree where that is too much, [E]; else 0.
     """
 
     def __init__(self, state: State, basis: Basis, probes: Probes) -> None:
         self._state, self._basis, self._probes = state, basis, probes
         self.typical = torch.zeros_like(state.unit)
         self.eta = torch.full_like(self.typical, SPARE * torch.finfo(state.passes.logits.dtype).eps)
+        self.own = torch.zeros_like(state.unit)
         self.inconsistent = torch.zeros_like(state.seen)
+        self.disagreement = torch.zeros_like(state.unit)
 
     def sizes(self, e: np.ndarray) -> Tensor:
         """About ‖g_j‖ of every class [e, n], from the basis and the pilot probes."""
@@ -37,31 +42,23 @@ class Rounding:
         return (take(basis.components, e).square().sum(1) + take(basis.residual, e).square().mean(1)).sqrt()
 
     def measure(self, e: np.ndarray) -> None:
-        """Sets the typical size of a gradient of examples e."""
-        self.typical[self._state.on_device(e)] = self.sizes(e).square().mean(1).sqrt()
-
-    def slack(self, e: np.ndarray, size: Tensor) -> Tensor:
-        """How far the products of every class may be off [e, n], from about ‖g_j‖ [e, n]."""
-        return take(self.eta, e).unsqueeze(1) * torch.maximum(size, take(self.typical, e).unsqueeze(1))
+        """Sets the sizes of gradients of examples e: the typical one, and that of the predicted class."""
+        state = self._state
+        self.typical[state.on_device(e)] = self.sizes(e).square().mean(1).sqrt()
+        row = state.per_unit(e, state.norm.rows(e, take(state.early_rows, e)[:, :1]))
+        self.own[state.on_device(e)] = torch.linalg.vector_norm(row, dim=2).squeeze(1)
 
     def trust(self, e: np.ndarray) -> np.ndarray:
         """Sets η of examples e by the early rows, and tells for which of them JVPs can be used at all, [e]."""
         if not len(e):
             return np.zeros(0, bool)
         state = self._state
-        seen = self.disagreement(e, take(state.early, e), take(state.early_rows, e))
+        seen = self.row_gap(e, take(state.early, e), take(state.early_rows, e))
         self.eta[state.on_device(e)] = torch.maximum(take(self.eta, e), SPARE * seen)
-        seen, eta = to_host(seen, take(self.eta, e))
-        unstable = eta > UNSTABLE
-        if unstable.any():
-            warnings.warn(
-                f"model: {unstable.sum()} of {len(e)} examples have gradients that differ by up to "
-                f"{seen[unstable].max():.1e} of themselves between a backward and a forward-mode pass; they are finished with "
-                "exact rows",
-                stacklevel=2,
-            )
-        trusted: np.ndarray = ~unstable & ~np.isnan(seen)
-        return trusted
+        trusted = (take(self.eta, e) <= UNSTABLE) & ~seen.isnan()
+        self._note(e, ~trusted, seen)
+        usable: np.ndarray = to_host(trusted)[0] > 0
+        return usable
 
     def compare(self, e: np.ndarray, seed: int) -> None:
         """Compares one JVP along a random combination of all directions so far with the combination of their products."""
@@ -73,22 +70,46 @@ class Rounding:
         inside, outside = mixture[:, : basis.rank], mixture[:, basis.rank :] / math.sqrt(state.passes.dimension)
         products = state.products(e, inside @ take(basis.directions, e) + outside @ basis.pilot_probes)
         expected = inside @ take(basis.components, e) + outside @ take(basis.pilot_products, e)
-        apart = (products - expected).squeeze(1).abs()
-        self.inconsistent[state.on_device(e)] = apart > self.slack(e, self.sizes(e))
+        slack = take(self.eta, e).unsqueeze(1) * torch.maximum(self.sizes(e), take(self.typical, e).unsqueeze(1))
+        self.inconsistent[state.on_device(e)] = (products - expected).squeeze(1).abs() > slack
 
-    def check(self, e: np.ndarray, classes: Tensor, rows: Tensor) -> None:
-        """Takes their bounds from the examples whose rows [e, c, D] disagree with their JVPs by more than η, or hold a NaN.
+    def check(self, e: np.ndarray, seen: Tensor) -> None:
+        """Takes their bounds from the examples whose rows and products disagree by `seen` [e], if that is more than η or NaN.
 
         Every class of such an example is to be seen.
         """
-        state, drawn = self._state, self._probes.drawn
-        if drawn.any():
-            good = self.disagreement(e, classes, rows) <= take(self.eta, e)
-            good |= state.on_device(drawn[e] == 0)
-            state.lower[state.on_device(e)] = torch.where(good.unsqueeze(1), take(state.lower, e), 0.0)
+        state = self._state
+        bad = ~(seen <= take(self.eta, e)) & state.on_device(self._probes.drawn[e] > 0)
+        state.lower[state.on_device(e)] = torch.where(bad.unsqueeze(1), 0.0, take(state.lower, e))
+        self._note(e, bad, seen)
 
-    def disagreement(self, e: np.ndarray, classes: Tensor, rows: Tensor) -> Tensor:
-        """How far rows [e, c, D] are from the JVPs of their classes, in the units of η: [e], the largest over the classes.
+    def _note(self, e: np.ndarray, bad: Tensor, seen: Tensor) -> None:
+        worst = torch.maximum(take(self.disagreement, e), seen.nan_to_num(math.inf))
+        self.disagreement[self._state.on_device(e)] = torch.where(bad, worst, take(self.disagreement, e))
+
+    def verify(self, e: np.ndarray, seed: int) -> None:
+        """Compares a mixture of the rows that nobody took with the same mixture of the products, over all directions.
+
+        A class is passed over wrongly where its products are too small by the share that its bound is above the best ratio, or
+        more. Its weight is one over that share, at most MIXED, and 1 at least, so that a row that has a NaN shows it.
+        """
+        state = self._state
+        best, lower, seen = take(state.best, e).unsqueeze(1), take(state.lower, e), take(state.seen, e)
+        least = torch.minimum(best, torch.where(seen, math.inf, lower).amin(1, keepdim=True))
+        weight = (1 / (lower / least - 1)).nan_to_num(1.0).clamp(1.0, MIXED)
+        normal = state.on_device(stream(seed, "mixture").standard_normal(state.n))
+        cotangents = torch.where(seen, 0.0, weight * (normal + normal.sign())).unsqueeze(1)
+        cotangents = cotangents.to(state.passes.logits.dtype)
+        rows = state.mixtures(e, cotangents)
+        self.check(e, self._gap(e, rows, lambda values: cotangents.double() @ values.mT))
+
+    def row_gap(self, e: np.ndarray, classes: Tensor, rows: Tensor) -> Tensor:
+        """How far rows [e, c, D] are from the JVPs of their classes, in the units of η: [e], the largest over the classes."""
+        pick = classes.unsqueeze(1)
+        return self._gap(e, rows, lambda values: values.gather(2, pick.expand(-1, values.shape[1], -1)).mT)
+
+    def _gap(self, e: np.ndarray, rows: Tensor, expected: Callable[[Tensor], Tensor]) -> Tensor:
+        """How far rows [e, c, D] are from what products [e, k, n] make of them, [e, c, k]: [e], the largest over the rows.
 
         The larger of two figures: the norm over the basis, and the root mean square over the pilot probes and the probes;
         relative to the norm of the row, or to the typical one where that is larger.
@@ -96,17 +117,16 @@ class Rounding:
         state, basis, probes = self._state, self._basis, self._probes
         rows = state.per_unit(e, state.norm.rows(e, rows))
         inside = rows @ take(basis.directions, e).mT
-        pick = classes.unsqueeze(1)
 
-        def gap(got: Tensor, values: Tensor) -> Tensor:
-            return (got - take(values, e).gather(2, pick.expand(-1, values.shape[1], -1)).mT).square()
+        def square(got: Tensor, values: Tensor) -> Tensor:
+            return (got - expected(take(values, e))).square()
 
-        outside = gap(rows @ basis.pilot_probes.T, basis.pilot_products).sum(2)
+        outside = square(rows @ basis.pilot_probes.T, basis.pilot_products).sum(2)
         drawn = state.on_device(probes.drawn[e]).unsqueeze(1)
         if s := int(probes.drawn.max()):
-            along = gap(probes.along(e, rows, inside), probes.products[:, :s])
+            along = square(probes.along(e, rows, inside), probes.products[:, :s])
             within = torch.arange(s, device=state.device) < drawn.unsqueeze(2)
             outside += torch.where(within, along, 0.0).sum(2)
-        square = torch.maximum(gap(inside, basis.components).sum(2), outside / (PILOT_PROBES + drawn))
+        error = torch.maximum(square(inside, basis.components).sum(2), outside / (PILOT_PROBES + drawn))
         size = torch.maximum(torch.linalg.vector_norm(rows, dim=2), take(self.typical, e).unsqueeze(1))
-        return torch.where(square == 0, 0.0, square.sqrt() / size).amax(1)
+        return torch.where(error == 0, 0.0, error.sqrt() / size).amax(1)

@@ -18,6 +18,9 @@ from fastsal.methods.certified.state import State
 from fastsal.model.products import NoJVPError, Passes
 from fastsal.tensor import reference
 
+CHECKS = (
+    2  # passes that rounding is looked at with: a random combination of the directions, and a mixture of the classes
+)
 WORTHWHILE = 64  # with no more classes than this left, rows are about as cheap as any probing, and certain
 
 
@@ -66,7 +69,7 @@ class Search:
         state.unit = torch.where(usable & (scale > 0), scale, 1.0)
         counts = np.zeros_like(state.vjps)
         worthwhile = to_host(usable & (state.undecided(state.examples).sum(1) > WORTHWHILE))[0] > 0
-        enough = state.left(state.examples) >= state.early.shape[1] + PILOT_PROBES + 1 + FIRST[0]
+        enough = state.left(state.examples) >= state.early.shape[1] + PILOT_PROBES + CHECKS + FIRST[0]
         e = state.examples[worthwhile & enough]
         if not len(e):
             return counts
@@ -86,12 +89,13 @@ class Search:
             energy = state.average(active, outside)
             fall = (energy / before).nan_to_num(0.0).clamp(max=0.97)
             outlook, left = self.outlook(active), state.on_device(state.left(active))
-            # The comparison of a random combination takes a pass.
-            promise_now, cost_now, count = plan.forecast(outlook, inside, outside, left - 1, left_over, limited)
+            promise_now, cost_now, count = plan.forecast(outlook, inside, outside, left - CHECKS, left_over, limited)
             better = torch.zeros_like(count, dtype=torch.bool)
             for steps in plan.AHEAD if limited else (1,):
                 rest = outside * (fall**steps).unsqueeze(1)
-                promise, cost, _ = plan.forecast(outlook, inside + (outside - rest), rest, left - 1, left_over, limited)
+                promise, cost, _ = plan.forecast(
+                    outlook, inside + (outside - rest), rest, left - CHECKS, left_over, limited
+                )
                 cost += steps * 2 * BLOCK
                 better |= (cost <= left) & ((promise > promise_now) | ((promise == promise_now) & (cost < cost_now)))
             counts[active], go = to_host(count, better)
@@ -113,10 +117,10 @@ class Search:
         table = table.reshape(len(e), len(SHARES), 2)
         counts, quantiles = table[:, :, 0].astype(np.int64), state.on_device(table[:, :, 1])
         probes.start(basis)
+        state.reserved[e] = 1
         stage, left, go = np.zeros(len(e), np.int64), state.left(e), np.ones(len(e), bool)
         known = state.differences(e, take(basis.components, e)).square().sum(1)
-        length = take(basis.components, e).square().sum(1)
-        sums, squares = torch.zeros_like(known), torch.zeros_like(known)
+        sums = torch.zeros_like(known)
         done = 0
         while True:
             go[go] = stage[go] < len(SHARES)
@@ -124,22 +128,17 @@ class Search:
             if not go.all():
                 kept = state.on_device(go.nonzero()[0])
                 e, counts, stage, left = (value[go] for value in (e, counts, stage, left))
-                quantiles, known, length, sums, squares = (
-                    value[kept] for value in (quantiles, known, length, sums, squares)
-                )
+                quantiles, known, sums = (value[kept] for value in (quantiles, known, sums))
             if not len(e):
                 return
             end = counts[np.arange(len(e)), stage]
             together = max(1, state.passes.pairs // len(e))
             for stop in [*range(done + together, int(end.min()), together), int(end.min())]:
-                values = probes.draw(e, basis, done, stop)
-                sums += state.differences(e, values).square().sum(1)
-                squares += values.square().sum(1)
+                sums += state.differences(e, probes.draw(e, basis, done, stop)).square().sum(1)
                 done = stop
             at = (end == done).nonzero()[0]
             here, round_ = state.on_device(at), state.on_device(stage[at])
-            size = (length[here] + squares[here] / done).sqrt()
-            self.bound(e[at], known[here], sums[here], size, done, quantiles[here].gather(1, round_.unsqueeze(1)))
+            self.bound(e[at], known[here], sums[here], done, quantiles[here].gather(1, round_.unsqueeze(1)))
             outlook, further = self.outlook(e[at]), state.on_device(counts[at])
             target = outlook.target(known[here], sums[here] / done)
             self.target[state.on_device(e[at])] = target
@@ -158,11 +157,11 @@ class Search:
             go[at] = to_host(worth & state.undecided(e[at]).any(1))[0] > 0
             stage[at] += 1
 
-    def bound(self, e: np.ndarray, known: Tensor, sums: Tensor, size: Tensor, count: int, quantile: Tensor) -> None:
-        """Raises the lower bounds of the ratios of examples e by a round of `count` probes. `size`: about ‖g_j‖, [e, n]."""
+    def bound(self, e: np.ndarray, known: Tensor, sums: Tensor, count: int, quantile: Tensor) -> None:
+        """Raises the lower bounds of the ratios of examples e by a round of `count` probes."""
         state = self.state
-        slack = self.rounding.slack(e, size)
-        known, rest, slack = widened(known, sums, slack, take(state.prediction, e), count, quantile)
+        eta, own, typical = (take(size, e) for size in (self.rounding.eta, self.rounding.own, self.rounding.typical))
+        known, rest, slack = widened(known, sums, eta, own, typical, count, quantile)
         while True:
             upper = state.norm.upper(e, known, rest, slack)
             lower = reference.ratios(take(state.margin, e), upper * take(state.unit, e).unsqueeze(1))
@@ -175,12 +174,22 @@ class Search:
                 return
 
     def finish(self) -> None:
+        """Exact rows until the matter is settled, and the check of the rows that nobody took; those that fail it take all."""
+        state, rounding = self.state, self.rounding
+        e = state.examples[self.probes.drawn > 0]
+        if len(e):
+            rounding.check(e, rounding.row_gap(e, take(state.early, e), take(state.early_rows, e)))
+        self._rows(state.examples)
+        if len(e):
+            e = e[to_host(~take(state.seen, e).all(1) & ~take(state.best, e).isnan())[0] > 0]
+        state.reserved[:] = 0
+        if len(e):
+            rounding.verify(e, self.normals.seed)
+            self._rows(e)
+
+    def _rows(self, e: np.ndarray) -> None:
         """Exact rows, the smallest lower bound first (the smallest margin among equals), as long as any may matter."""
         state = self.state
-        probed = state.examples[self.probes.drawn > 0]
-        if len(probed):
-            self.rounding.check(probed, take(state.early, probed), take(state.early_rows, probed))
-        e = state.examples
         while True:
             waiting, lower = state.undecided(e), take(state.lower, e)
             needed = waiting & ~(lower >= take(self.target, e).unsqueeze(1))
@@ -200,4 +209,6 @@ class Search:
             order = torch.where(lower.isnan().any(1, keepdim=True), by_class, by_margin)
             key = torch.where(waiting, lower.nan_to_num(-torch.inf), torch.inf).gather(1, order)
             classes = order.gather(1, key.sort(stable=True, dim=1).indices[:, :most])
-            self.rounding.check(e, *state.evaluate(e, classes, np.minimum(count, most)))
+            classes, rows = state.evaluate(e, classes, np.minimum(count, most))
+            if self.probes.drawn[e].any():
+                self.rounding.check(e, self.rounding.row_gap(e, classes, rows))

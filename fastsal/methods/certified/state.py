@@ -34,7 +34,7 @@ class State:
             candidates.
         lower: A lower bound of the ratio of every class, float64 [E, n]; NaN where nothing is known to hold.
         unit: The examples' gradient scales, float64 [E].
-        vjps, jvps: The passes used, int64 [E].
+        vjps, jvps: The passes used, int64 [E]; reserved: those kept back for a check.
         early: The predicted class and the highest other logits, the lowest first among equals, int64 [E, c].
         early_rows: Their rows, [E, c, D].
     """
@@ -48,7 +48,7 @@ class State:
         self.seen = self.margin == math.inf
         self.lower = torch.zeros_like(self.margin)
         self.unit = torch.ones_like(self.margin[:, 0])
-        self.vjps, self.jvps = np.zeros(E, np.int64), np.zeros(E, np.int64)
+        self.vjps, self.jvps, self.reserved = np.zeros((3, E), np.int64)
         highest = by_margin(self.margin, self.prediction)[:, : min(TOP, self.left(self.examples).min() - 1)]
         self.early, self.early_rows = self.evaluate(
             self.examples, torch.cat((self.prediction.unsqueeze(1), highest), 1)
@@ -57,7 +57,7 @@ class State:
     def left(self, e: np.ndarray) -> np.ndarray:
         """How many passes the limit leaves each of examples e."""
         limit = self.max_passes
-        return np.full(len(e), 1 << 40) if limit is None else limit - self.vjps[e] - self.jvps[e]
+        return np.full(len(e), 1 << 40) if limit is None else limit - self.vjps[e] - self.jvps[e] - self.reserved[e]
 
     def on_device(self, values: Any) -> Tensor:
         return to_device(values, self.device)

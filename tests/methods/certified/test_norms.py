@@ -10,47 +10,48 @@ from fastsal.methods.certified.chi_square import chi_square_quantile, schedule
 from fastsal.methods.certified.norms import NORM_BOUNDS, Summed, widened
 
 
-def upper_norms(*figures):
-    """The Euclidean bounds from what the probes and the basis gave."""
-    known, rest, _ = widened(*figures)
+def upper_norms(known, sums, eta, own, typical, count, quantile):
+    """The Euclidean bounds from what the probes and the basis gave, [e, n]; sizes [e]."""
+    known, rest, _ = widened(known, sums, eta, own, typical, count, quantile)
     return (known + rest).sqrt()
 
 
-def upper(sums, slack, count, quantile, known=0.0):
-    """The bound of class 1 where class 0 is predicted, from figures for class 1 and slacks of both."""
-    return upper_norms(
-        torch.tensor([[0.0, known]], dtype=torch.float64),
-        torch.tensor([[0.0, sums]], dtype=torch.float64),
-        torch.tensor([slack], dtype=torch.float64),
-        torch.tensor([0]),
-        count,
-        torch.tensor([[quantile]], dtype=torch.float64),
-    )[0, 1].item()
+def upper(sums, count, quantile, known=0.0, eta=0.0, own=1.0, typical=1.0):
+    """The bound of one class."""
+    figures = (torch.tensor(values, dtype=torch.float64) for values in ([[known]], [[sums]], [eta], [own], [typical]))
+    return upper_norms(*figures, count, torch.tensor([[quantile]], dtype=torch.float64)).item()
 
 
 class TestUpperNorms:
     def test_without_rounding(self):
-        assert upper(6.0, [0.0, 0.0], 10, 2.0, known=1.0) == pytest.approx(2.0, rel=1e-15)
+        assert upper(6.0, 10, 2.0, known=1.0) == pytest.approx(2.0, rel=1e-15)
 
-    @pytest.mark.parametrize("of_the_winner", [0.0, 1e-3, 2e-3])
+    @pytest.mark.parametrize("eta", [1e-9, 1e-3, 0.02, 0.1])
+    @pytest.mark.parametrize(
+        ("own", "typical"), [(0.0, 0.0), (0.0, 2.0), (0.5, 0.1), (1.0, 1.0), (3.0, 0.0), (3.0, 9.0)]
+    )
+    @pytest.mark.parametrize("inside", [0.0, 0.3, 0.8, 1.0])
     @pytest.mark.parametrize("count", [1, 9, 40])
-    def test_errors_as_large_as_the_slack_are_covered(self, count, of_the_winner):
-        """A norm of 1 at the quantile itself, all of it outside the basis or inside, measured too short by the whole slack."""
-        slack = [of_the_winner, 2e-3]
-        quantile = 0.7 * count
-        error = math.sqrt(count) * sum(slack)
-        assert upper((math.sqrt(quantile) - error) ** 2, slack, count, quantile) >= 1 - 1e-12
-        assert upper(0.0, slack, count, 1e30, known=(1 - sum(slack)) ** 2) >= 1 - 1e-12
-        assert upper((math.sqrt(quantile) - error) ** 2, slack, count, quantile) < 1 + 1e-4
+    def test_errors_as_large_as_allowed_are_covered(self, eta, own, typical, inside, count):
+        """A difference of norm 1, of which the probes' sums are at their quantile; ‖g_j‖ is as large as it can be, own + 1.
 
-    def test_the_winners_own_bound_counts_its_slack_twice(self):
-        """Nothing asks for it; it shows that the winner's slack is the one of the predicted class."""
-        known = torch.zeros(1, 3, dtype=torch.float64)
-        slack = torch.tensor([[1.0, 2.0, 4.0]], dtype=torch.float64)
-        quantile = torch.ones(1, 1, dtype=torch.float64)
-        got = upper_norms(known, known, slack, torch.tensor([2]), 4, quantile)
-        both = slack + 4.0
-        torch.testing.assert_close(got, (both.square() + 4 * both.square()).sqrt())
+        The products of both gradients are too small by as much as η allows, inside the basis and outside it.
+        """
+        quantile = 0.4 * count
+        error = eta * (max(own + 1, typical) + max(own, typical))
+        known = max(0.0, inside - error) ** 2
+        sums = max(0.0, math.sqrt((1 - inside**2) * quantile) - math.sqrt(count) * error) ** 2
+        assert upper(sums, count, quantile, known, eta, own, typical) >= 1 - 1e-12
+
+    def test_the_slack_is_no_larger_than_it_has_to_be(self):
+        """All errors outside the basis, in line: the bound is the norm itself, but for terms of second order."""
+        error = 1e-4 * (2 + 1)
+        sums = (math.sqrt(4.0) - math.sqrt(16) * error) ** 2
+        assert upper(sums, 16, 4.0, eta=1e-4) < 1 + 0.3 * error * math.sqrt(1 + 16 / 4)
+
+    def test_too_large_an_error_leaves_no_bound(self):
+        assert upper(1.0, 16, 4.0, eta=0.5) == math.inf
+        assert upper(1.0, 16, 4.0, eta=0.0) == 0.5
 
 
 def summed(seed, E=6, n=40, D=50, r=5, spread=1.0):
@@ -191,12 +192,11 @@ class TestOneClass:
         draws = torch.randn(self.TRIALS, plan[-1][0], generator=torch.Generator().manual_seed(0), dtype=torch.float64)
         pivots = draws.square().cumsum(1)
         misses = torch.zeros(self.TRIALS, dtype=torch.bool)
-        nothing = torch.zeros(self.TRIALS, 2, dtype=torch.float64)
-        winner = torch.zeros(self.TRIALS, dtype=torch.int64)
+        nothing, one = torch.zeros(self.TRIALS, dtype=torch.float64), torch.ones(self.TRIALS, dtype=torch.float64)
         for count, quantile in plan:
-            sums = pivots[:, count - 1 : count].expand(-1, 2)
-            got = upper_norms(nothing, sums, nothing, winner, count, torch.full((self.TRIALS, 1), quantile))
-            misses |= got[:, 1] < 1
+            sums = pivots[:, count - 1 : count]
+            got = upper_norms(0 * sums, sums, nothing, one, one, count, torch.full((self.TRIALS, 1), quantile))
+            misses |= got[:, 0] < 1
         return int(misses.sum())
 
     def test_the_share_of_misses(self):
@@ -209,7 +209,7 @@ class TestOneClass:
         assert chance_at_least(misses, self.TRIALS, self.DELTA) > REJECT
         assert chance_at_least(self.TRIALS - misses, self.TRIALS, 1 - self.DELTA) > REJECT
 
-    def test_mutants_are_caught(self):
+    def test_mutations_are_caught(self):
         def caught(plan):
             return chance_at_least(self.share_of_misses(plan), self.TRIALS, self.DELTA) < REJECT
 
