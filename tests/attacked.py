@@ -135,8 +135,8 @@ def calibrated(model, x, gap, norm=2.0):
         ratio = ratios(logits, torch.cat((rows[:, : -model.part], times * rows[:, -model.part :]), 1), norm)[0]
         return ratio[-model.part :].min() / ratio[: -model.part].min()
 
-    low, high = 1.0, 1e6
-    for _ in range(60):
+    low, high = 0.01, 1e6
+    for _ in range(70):
         middle = math.sqrt(low * high)
         low, high = (low, middle) if answers(middle) < 1 - gap else (middle, high)
     model.times = high

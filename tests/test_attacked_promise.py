@@ -138,13 +138,13 @@ class Underflowing(Twisted):
 
     def __init__(self, entries=60, **options):
         super().__init__(None, entries=entries, **options)
-        sizes = ((64, entries, 1e-20), (64, 64, 1e-27), (self.part, 64, 2e37))
+        sizes = ((64, entries, 1e-21), (64, 64, 1e-27), (self.part, 64, 2e37))
         self.chain = nn.ParameterList(size * torch.randn(rows, columns) for rows, columns, size in sizes)
         with torch.no_grad():
             self.last.weight[-self.part :] = 0.0
 
     def forward(self, x):
-        logits = 1e-7 * self.last(torch.tanh(self.first(x)))
+        logits = 2e-9 * self.last(torch.tanh(self.first(x)))
         first, second, third = self.chain
         part = F.linear(F.linear(F.linear(x, first), second), third * self.times)
         return logits + F.pad(part, (logits.shape[1] - self.part, 0))
@@ -156,7 +156,7 @@ def test_underflow_in_forward_mode(norm, gap, seed):
     model = Underflowing(seed=seed)
     x = inputs(model, 4, 60, seed)
     calibrated(model, x, gap, norm)
-    assert 0.5 < model.times < 15  # of what float32 holds, less than a tenth
+    assert model.times < 3  # no weight overflows
     found, _ = reported(assert_right, model, x, norm)
     assert found.runner_up[0] >= 121
 
