@@ -1,0 +1,169 @@
+"""A model of single examples is what was promised to work: batches that are mixed, known by place, or not the same twice."""
+
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+from attacked import assert_kept, dense, ratios, reported
+from torch import nn
+
+import fastsal
+from fastsal import Candidates, Certified, Exact, analyze
+from fastsal.methods import certified
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+METHODS = {"exact": Exact(), "rows": Exact(memory_limit=0), "candidates": Candidates(3), "certified": Certified()}
+each_method = pytest.mark.parametrize("method", METHODS)
+
+MIXING = {
+    "the largest entry": lambda x: x / x.abs().amax(),
+    "detached statistics": lambda x: (x - x.mean(0).detach()) / (x.var(0, unbiased=False).detach() + 0.1).sqrt(),
+    "a mean without gradient": lambda x: x - x.detach().mean(0),
+    "ranks": lambda x: x * (1 + 0.1 * x.detach().sum(1).argsort().argsort().unsqueeze(1)),
+    "neighbours": lambda x: x + 0.1 * x.detach().roll(1, 0),
+}
+
+
+@pytest.mark.parametrize("kind", MIXING)
+class TestBatchesAreMixed:
+    """What ∂logits[0]/∂x[1:] does not show."""
+
+    def network(self, kind, classes, batch, largest):
+        torch.manual_seed(classes + batch)
+        net, mix = nn.Sequential(nn.Linear(20, 30), nn.Tanh(), nn.Linear(30, classes)), MIXING[kind]
+        x = torch.randn(batch, 20)
+        x[largest, 0] = 5.0
+        return (lambda value: net(mix(value))), x
+
+    @each_method
+    @pytest.mark.parametrize(("classes", "batch", "largest"), [(5, 6, 5), (100, 7, 0), (70, 4, 3), (12, 2, 0)])
+    def test_is_an_error_of_every_method(self, kind, classes, batch, largest, method):
+        model, x = self.network(kind, classes, batch, largest)
+        with pytest.raises(ValueError, match="mixes the examples"):
+            analyze(model, x, method=METHODS[method])
+
+    @pytest.mark.parametrize("method", ["candidates", "exact", "certified"])
+    def test_is_an_error_of_deepfool(self, kind, method):
+        model, x = self.network(kind, 80, 5, 4)
+        with pytest.raises(ValueError, match="mixes the examples"):
+            fastsal.deepfool(model, x, method=method)
+
+
+class Tokens(nn.Module):
+    """Tokens [B, 4, 6], of which a mask [B, 4] says which count."""
+
+    def __init__(self, classes=90, seed=0):
+        super().__init__()
+        torch.manual_seed(seed)
+        self.into, self.out = nn.Linear(6, 24), nn.Linear(24, classes)
+        self.double().requires_grad_(False)
+
+    def pooled(self, x, mask):
+        return (torch.tanh(2 * self.into(x)) * mask.unsqueeze(2)).sum(1) / mask.sum(1, keepdim=True)
+
+    def forward(self, x, mask):
+        return self.out(self.pooled(x, mask))
+
+
+class Wrapped(nn.Module):
+    """A callable as a module."""
+
+    def __init__(self, run):
+        super().__init__()
+        self.run = run
+
+    def forward(self, x):
+        return self.run(x)
+
+
+def only(value, sizes, error=ValueError):
+    if len(value) not in sizes:
+        raise error(f"wants one of {sizes} examples")
+    return value
+
+
+def by_place(kind):
+    """A model that knows each of 8 examples by its place, or wants all of them; the examples; and a model for each of them."""
+    net = Tokens()
+    x = torch.randn(8, 4, 6, dtype=torch.float64)
+    mask = (torch.rand(8, 4) < 0.6).double()
+    mask[:, 0] = 1.0
+    if kind in ("squeeze", "view", "assertion"):
+        mask = torch.ones_like(mask)
+    model = {
+        "closure": lambda e: net(e, mask),
+        "the first masks": lambda e: net(e, mask[: len(e)]),
+        "some sizes": lambda e: net(only(e, (1, 3, 8)), mask[: len(e)]),
+        "squeeze": lambda e: net.out(net.pooled(e, mask[:1]).unsqueeze(2).squeeze()),
+        "view": lambda e: net.out(net.pooled(e, mask[:1]).view(8, 24)),
+        "assertion": lambda e: net(only(e, (8,), AssertionError), mask[:1]),
+    }[kind]
+    return model, x, [lambda e, own=one: net(e, own) for one in mask.split(1)]
+
+
+@pytest.mark.parametrize("kind", ["closure", "the first masks", "some sizes", "squeeze", "view", "assertion"])
+class TestExamplesAreKnownByPlace:
+    """Only the whole batch in the caller's order is the model that was passed."""
+
+    @pytest.fixture(autouse=True)
+    def _groups_of_three(self, monkeypatch):
+        monkeypatch.setattr(certified, "GROUP_BYTES", 3 * 8 * 20 * 24)
+
+    @pytest.mark.parametrize("norm", [2.0, math.inf])
+    @each_method
+    @pytest.mark.parametrize("module", [False, True])
+    def test_analyze(self, kind, method, norm, module):
+        model, x, each = by_place(kind)
+        model = Wrapped(model) if module else model
+        found, told = reported(analyze, model, x, norm=norm, method=METHODS[method])
+        if method == "candidates":
+            pairs = zip(each, x.split(1), strict=True)
+            alone = [analyze(one, example, norm=norm, method=METHODS[method]) for one, example in pairs]
+            want = torch.cat([one.linearized_robustness for one in alone])
+            torch.testing.assert_close(found.linearized_robustness, want, rtol=1e-9, atol=0.0)
+        else:
+            assert found.certified.all()
+            assert_kept(found, ratios(*dense(model, x), norm), rtol=1e-9)
+        assert len(told) == 1 or (len(told) == 0 and method != "certified")
+
+    @pytest.mark.parametrize("norm", [2.0, math.inf])
+    @pytest.mark.parametrize("method", ["candidates", "exact", "certified"])
+    def test_deepfool(self, kind, method, norm):
+        model, x, each = by_place(kind)
+        found, told = reported(fastsal.deepfool, model, x, norm=norm, method=method)
+        pairs = zip(each, x.split(1), strict=True)
+        few = "candidates" if method == "candidates" else "exact"
+        alone = [fastsal.deepfool(one, example, norm=norm, method=few) for one, example in pairs]
+        assert found.success.all()
+        torch.testing.assert_close(found.distance, torch.cat([one.distance for one in alone]), rtol=1e-8, atol=0.0)
+        assert len(told) <= 1
+
+    def test_foolbox(self, kind):
+        foolbox = pytest.importorskip("foolbox")
+        drop_in = pytest.importorskip("fastsal.integrations.foolbox")
+        model, x, _ = by_place(kind)
+        wrapped, labels = foolbox.PyTorchModel(Wrapped(model).eval(), bounds=(-9, 9)), model(x).argmax(1)
+        theirs, ours = (
+            attack(candidates=None)(wrapped, x, labels, epsilons=None)[0]
+            for attack in (foolbox.attacks.L2DeepFoolAttack, drop_in.L2DeepFoolAttack)
+        )
+        torch.testing.assert_close(ours, theirs, rtol=1e-6, atol=1e-6)
+
+
+@each_method
+@pytest.mark.parametrize("classes", [6, 90])
+def test_dropout_as_a_function(classes, method):
+    """Two runs of the whole batch differ, and the error says so."""
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(20, 30), nn.Tanh(), nn.Linear(30, classes)).eval()
+
+    def model(x):
+        return net(F.dropout(x, 0.1, training=True))
+
+    for count in (1, 5):
+        with pytest.raises(ValueError, match="two runs"):
+            analyze(model, torch.randn(count, 20), method=METHODS[method])
+    with pytest.raises(ValueError, match="two runs"):
+        fastsal.deepfool(model, torch.randn(5, 20), method=METHODS[method])
