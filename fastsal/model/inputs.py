@@ -66,12 +66,11 @@ class Batch:
         parameters = model.parameters() if isinstance(model, nn.Module) else ()
         dtypes = {value.dtype for value in (x, *parameters) if value.dtype.is_floating_point}
         self._eps = max(torch.finfo(dtype).eps for dtype in dtypes | ({autocast[1]} if autocast[0] else set()))
-        if len(x) > 1:
-            try:
-                self._halves = torch.cat([self._run(half) for half in x.tensor_split(2)])
-            except Exception as error:
-                if not is_out_of_memory(error):
-                    self.fails_in_part(error)
+        try:
+            self._halves = torch.cat([self._run(half) for half in x.tensor_split(min(2, len(x)))])
+        except Exception as error:
+            if len(x) > 1 and not is_out_of_memory(error):
+                self.fails_in_part(error)
 
     def _run(self, x: Tensor) -> Tensor:
         with torch.no_grad(), in_precision(x, self._autocast):
@@ -122,6 +121,14 @@ class Batch:
             raise error
         self._see_whole(f"fails for a part of the batch ({type(error).__name__}: {first_line(error)})")
 
+    def allows(self, examples: Tensor) -> bool:
+        """Whether the model can be run at some of the examples alone; takes note if it cannot."""
+        try:
+            self._run(self.x[examples])
+        except Exception as error:
+            self.fails_in_part(error)
+        return not self.whole
+
     def function(self, examples: Tensor) -> Model:
         """The model as a function of the inputs of some examples, int64 [e]: from [e, *S] to logits [e, n]."""
         if not self.whole:
@@ -134,6 +141,16 @@ class Batch:
     def _agree(self, part: Tensor, logits: Tensor, examples: Tensor | slice) -> bool:
         """Whether logits of a part are those of the whole batch, up to rounding; else what follows is decided."""
         return self._same(part, logits[examples]) or self._explain(apart(part, logits[examples]), logits)
+
+    def _mixes(self, logits: Tensor) -> bool:
+        """Whether the logits of one half of the batch change where the other half has other inputs."""
+        half, others = (len(self.x) + 1) // 2, 0.5 * self.x.roll(1, 0)
+        try:
+            first = self._run(torch.cat((self.x[:half], others[half:])))[:half]
+            second = self._run(torch.cat((others[:half], self.x[half:])))[half:]
+        except Exception:  # user code, which may not take these inputs
+            return False
+        return not self._same(torch.cat((first, second)), logits)
 
     def _rounds(self) -> bool | None:
         """Whether in float64 the halves have the logits of the whole batch; None where the model cannot be run in float64."""
@@ -171,12 +188,7 @@ class Batch:
         if rounds:
             self._checks = False
             return True
-        try:
-            mixed = self._same(self._run(self.x.flip(0)).flip(0), logits)
-        except Exception as error:
-            self.fails_in_part(error)
-            return False
-        if mixed and (rounds is False or distance > GROSS):
+        if self._mixes(logits) and (rounds is False or distance > GROSS):
             raise mixed_examples("the logits of an example change with the others beside it")
         self._see_whole("has other logits for a part of the batch than for the whole")
         return False

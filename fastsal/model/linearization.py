@@ -112,6 +112,11 @@ class Linearization:
         own = self._own(to_device(examples, self.leaf.device))
         return self.model if self.batch is None else self.batch.function(own)
 
+    def allows(self, examples: np.ndarray) -> bool:
+        """Whether the model can be run at some of the examples, int64 [e], alone."""
+        own = self._own(to_device(examples, self.leaf.device))
+        return self.batch is None or self.batch.allows(own)
+
     def _own(self, examples: Tensor) -> Tensor:
         return examples if self._examples is None else self._examples[examples]
 

@@ -101,6 +101,9 @@ class ModelPasses:
             except Exception as error:  # user code, in a pass that exact rows do without
                 if is_out_of_memory(error):
                     raise
+                batch = self._base.batch
+                if batch is not None and not batch.whole and not self._base.allows(self._own[examples]):
+                    continue
                 reason = first_line(error)
                 self._ways.pop(0)
         raise NoJVPError(

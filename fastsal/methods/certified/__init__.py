@@ -23,7 +23,7 @@ from fastsal.methods.certified.norms import NORM_BOUNDS
 from fastsal.methods.certified.probes import Normals
 from fastsal.methods.certified.search import Search
 from fastsal.model.linearization import Linearization
-from fastsal.model.products import ModelPasses, Passes
+from fastsal.model.products import ModelPasses, NoJVPError, Passes
 
 GROUP_BYTES = 1 << 24  # of a group's bases: what a cache holds, so that a batch of small images is done in a few groups
 GROUP_BYTES_ACCELERATOR = 1 << 30  # a device is not filled by one image, and every group has its own rounds
@@ -144,7 +144,10 @@ def certify(passes: Passes, method: Certified, question: Question, normals: Norm
     """
     normals = normals or Normals(method.seed or 0, passes.dimension, passes.logits.device)
     search = Search(passes, question, method.failure_probability, method.max_passes, normals)
-    search.probe(search.prepare())
+    try:
+        search.probe(search.prepare())
+    except NoJVPError as error:
+        warnings.warn(f"{error}; taking exact rows", stacklevel=2)
     search.finish()
     state = search.state
     return Certificate(

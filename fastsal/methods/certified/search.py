@@ -1,7 +1,5 @@
 """The order of the steps of a certificate: widen the basis, plan, draw probes in rounds, take exact rows, best first."""
 
-import warnings
-
 import numpy as np
 import torch
 from torch import Tensor
@@ -15,7 +13,7 @@ from fastsal.methods.certified.norms import NORM_BOUNDS, widened
 from fastsal.methods.certified.probes import Normals, Probes
 from fastsal.methods.certified.rounding import Rounding
 from fastsal.methods.certified.state import State
-from fastsal.model.products import NoJVPError, Passes
+from fastsal.model.products import Passes
 from fastsal.tensor import reference
 
 CHECKS = (
@@ -73,12 +71,8 @@ class Search:
         e = state.examples[worthwhile & enough]
         if not len(e):
             return counts
-        try:
-            basis.see(e)
-            basis.span(e, take(state.early_rows, e))
-        except NoJVPError as error:
-            warnings.warn(f"{error}; taking every row", stacklevel=2)
-            return counts
+        basis.see(e)
+        basis.span(e, take(state.early_rows, e))
         rounding.measure(e)
         active = e[rounding.trust(e)]
         left_over, limited = LeftOver(FIRST, self.failure_probability, state.device), state.max_passes is not None

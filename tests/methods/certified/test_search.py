@@ -209,7 +209,7 @@ class TestEdges:
             def jvp(self, examples, directions):
                 raise NoJVPError("Matrices: has neither")
 
-        with pytest.warns(UserWarning, match="Matrices: has neither; taking every row"):
+        with pytest.warns(UserWarning, match="Matrices: has neither; taking exact rows"):
             found = certify(WithoutJVPs(logits, rows), Certified(), Question(2.0))
         assert found.certified.all()
         assert found.jvps.tolist() == [0] * 4
