@@ -41,7 +41,7 @@ from fastsal.cli.options import natural, positive
 from fastsal.evaluation import as_geometry, evaluate, in_memory, shards
 from fastsal.evaluation.batches import MISSING
 from fastsal.evaluation.summary import Columns, Summary
-from fastsal.files import Blame, CommandError, check_output, extra, replacing
+from fastsal.files import MARK, Blame, CommandError, check_output, check_outside, extra, replacing, save_figure
 from fastsal.methods import METHODS
 from fastsal.model.calling import call
 
@@ -169,13 +169,15 @@ def _write(path: Path, columns: Columns) -> None:
     failed = columns["error"] != ""
     if not failed.any() and path.suffix != ".parquet":
         columns = {name: column for name, column in columns.items() if name != "error"}
-    with replacing(path) as file:
+    with replacing(path, columns=tuple(columns)) as file:
         if path.suffix == ".npz":
             texts = {name: column.astype(str) for name, column in columns.items() if column.dtype.kind == "O"}
             np.savez(file, **columns | texts)
+            file.seek(-2, os.SEEK_END)  # an empty comment is what a ZIP archive ends with
+            file.write(len(MARK).to_bytes(2, "little") + MARK.encode())
             return
         if path.suffix == ".parquet":
-            shards.arrow().parquet.write_table(shards.table(columns, {}), file)
+            shards.arrow().parquet.write_table(shards.table(columns, {"file": MARK}), file)
             return
         text = io.TextIOWrapper(file, encoding="utf-8", newline="", write_through=True)
         writer = csv.writer(text)
@@ -210,8 +212,7 @@ def _say(summary: Summary, notes: list[str], arguments: argparse.Namespace) -> N
 def _picture(path: Path, geometry: Any) -> None:
     figure = extra("matplotlib.figure").Figure(layout="constrained")
     plot.scatter(geometry, ax=figure.subplots())
-    with replacing(path, "--plot") as file:
-        figure.savefig(file, format=path.suffix.removeprefix("."), dpi=150)
+    save_figure(figure, path, "--plot")
 
 
 def _check(arguments: argparse.Namespace) -> bool:
@@ -219,14 +220,19 @@ def _check(arguments: argparse.Namespace) -> bool:
     out = Path(arguments.out)
     if arguments.plot is not None:
         check_output(arguments.plot, PICTURES, "--plot")
+        check_outside(arguments.plot, arguments.data, "--plot")
+        if arguments.plot.resolve() == out.resolve():
+            raise CommandError(f"--plot {arguments.plot}: is --out too, wants another name")
         extra("matplotlib.figure")
+    check_outside(out, arguments.data)
     if out.suffix and not arguments.out.endswith(os.sep) and not (out.is_dir() and out.suffix not in FILES):
-        check_output(out, FILES)
+        check_output(out, FILES, columns=("index", *MISSING))
         if out.suffix == ".parquet":
             extra("pyarrow.parquet", "'fastsal[dataset]'")
         return False
-    if out.exists() and not out.is_dir():
+    if out.is_file():
         raise CommandError(f"--out {out}: is a file; a name without an ending is taken for a folder")
+    shards.check_own(out, "--out")
     return True
 
 

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from fastsal.analysis import analyze
 from fastsal.cli.check import best_times
-from fastsal.files import check_output, extra, replacing
+from fastsal.files import check_output, extra, save_figure
 from fastsal.model.linearization import linearize
 from fastsal.study.data import Data, Held, load_digits
 from fastsal.study.train import Recipe, single_thread, train
@@ -128,8 +128,7 @@ def picture(digits: Data[Held], plain: Measured, penalised: Measured, out: Path)
         "ρ̃ linearised robustness, α alignment",
         fontsize=11,
     )
-    with replacing(out) as file:
-        figure.savefig(file, format=out.suffix[1:], dpi=130)
+    save_figure(figure, out, dpi=130)
 
 
 def run(arguments: argparse.Namespace) -> int:

@@ -25,7 +25,7 @@ import torch
 from torch import Tensor, nn
 
 from fastsal.cli.options import positive
-from fastsal.files import Blame, CommandError, extra, replacing
+from fastsal.files import Blame, CommandError, check_folder, check_outside, extra, replacing
 from fastsal.study import page
 from fastsal.study.attacks import ATTACKS, attack_seconds
 from fastsal.study.claims import checks, verdicts
@@ -101,16 +101,23 @@ def _check_folder(arguments: argparse.Namespace) -> None:
     """Makes the folder, or finds that what it holds was made with the same options."""
     options = {name: getattr(arguments, name) for name in SEEDED}
     path = arguments.out / "options.json"
+    before = None
     with Blame(f"--out {arguments.out}"):
-        (arguments.out / "models").mkdir(parents=True, exist_ok=True)
-        before = json.loads(path.read_text(encoding="utf-8")) if path.exists() else options
-    if before != options:
-        name = next(name for name in options if before.get(name) != options[name])
+        if path.exists():
+            before = json.loads(path.read_text(encoding="utf-8"))
+        check_outside(arguments.out, arguments.data)
+        check_folder(arguments.out, lambda: isinstance(before, dict) and before.keys() == options.keys())
+        arguments.out.mkdir(parents=True, exist_ok=True)
+    if before is None:
+        with replacing(path) as file:
+            file.write(json.dumps(options, indent=1).encode())
+    elif before != options:
+        name = next(name for name in options if before[name] != options[name])
         raise CommandError(
-            f"--out {arguments.out}: holds a study with {name} {before.get(name)}, not {options[name]}; wants another folder"
+            f"--out {arguments.out}: holds a study with {name} {before[name]}, not {options[name]}; wants another folder"
         )
-    with replacing(path) as file:
-        file.write(json.dumps(options, indent=1).encode())
+    with Blame(f"--out {arguments.out}"):
+        (arguments.out / "models").mkdir(exist_ok=True)
 
 
 class _Progress:

@@ -67,8 +67,9 @@ def evaluate(
         model: As for `analyze`. A module is used where its parameters are, and x is moved there and takes their dtype.
         data: A map-style `torch.utils.data.Dataset` of x [*S], or of (x, true class), the same each time it is read; or the
             tensor x [N, *S].
-        out: The folder, made where it is missing. A row for each example: `index`, `name` and `y` where given, the scalars of
-            `Geometry`, and `error`, null but for an example that could not be read or analysed, where the others are null.
+        out: The folder, made where it is missing; one that holds anything and was not made by this function is refused. A row
+            for each example: `index`, `name` and `y` where given, the scalars of `Geometry`, and `error`, null but for an
+            example that could not be read or analysed, where the others are null.
             `fastsal.evaluation.load(out)` gives it back as one `Geometry`; any reader of Parquet reads it.
         norm: As for `analyze`.
         method: As for `analyze`.
@@ -86,9 +87,9 @@ def evaluate(
         certified, passes, and the ten least robust examples.
 
     Raises:
-        ValueError: An argument is out of its range; or the folder holds results of another model (its text, parameters and
-            buffers; only the name of a callable that is no module), data (their length and a sample), option, kind of device
-            or version of fastsal, and the message says what changed.
+        ValueError: An argument is out of its range; or the folder is not fastsal's, or holds results of another model (its
+            text, parameters and buffers; only the name of a callable that is no module), data (their length and a sample),
+            option, kind of device or version of fastsal, and the message says what changed.
         TypeError: An argument has the wrong type.
         OSError: The disk is full. What was finished stays.
         RuntimeError: The model fails as such: on examples that it took before, for want of memory, or on a batch of examples
@@ -114,6 +115,7 @@ def evaluate(
     batches = _checked(data, batch_size, names)
     shards.arrow()
     folder = Path(out)
+    shards.check_own(folder)
     folder.mkdir(parents=True, exist_ok=True)
     team = Team()
     origin = made_from(model, batches, names, options)

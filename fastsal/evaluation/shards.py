@@ -19,11 +19,11 @@ from typing import Any
 import numpy as np
 
 from fastsal.evaluation.summary import NO_CLASS, Columns
-from fastsal.files import whole_file
+from fastsal.files import LEFT_BEHIND, check_folder, whole_file
 
 Record = dict[str, Any]
 _NAME = re.compile(r"examples-(\d{9,})-(\d{9,})\.parquet")
-_LEFT_BEHIND = re.compile(rf"\.{_NAME.pattern}\.\d+\.tmp")
+_LOCK = ".fastsal-results"  # by which a folder is known as one of these, too
 _KEY = b"fastsal"
 # What stands for null in a column of numpy's, by kind of dtype; NaN needs no filling.
 _NULL = {"i": NO_CLASS, "b": False, "O": ""}
@@ -66,6 +66,17 @@ def record(shard: Path) -> Record:
     return found
 
 
+def check_own(folder: Path, option: str = "out:") -> None:
+    """Raises where the folder holds anything and is none that `evaluate` made: what is not fastsal's is never written to."""
+
+    def is_own() -> bool:
+        with contextlib.suppress(ValueError):
+            return (folder / _LOCK).exists() or bool([record(shard) for shard in shards(folder)[:1]])
+        return False
+
+    check_folder(folder, is_own, option)
+
+
 def changes(before: Record, now: Record) -> str:
     """What differs between two records, by name."""
     return "; ".join(
@@ -99,7 +110,7 @@ def locked(folder: Path, *, alone: bool) -> Iterator[Any]:
     that turns the former into the latter. A second run on the same folder is a RuntimeError. A file system without locks
     goes without.
     """
-    with (folder / ".lock").open("a") as file:
+    with (folder / _LOCK).open("a") as file:
 
         def lock(how: int) -> None:
             try:
@@ -115,7 +126,8 @@ def locked(folder: Path, *, alone: bool) -> Iterator[Any]:
 def sweep(folder: Path) -> None:
     """Removes what killed processes left half-written. Only under a lock of one's own."""
     for path in folder.iterdir():
-        if _LEFT_BEHIND.fullmatch(path.name):
+        found = LEFT_BEHIND.fullmatch(path.name)
+        if found and _NAME.fullmatch(found[1]):
             path.unlink(missing_ok=True)
 
 

@@ -1,6 +1,5 @@
 """The figures of a study: each is a function from the results to a matplotlib figure and its caption."""
 
-import io
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from fastsal import plot
-from fastsal.files import extra, replacing
+from fastsal.files import extra, save_figure
 from fastsal.study.results import WORKING, Result, Study
 from fastsal.tensor.geometry import Geometry
 
@@ -245,11 +244,7 @@ def write(study: Study, out: Path) -> dict[str, Drawn]:
     with extra("matplotlib").rc_context(style):
         for name, (title, draw) in FIGURES.items():
             figure, caption = draw(study)
-            svg = io.BytesIO()
-            figure.savefig(svg, format="svg", dpi=200, metadata={"Date": None})
-            with replacing(out / f"{name}.svg") as file:
-                file.write(svg.getvalue())
-            with replacing(out / f"{name}.png") as file:
-                figure.savefig(file, format="png", dpi=200)
-            written[name] = Drawn(name, title, svg.getvalue(), caption)
+            for ending in ("svg", "png"):
+                save_figure(figure, out / f"{name}.{ending}", dpi=200)
+            written[name] = Drawn(name, title, (out / f"{name}.svg").read_bytes(), caption)
     return written

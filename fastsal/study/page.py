@@ -4,7 +4,7 @@ import base64
 import html
 from pathlib import Path
 
-from fastsal.files import replacing
+from fastsal.files import MARK, replacing
 from fastsal.study import figures, results
 from fastsal.study.attacks import ATTACKS
 from fastsal.study.claims import checks, variations, verdicts
@@ -12,6 +12,7 @@ from fastsal.study.results import TABLE, WORKING, Study, summary
 
 PAGE = """<!doctype html>
 <html lang="en">
+<!-- {mark} -->
 <head>
 <meta charset="utf-8">
 <meta name="viewport" content="width=device-width, initial-scale=1">
@@ -79,9 +80,9 @@ class _Page:
     def write(self, study: Study, out: Path) -> Path:
         page = out / "report.html"
         with replacing(page) as file:
-            file.write(PAGE.format(data=html.escape(study.data), body="\n".join(self.html)).encode())
+            file.write(PAGE.format(mark=MARK, data=html.escape(study.data), body="\n".join(self.html)).encode())
         with replacing(out / "report.md") as file:
-            file.write(("\n\n".join(self.markdown) + "\n").encode())
+            file.write("\n\n".join([*self.markdown, f"<!-- {MARK} -->\n"]).encode())
         return page
 
 

@@ -133,7 +133,7 @@ def summary(result: Result) -> dict[str, Any]:
 
 def write_table(path: Path, rows: list[dict[str, Any]]) -> None:
     """A CSV file with a line for each row, headed by the first row's keys."""
-    with replacing(path) as file:
+    with replacing(path, columns=tuple(rows[0])) as file:
         text = io.TextIOWrapper(file, encoding="utf-8", newline="", write_through=True)
         writer = csv.DictWriter(text, rows[0])
         writer.writeheader()

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
-from fastsal.files import Blame, replacing
+from fastsal.files import Blame, whole_file
 from fastsal.study.data import Data, Split
 
 PGD_STEPS = 7
@@ -170,7 +170,8 @@ def train(
                 state = {name: part.state_dict() for name, part in parts.items()}
                 state |= {"epochs": epoch + 1, "generator": torch.get_rng_state()}
                 state["cuda generators"] = [torch.cuda.get_rng_state(one) for one in cuda]
-                with replacing(checkpoint) as file:
+                # Whatever stood there was loaded as a checkpoint before.
+                with Blame(f"checkpoint {checkpoint}"), whole_file(checkpoint) as file:
                     torch.save(state, file)
             after_epoch()
     return model.eval()

@@ -207,12 +207,13 @@ class TestAnalyze:
             file.write("\n\ndropping = nn.Sequential(nn.Flatten(), nn.Dropout(0.5), nn.Linear(6, 4))\n")
         assert run(model="dropping")[0] == 0
 
-    def test_an_existing_file_is_replaced_only_by_a_whole_one(self, run, tmp_path):
-        (tmp_path / "out.csv").write_text("old")
-        assert run(model="failing", batch_size=10)[0] == 2
-        assert (tmp_path / "out.csv").read_text() == "old"
+    def test_earlier_results_are_replaced_only_by_a_whole_file(self, run, tmp_path):
         assert run()[0] == 0
-        assert (tmp_path / "out.csv").read_text().startswith("index,")
+        before = (tmp_path / "out.csv").read_text()
+        assert run(model="failing", batch_size=10)[0] == 2
+        assert (tmp_path / "out.csv").read_text() == before
+        assert run(norm=1)[0] == 0
+        assert (tmp_path / "out.csv").read_text() != before
 
 
 class Exploding:
