@@ -3,11 +3,12 @@
 import contextlib
 import csv
 import importlib
+import io
 import os
 import re
 import secrets
 import traceback
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from types import ModuleType
 from typing import IO, Any
@@ -29,8 +30,12 @@ class CommandError(ValueError):
     """What the user has to put right, in one line; a command ends with status 2."""
 
 
+class MissingPackageError(CommandError, ImportError):
+    """A package that fastsal needs for what was asked, and can do without otherwise, is not installed."""
+
+
 def one_line(error: BaseException) -> str:
-    """What was raised, by foreign code, and where in that code: one line, cut where it is long."""
+    """What user code raised, and where in that code: one line, cut where it is long."""
     text = " ".join(f"{type(error).__name__}: {error}".split())
     text = text if len(text) <= 500 else f"{text[:500]} ..."
     frames = [frame for frame in traceback.extract_tb(error.__traceback__) if not frame.filename.startswith(_OTHERS)]
@@ -40,7 +45,7 @@ def one_line(error: BaseException) -> str:
 class Blame:
     """Whatever is raised inside, by the user's own files and code, becomes a `CommandError` that names `what` and the place.
 
-    Foreign code raises anything, SystemExit included; a Ctrl-C passes through.
+    User code may raise anything, SystemExit included; a Ctrl-C passes through.
     """
 
     def __init__(self, what: str) -> None:
@@ -60,7 +65,13 @@ def extra(name: str, install: str = "'fastsal[demo]'") -> ModuleType:
     try:
         return importlib.import_module(name)
     except ImportError as error:
-        raise CommandError(f"{error}; pip install {install}") from error
+        raise MissingPackageError(f"{error}; pip install {install}") from error
+    except RuntimeError as error:  # a torchvision that was built for another torch
+        library = name.partition(".")[0]
+        raise CommandError(
+            f"{library} cannot be imported beside torch {torch.__version__} ({error}); wants builds of torch and {library} "
+            "that belong together"
+        ) from error
 
 
 def is_own(path: Path, columns: Sequence[str] = ()) -> bool:
@@ -78,6 +89,15 @@ def is_own(path: Path, columns: Sequence[str] = ()) -> bool:
         return [name for name in names if name not in _OPTIONAL]
 
     return bool(end and columns) and always_there(next(csv.reader([line]), [])) == always_there(columns)
+
+
+def write_csv(file: IO[bytes], names: Iterable[str], rows: Iterable[Iterable[Any]]) -> None:
+    """A table with these names of columns, in UTF-8, into an open file."""
+    text = io.TextIOWrapper(file, encoding="utf-8", newline="", write_through=True)
+    writer = csv.writer(text)
+    writer.writerow(names)
+    writer.writerows(rows)
+    text.detach()
 
 
 def check_own(path: Path, option: str = "--out", columns: Sequence[str] = ()) -> None:
@@ -116,6 +136,22 @@ def check_folder(folder: Path, is_own: Callable[[], bool], option: str = "--out"
             raise CommandError(
                 f"{option} {folder}: holds {others[0]}, and fastsal did not make it; wants a new or an empty folder"
             )
+
+
+def changes(before: Mapping[str, Any], now: Mapping[str, Any]) -> str:
+    """What differs between two records of what results were made from, by name."""
+    return "; ".join(
+        f"{name} was {before.get(name)!r}, is {now.get(name)!r}"
+        for name in sorted({*before, *now})
+        if before.get(name) != now.get(name)
+    )
+
+
+def check_same(folder: Path, before: Mapping[str, Any], now: Mapping[str, Any], option: str = "--out") -> None:
+    """Raises where the results in a folder were made from something else."""
+    if before != now:
+        changed = changes(before, now)
+        raise CommandError(f"{option} {folder}: holds results of something else: {changed}; wants another folder")
 
 
 @contextlib.contextmanager

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from fastsal.analysis import analyze
-from fastsal.cli.check import best_times
+from fastsal.cli.clock import best_times
 from fastsal.files import check_output, extra, save_figure
 from fastsal.model.linearization import linearize
 from fastsal.study.data import Data, Held, load_digits

@@ -12,7 +12,9 @@ import pytest
 import torch
 
 import fastsal
-from fastsal.cli import analyze, main
+from fastsal import files
+from fastsal.cli import main
+from fastsal.evaluation import tables
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -152,7 +154,7 @@ class TestAnalyze:
         assert "(1 NaN left out)" in out
 
     def test_data_takes_the_models_dtype(self, run, folder):
-        np.save("x.npy", np.load("x.npy").astype(">f8"))  # foreign byte order too
+        np.save("x.npy", np.load("x.npy").astype(">f8"))  # the other byte order too
         status, out, _ = run(out="a.npz")
         assert (status, "x is >f8 in the file and was analysed in the model's torch.float32" in out) == (0, True)
         assert run(out="b.npz", model="double")[0] == 0
@@ -359,9 +361,9 @@ class TestBadInput:
         assert (status, stdout, err) == (130, "", "fastsal analyze: interrupted\n")
         # and while the file is being written
         if out.endswith("csv"):
-            monkeypatch.setattr(analyze.csv, "writer", interrupt)
+            monkeypatch.setattr(files.csv, "writer", interrupt)
         else:
-            monkeypatch.setattr(analyze.np, "savez", interrupt)
+            monkeypatch.setattr(tables.np, "savez", interrupt)
         assert run(out=out)[0] == 130
         assert not [path for path in tmp_path.iterdir() if "out" in path.name]
 
@@ -369,7 +371,7 @@ class TestBadInput:
         def full(*_, **__):
             raise OSError(28, "No space left on device")
 
-        monkeypatch.setattr(analyze.np, "savez", full)
+        monkeypatch.setattr(tables.np, "savez", full)
         status, _, err = run(out="out.npz")
         assert (status, err.count("\n")) == (2, 1)
         assert err.startswith("fastsal analyze: --out out.npz: OSError: [Errno 28] No space left on device")

@@ -16,7 +16,7 @@ from PIL import Image
 import fastsal
 from fastsal.cli import analyze as command
 from fastsal.cli import demo, main, study
-from fastsal.evaluation.batches import MISSING
+from fastsal.evaluation.tables import MISSING
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
