@@ -1,4 +1,4 @@
-"""What the paper claims, what counts as having come out, whether it did, and whether it would in other circumstances."""
+"""The paper's claims, their acceptance criteria, and whether they are confirmed, as measured and in other circumstances."""
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -12,7 +12,7 @@ CORRELATED = 0.5  # what a rank correlation must be, up or down, to speak for a 
 
 @dataclass(frozen=True)
 class Found:
-    """Whether a claim came out, its number in short, and what was found in a sentence."""
+    """Whether a claim is confirmed, its number in short, and what was found in a sentence."""
 
     held: bool
     number: str
@@ -21,9 +21,9 @@ class Found:
 
 @dataclass(frozen=True)
 class Claim:
-    """One of the paper's: what counts as its coming out, the figure that shows it, and who judges.
+    """One of the paper's: its acceptance criterion, the figure that shows it, and the function that judges.
 
-    What counts does not depend on the results: change it before a run, never after.
+    The criterion does not depend on the results: change it before a run, never after.
     """
 
     text: str
@@ -150,12 +150,12 @@ CLAIMS = (
 
 
 def verdicts(study: Study) -> list[tuple[Claim, Found]]:
-    """What came out, over the models that keep their accuracy."""
+    """The verdict on each claim, over the models that keep their accuracy."""
     return [(claim, claim.judge(study)) for claim in CLAIMS]
 
 
 def variations(study: Study) -> dict[str, Study]:
-    """The same study in other circumstances, none of which needs another network: would the claims come out there?"""
+    """The same study in other circumstances, none of which needs another network: are the claims confirmed there?"""
     families = {
         f"{training} alone": replace(study, results=list(study.family(training).values()))
         for training in FAMILIES

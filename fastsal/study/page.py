@@ -112,7 +112,7 @@ def attack_table(study: Study) -> list[dict[str, str]]:
 
 
 def variation_table(study: Study) -> list[dict[str, str]]:
-    """Whether the claims, by number, come out as measured and in other circumstances, with the number that decides."""
+    """Whether the claims, by number, are confirmed as measured and in other circumstances, with the number that decides."""
     rows = []
     for name, other in {"as measured": study, **variations(study)}.items():
         found = [found for _, found in verdicts(other)]
@@ -139,17 +139,17 @@ def write(study: Study, out: Path) -> Path:
         "black at 0, not mean-centred, unless it says otherwise."
     )
     page.figure(drawn.pop("saliency"))
-    page.heading("What came out")
+    page.heading("Verdicts")
     page.paragraph(
         f"Judged are the {len(study.working())} of {len(study.results)} models that keep {WORKING:.0%} of the plain one's "
-        "accuracy. What counts as coming out was fixed before anything was measured."
+        "accuracy. The acceptance criteria were fixed before anything was measured."
     )
     items = []
     for number, (claim, found) in enumerate(verdicts(study), 1):
-        text = f"Found: {found.evidence}. Counts if {claim.criterion}. Figure: {drawn[claim.figure].title}."
+        text = f"Found: {found.evidence}. Criterion: {claim.criterion}. Figure: {drawn[claim.figure].title}."
         items.append((f"{number}. {claim.text}: {'yes' if found.held else 'no'}.", text))
     page.items(items)
-    page.heading("Would it come out in other circumstances?")
+    page.heading("Verdicts in other circumstances")
     page.paragraph(
         "The same claims, by number, judged by the same criteria on the same networks: with ρ of perturbations that keep "
         "every pixel in [0, 1], as DDN finds it, since the code that came with the paper attacks digits in this box; with the "
