@@ -147,8 +147,8 @@ def test_channels_last_is_named():
 
 def test_strides_of_single_entries_do_not_matter():
     logits, jacobian, x = cases.inputs(2, 3, 1, torch.float32)
-    odd = torch.empty_strided((2, 3, 1), (9, 3, 7)).copy_(jacobian)
-    cases.assert_same_results(fastsal.margin_geometry(logits, odd, x), fastsal.margin_geometry(logits, jacobian, x))
+    strided = torch.empty_strided((2, 3, 1), (9, 3, 7)).copy_(jacobian)
+    cases.assert_same_results(fastsal.margin_geometry(logits, strided, x), fastsal.margin_geometry(logits, jacobian, x))
 
 
 @CALLS

@@ -9,7 +9,7 @@ import numpy as np
 
 from fastsal import plot
 from fastsal.files import extra, save_figure
-from fastsal.study.results import WORKING, Result, Study
+from fastsal.study.results import TABLE, WORKING, Result, Study
 from fastsal.tensor.geometry import Geometry
 
 WIDTH = 4.2  # inches, of every figure: on a phone's screen the labels are then as large as the text
@@ -180,11 +180,9 @@ def bound(study: Study) -> tuple[Any, str]:
         widths = np.array([result.median(name) for result in study.results])
         ax.barh(rows, widths, left=left, color=color, edgecolor="white", label=label)
         left = left + widths
-    for slot, (name, label) in enumerate(
-        (("linearized_robustness", "ρ̃"), ("alignment", "α"), ("binarized_alignment", "α†"))
-    ):
+    for slot, name in enumerate(("linearized_robustness", "alignment", "binarized_alignment")):
         medians = [result.median(name) for result in study.results]
-        ax.plot(medians, rows, plot.MARKERS[slot], color=plot.COLORS[slot], markersize=5, label=label)
+        ax.plot(medians, rows, plot.MARKERS[slot], color=plot.COLORS[slot], markersize=5, label=TABLE[name])
     ax.set_yticks(rows, [result.recipe.label for result in study.results])
     ax.invert_yaxis()
     ax.set_xlabel("median (units of x)")
