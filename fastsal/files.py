@@ -106,7 +106,9 @@ def check_own(path: Path, option: str = "--out", columns: Sequence[str] = ()) ->
         if path.is_dir():
             raise CommandError(f"{option} {path}: is a folder")
         if os.path.lexists(path) and not is_own(path, columns):
-            raise CommandError(f"{option} {path}: is there already, and fastsal did not write it; wants another name")
+            raise CommandError(
+                f"{option} {path}: is there already, and fastsal did not write it; move it away, or choose another name"
+            )
 
 
 def check_output(path: Path, endings: tuple[str, ...], option: str = "--out", columns: Sequence[str] = ()) -> None:
