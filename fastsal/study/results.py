@@ -9,7 +9,7 @@ import numpy as np
 from torch import Tensor
 
 from fastsal.evaluation.tables import Columns, as_geometry
-from fastsal.files import extra, replacing, write_csv
+from fastsal.files import Blame, check_own, extra, whole_file, write_csv
 from fastsal.study.attacks import ATTACKS
 from fastsal.study.measure import ORIGIN
 from fastsal.study.train import Recipe
@@ -127,16 +127,17 @@ def summary(result: Result) -> dict[str, Any]:
 
 
 def write_table(path: Path, rows: list[dict[str, Any]]) -> None:
-    """A CSV file with a line for each row, headed by the first row's keys."""
-    with replacing(path, columns=tuple(rows[0])) as file:
-        write_csv(file, rows[0], ([row[name] for name in rows[0]] for row in rows))
+    """A CSV file with a line for each row, headed by the first row's keys, in the place of whatever stood there."""
+    with Blame(f"--out {path}"), whole_file(path) as file:
+        write_csv(file, rows[0], ([row.get(name, "") for name in rows[0]] for row in rows))
 
 
 def write(study: Study, out: Path) -> None:
     """models.csv, a row for every model, and images.csv, a row for every model and image, into the folder `out`."""
-    write_table(out / "models.csv", [summary(result) for result in study.results])
     rows: list[dict[str, Any]] = []
     for result in study.results:
         columns = [column.tolist() for column in result.columns.values()]
         rows += [result.name | dict(zip(result.columns, row, strict=True)) for row in zip(*columns, strict=True)]
-    write_table(out / "images.csv", rows)
+    for name, table in {"models.csv": [summary(result) for result in study.results], "images.csv": rows}.items():
+        check_own(out / name, columns=tuple(table[0]))
+        write_table(out / name, table)
