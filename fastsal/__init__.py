@@ -7,7 +7,7 @@ and `fastsal` on the command line.
 from fastsal import losses, plot
 from fastsal.adversarial import Adversarial, deepfool
 from fastsal.analysis import analyze
-from fastsal.evaluation import evaluate
+from fastsal.evaluation.evaluate import evaluate, load
 from fastsal.methods import Candidates, Certified, Exact
 from fastsal.tensor.geometry import Geometry, margin_geometry
 from fastsal.tensor.ops import info
@@ -25,6 +25,7 @@ __all__ = [
     "deepfool",
     "evaluate",
     "info",
+    "load",
     "losses",
     "margin_geometry",
     "pairwise_margins",

@@ -1,24 +1,21 @@
 """Plots of `Geometry` results: one quantity against another, homogeneity, saliency maps. Needs matplotlib, on first use only.
 
-Results come one at a time, or as a mapping from a name, which the legend shows, to each. A result is a `Geometry`, or the
-folder that `fastsal.evaluate` wrote. A quantity is the name of a scalar of `Geometry`, or values of your own: [B] for one
+Results come one at a time, or as a mapping from a name, which the legend shows, to each. `fastsal.load` gives the results in
+a folder that `fastsal.evaluate` wrote. A quantity is the name of a scalar of `Geometry`, or values of your own: [B] for one
 result, a mapping from the same names for several. Every function draws on the axes that it is given, or on new ones, and
 returns them. The colours can be told apart by colour-blind readers.
 """
 
-import importlib
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 from torch import Tensor
 
-from fastsal.evaluation import load
+from fastsal import files
 from fastsal.tensor.geometry import Geometry
 
-Result = Geometry | str | Path
-Results = Result | Mapping[str, Result]
+Results = Geometry | Mapping[str, Geometry]
 Values = np.ndarray[Any, np.dtype[np.float64]]
 Quantity = str | Any  # the name of a scalar of Geometry, or values
 
@@ -48,9 +45,12 @@ def _array(value: Any) -> Values:
 
 
 def _named(results: Results, name: str = "") -> dict[str, Geometry]:
-    """Every result by its name, read where it is a folder; one alone has this name."""
+    """Every result by its name; one alone has this name."""
     named = dict(results) if isinstance(results, Mapping) else {name: results}
-    return {name: one if isinstance(one, Geometry) else load(one) for name, one in named.items()}
+    for one in named.values():
+        if not isinstance(one, Geometry):
+            raise TypeError(f"results: got {type(one).__name__}, wants a fastsal.Geometry; fastsal.load reads a folder")
+    return named
 
 
 def _values(results: Results, quantity: Quantity) -> dict[str, Values]:
@@ -73,15 +73,8 @@ def _values(results: Results, quantity: Quantity) -> dict[str, Values]:
     return values
 
 
-def _pyplot() -> Any:
-    try:
-        return importlib.import_module("matplotlib.pyplot")
-    except ImportError as error:
-        raise ImportError(f"{error}; fastsal.plot needs matplotlib: pip install 'fastsal[demo]'") from error
-
-
 def _axes(ax: Any) -> Any:
-    return _pyplot().subplots(layout="constrained")[1] if ax is None else ax
+    return files.extra("matplotlib.pyplot").subplots(layout="constrained")[1] if ax is None else ax
 
 
 def _name_axes(ax: Any, x: Quantity, y: Quantity) -> None:
@@ -93,7 +86,7 @@ def _name_axes(ax: Any, x: Quantity, y: Quantity) -> None:
 
 def _label_decades(axis: Any, values: dict[str, Values]) -> None:
     """Puts labels at powers of ten, or also at 2 and 5 times those where there are few, so that they never touch."""
-    ticker = importlib.import_module("matplotlib.ticker")
+    ticker = files.extra("matplotlib.ticker")
     known = np.concatenate([one[np.isfinite(one)] for one in values.values()])
     if known.size and known.max() < 100 * known.min():
         axis.set_major_locator(ticker.LogLocator(subs=(1, 2, 5)))
@@ -113,7 +106,7 @@ def scatter(
     """Draws a point for every example, on logarithmic axes where every value is positive.
 
     Args:
-        results: A `Geometry`, the folder of `fastsal.evaluate`, or a mapping from names to several.
+        results: A `Geometry`, or a mapping from names to several.
         x: The quantity along x.
         y: The quantity along y.
         diagonal: Whether to draw the line where both are equal; None draws it where both are lengths in units of x.
@@ -180,7 +173,7 @@ def medians(
     Every result is a point, and a line joins them in their order. NaN is left out.
 
     Args:
-        results: A `Geometry`, the folder of `fastsal.evaluate`, or a mapping from names to several.
+        results: A `Geometry`, or a mapping from names to several.
         x: The quantity along x.
         y: The quantity along y.
         label: The line's, in the legend.
@@ -231,7 +224,7 @@ def homogeneity(results: Results, x: Quantity = "linearized_robustness", *, ax: 
     A homogeneity of 1 means Ψ = ⟨x, ∇Ψ⟩. Where the binarised logit has it, alignment and linearised robustness coincide.
 
     Args:
-        results: A `Geometry`, the folder of `fastsal.evaluate`, or a mapping from names to several.
+        results: A `Geometry`, or a mapping from names to several.
         x: The quantity along x.
         ax: The matplotlib axes to draw on.
 
@@ -291,7 +284,9 @@ def saliency_grid(x: Tensor, results: Results, *, columns: int = 8, figure: Any 
         maps[name] = map_.sum(1) if map_.ndim == 4 else map_
     limit = np.nanquantile(np.abs(np.stack(list(maps.values()))), 0.995)
     if figure is None:
-        figure = _pyplot().figure(figsize=(1 + 0.7 * columns, 0.75 * (1 + len(maps))), layout="constrained")
+        figure = files.extra("matplotlib.pyplot").figure(
+            figsize=(1 + 0.7 * columns, 0.75 * (1 + len(maps))), layout="constrained"
+        )
     axes = figure.subplots(1 + len(maps), columns, squeeze=False)
     images = _array(x[:columns])
     for column in range(columns):

@@ -19,10 +19,16 @@ def norm(value: Any) -> float:
         raise ValueError(f"norm: got {value!r}, wants 2, 1, math.inf or 'inf' (the p of the perturbation)") from None
 
 
+def positive(name: str, value: Any, wants: str = "an integer >= 1") -> None:
+    """Raises unless value is an integer from 1."""
+    if not isinstance(value, int) or value < 1:
+        raise ValueError(f"{name}: got {value!r}, wants {wants}")
+
+
 def chunk_size(value: Any) -> None:
     """Raises unless value is None or a number of classes."""
-    if value is not None and (not isinstance(value, int) or value < 1):
-        raise ValueError(f"chunk_size: got {value!r}, wants None or an integer >= 1")
+    if value is not None:
+        positive("chunk_size", value, "None or an integer >= 1")
 
 
 def output_dtype(dtype: torch.dtype) -> torch.dtype:

@@ -69,6 +69,10 @@ class TestScatter:
             plot.scatter(results, {name: np.ones(3) for name in results})
         with pytest.raises(ValueError, match=r"quantity: got shape \(3,\), wants"):
             plot.scatter(results["model 0"], np.ones(3))
+        with pytest.raises(
+            TypeError, match=r"results: got str, wants a fastsal.Geometry; fastsal\.load reads a folder"
+        ):
+            plot.scatter({"a": "a folder"})
 
 
 class TestMedians:
@@ -126,5 +130,5 @@ class TestSaliencyGrid:
 
 def test_without_matplotlib(results, monkeypatch):
     monkeypatch.setitem(sys.modules, "matplotlib.pyplot", None)
-    with pytest.raises(ImportError, match=r"fastsal\.plot needs matplotlib: pip install 'fastsal\[demo\]'"):
+    with pytest.raises(ImportError, match=r"matplotlib.*; pip install 'fastsal\[demo\]'"):
         plot.scatter(results)

@@ -5,7 +5,7 @@
   torchrun --nproc-per-node 4 -m fastsal analyze --model timm:resnet50 --data folder:photographs --out results/
 
 The results have one row per example: every scalar of fastsal.Geometry, and how it was obtained. An --out without an ending is a
-folder, into which results go as they are found: a run that was stopped, in whatever way, goes on when the same command is given
+folder, into which results go as they are found: a run that was stopped, in whatever way, resumes when the same command is given
 again, and torchrun shares the work between processes. A file is written at the end. An example that cannot be read or analysed
 is named and left empty, and the exit status is 1; it is 0 where all went well, and 2 where nothing could be done.
 
@@ -17,10 +17,8 @@ and --std put a normalisation in front of it. Alignment, offset and homogeneity 
 
 import argparse
 import contextlib
-import csv
 import dataclasses
 import datetime
-import io
 import json
 import math
 import os
@@ -30,34 +28,23 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 from torch import distributed as dist
 
 from fastsal import plot
 from fastsal.cli import inputs, models
-from fastsal.cli.options import natural, positive
-from fastsal.evaluation import as_geometry, evaluate, in_memory, shards
-from fastsal.evaluation.batches import MISSING
-from fastsal.evaluation.summary import Columns, Summary
-from fastsal.files import Blame, CommandError, check_output, extra, replacing
+from fastsal.cli.options import from_zero, natural, positive
+from fastsal.evaluation import shards, tables
+from fastsal.evaluation.evaluate import evaluate, in_memory, load
+from fastsal.evaluation.summary import Summary
+from fastsal.files import Blame, CommandError, check_output, check_outside, extra, save_figure
 from fastsal.methods import METHODS
 from fastsal.model.calling import call
+from fastsal.tensor.geometry import Geometry
 
 FILES = (".csv", ".npz", ".parquet")
 PICTURES = (".pdf", ".png", ".svg")
-
-
-def _from_zero(text: str) -> float:
-    """An option's number from 0, for argparse."""
-    try:
-        value = float(text)
-    except ValueError:
-        value = -1.0
-    if not 0 <= value < math.inf:
-        raise argparse.ArgumentTypeError(f"got {text!r}, wants a number from 0")
-    return value
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -96,7 +83,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--workers", type=natural, default=0, help="processes that read ahead; default: 0")
     parser.add_argument(
         "--save-every",
-        type=_from_zero,
+        type=from_zero,
         default=30.0,
         metavar="SECONDS",
         help="how much work a kill may cost, into a folder; default: %(default)g",
@@ -164,29 +151,6 @@ def _data(arguments: argparse.Namespace, loaded: models.Loaded) -> tuple[inputs.
     return inputs.images(Path(arguments.data.removeprefix(inputs.FOLDER)), transform, classes)
 
 
-def _write(path: Path, columns: Columns) -> None:
-    """A table into one file. Where an example was not analysed, .csv and .parquet leave a gap, .npz the values of `Columns`."""
-    failed = columns["error"] != ""
-    if not failed.any() and path.suffix != ".parquet":
-        columns = {name: column for name, column in columns.items() if name != "error"}
-    with replacing(path) as file:
-        if path.suffix == ".npz":
-            texts = {name: column.astype(str) for name, column in columns.items() if column.dtype.kind == "O"}
-            np.savez(file, **columns | texts)
-            return
-        if path.suffix == ".parquet":
-            shards.arrow().parquet.write_table(shards.table(columns, {}), file)
-            return
-        text = io.TextIOWrapper(file, encoding="utf-8", newline="", write_through=True)
-        writer = csv.writer(text)
-        writer.writerow(columns)
-        cells = {name: column.tolist() for name, column in columns.items()}
-        for name in cells.keys() & MISSING.keys():
-            cells[name] = [None if gap else value for gap, value in zip(failed, cells[name], strict=True)]
-        writer.writerows(zip(*cells.values(), strict=True))
-        text.detach()
-
-
 def _plain(value: Any) -> Any:
     """A value as JSON can say it: NaN as null, infinities as text."""
     if isinstance(value, dict):
@@ -207,11 +171,10 @@ def _say(summary: Summary, notes: list[str], arguments: argparse.Namespace) -> N
     print("\n".join([*notes, f"wrote {arguments.out}"]))
 
 
-def _picture(path: Path, geometry: Any) -> None:
+def _picture(path: Path, geometry: Geometry) -> None:
     figure = extra("matplotlib.figure").Figure(layout="constrained")
     plot.scatter(geometry, ax=figure.subplots())
-    with replacing(path, "--plot") as file:
-        figure.savefig(file, format=path.suffix.removeprefix("."), dpi=150)
+    save_figure(figure, path, "--plot")
 
 
 def _check(arguments: argparse.Namespace) -> bool:
@@ -219,14 +182,19 @@ def _check(arguments: argparse.Namespace) -> bool:
     out = Path(arguments.out)
     if arguments.plot is not None:
         check_output(arguments.plot, PICTURES, "--plot")
+        check_outside(arguments.plot, arguments.data, "--plot")
+        if arguments.plot.resolve() == out.resolve():
+            raise CommandError(f"--plot {arguments.plot}: is --out too, wants another name")
         extra("matplotlib.figure")
+    check_outside(out, arguments.data)
     if out.suffix and not arguments.out.endswith(os.sep) and not (out.is_dir() and out.suffix not in FILES):
-        check_output(out, FILES)
+        check_output(out, FILES, columns=("index", *tables.MISSING))
         if out.suffix == ".parquet":
             extra("pyarrow.parquet", "'fastsal[dataset]'")
         return False
-    if out.exists() and not out.is_dir():
+    if out.is_file():
         raise CommandError(f"--out {out}: is a file; a name without an ending is taken for a folder")
+    shards.check_own(out, "--out")
     return True
 
 
@@ -253,9 +221,9 @@ def run(arguments: argparse.Namespace) -> int:
                 raise CommandError(" ".join(str(error).split())) from error
         if first:
             if not folder:
-                _write(Path(arguments.out), columns)
+                tables.write(Path(arguments.out), columns)
             if arguments.plot is not None:
-                _picture(arguments.plot, arguments.out if folder else as_geometry(columns))
+                _picture(arguments.plot, load(arguments.out) if folder else tables.as_geometry(columns))
             _say(summary, [text for text in (note, loaded.note) if text], arguments)
     return 1 if first and summary.failed else 0  # torchrun ends all where one has another status than 0
 

@@ -1,7 +1,7 @@
 """compare every available backend with the float64 reference on fresh random inputs: errors, limits and speed
 
 Errors are in units of each quantity's own scale: the value itself, or the sum of the absolute terms where terms cancel.
-The exit status is 1 if any is above its limit. Among the inputs: odd sizes, gradients of 1e-25 and 1e20, rows that differ
+The exit status is 1 if any is above its limit. Among the inputs: uneven sizes, gradients of 1e-25 and 1e20, rows that differ
 by one part in a million, constant rows, other strides. Speed is that of margin_geometry, relative to the reference (eager
 torch in float64).
 """
@@ -9,13 +9,13 @@ torch in float64).
 import argparse
 import math
 import random
-import time
 from collections.abc import Iterator
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from fastsal.cli.clock import best_times
 from fastsal.tensor import ops
 from fastsal.tensor.geometry import margin_geometry
 from fastsal.tensor.pairwise import pairwise_margins
@@ -85,19 +85,6 @@ def _worst(backend: str, dtype: torch.dtype, norm: float, device: str, quick: bo
         for case, inputs in _cases(dtype, device, quick, generator)
         for error, quantity in _errors(inputs, norm, backend)
     )
-
-
-def best_times(inputs: Inputs, norm: float, backends: tuple[str, ...], repeats: int = 5) -> list[float]:
-    """The shortest time of `margin_geometry` on each backend, in seconds. They take turns, and a first turn does not count."""
-    times: dict[str, list[float]] = {backend: [] for backend in backends}
-    for _ in range(repeats + 1):
-        for backend, taken in times.items():
-            start = time.perf_counter()
-            margin_geometry(*inputs, norm=norm, backend=backend)
-            if inputs[1].is_cuda:
-                torch.cuda.synchronize()
-            taken.append(time.perf_counter() - start)
-    return [min(taken[1:]) for taken in times.values()]
 
 
 def _speed(backend: str, dtype: torch.dtype, norm: float, device: str, seed: int) -> float:

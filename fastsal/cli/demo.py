@@ -13,9 +13,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from fastsal import plot
 from fastsal.analysis import analyze
-from fastsal.cli.check import best_times
-from fastsal.files import check_output, extra, replacing
+from fastsal.cli.clock import best_times
+from fastsal.files import check_output, extra, save_figure
 from fastsal.model.linearization import linearize
 from fastsal.study.data import Data, Held, load_digits
 from fastsal.study.train import Recipe, single_thread, train
@@ -102,34 +103,20 @@ def accelerated(x: Tensor, models: list[nn.Module]) -> str:
 def picture(digits: Data[Held], plain: Measured, penalised: Measured, out: Path) -> None:
     """Draws the first test digit of each of eight classes, with the saliency maps of both networks beneath."""
     figure = extra("matplotlib.figure").Figure(figsize=(1.45 * SHOWN + 1.6, 5.6), layout="constrained")
-    axes = figure.subplots(3, SHOWN)
     shown = [int((digits.test.y == digit).nonzero()[0]) for digit in range(SHOWN)]
-    rows = (("plain training", plain), ("double backpropagation", penalised))
-    for column, index in enumerate(shown):
-        axes[0, column].imshow(digits.test.x[index, 0].numpy(), cmap="gray_r", vmin=0, vmax=1)
-        axes[0, column].set_title(f"digit {int(digits.test.y[index])}", fontsize=10)
-    axes[0, 0].set_ylabel("input x", fontsize=10)
-    for row, (name, measured) in enumerate(rows, 1):
-        maps: Any = measured.geometry.saliency
-        maps = maps[shown, 0].numpy()
-        limit = abs(maps).max()
-        for column, index in enumerate(shown):
-            axis = axes[row, column]
-            image = axis.imshow(maps[column], cmap="RdBu_r", vmin=-limit, vmax=limit)
-            values = (getattr(measured.geometry, field)[index].item() for field in QUANTITIES[:2])
-            axis.set_title("ρ̃ {:.2f}   α {:.2f}".format(*values), fontsize=9)
-        axes[row, 0].set_ylabel(name, fontsize=10)
-        figure.colorbar(image, ax=list(axes[row]), shrink=0.9, pad=0.01, label="gradient of the logit")
-    for axis in axes.flat:
-        axis.set_xticks([])
-        axis.set_yticks([])
+    maps = {}
+    for name, measured in (("plain training", plain), ("double\nbackpropagation", penalised)):
+        saliency: Any = measured.geometry.saliency
+        maps[name] = dataclasses.replace(measured.geometry, saliency=saliency[shown])
+    axes = plot.saliency_grid(digits.test.x[shown], maps, columns=SHOWN, figure=figure)
+    for row, geometry in zip(axes[1:], maps.values(), strict=True):
+        for ax, index in zip(row, shown, strict=True):
+            values = (getattr(geometry, field)[index].item() for field in QUANTITIES[:2])
+            ax.set_title("ρ̃ {:.2f}   α {:.2f}".format(*values), fontsize=9)
     figure.suptitle(
-        "Saliency maps: gradient of the predicted logit by pixel (red: more ink raises it). "
-        "ρ̃ linearised robustness, α alignment",
-        fontsize=11,
+        "Digits and the gradients of their predicted logits. ρ̃ linearised robustness, α alignment", fontsize=11
     )
-    with replacing(out) as file:
-        figure.savefig(file, format=out.suffix[1:], dpi=130)
+    save_figure(figure, out, dpi=130)
 
 
 def run(arguments: argparse.Namespace) -> int:

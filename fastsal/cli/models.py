@@ -6,16 +6,15 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from operator import attrgetter
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from fastsal.files import Blame, CommandError, extra
+from fastsal.study.models import LIBRARIES, build
 
 RANDOM = "random"
-LIBRARIES = {"timm": "timm", "torchvision": "torchvision.models"}
 Transform = Callable[[Any], Tensor]
 
 
@@ -51,46 +50,30 @@ class Loaded:
     note: str
 
 
-def _library(name: str, module: str) -> ModuleType:
-    library = module.partition(".")[0]
-    try:
-        return importlib.import_module(module)
-    except ImportError as error:
-        raise CommandError(f"--model {name}: {error}; pip install {library}") from error
-    except RuntimeError as error:  # a torchvision that was built for another torch
-        raise CommandError(
-            f"--model {name}: {library} cannot be imported beside torch {torch.__version__} ({error}); "
-            "wants builds of torch and torchvision that belong together"
-        ) from error
-
-
-def _timm(timm: Any, name: str, pretrained: bool) -> tuple[nn.Module, Transform, Sequence[float], Sequence[float]]:
-    model: nn.Module = timm.create_model(name, pretrained=pretrained)
+def _timm(timm: Any, network: str, model: nn.Module) -> tuple[Transform, Sequence[float], Sequence[float]]:
     config = timm.data.resolve_model_data_config(model)
     transform = timm.data.create_transform(**config | {"mean": (0.0,), "std": (1.0,)}, is_training=False)
-    return model, transform, config["mean"], config["std"]
+    return transform, config["mean"], config["std"]
 
 
-def _torchvision(
-    models: Any, name: str, pretrained: bool
-) -> tuple[nn.Module, Transform, Sequence[float], Sequence[float]]:
-    weights = models.get_model_weights(name).DEFAULT
-    own = weights.transforms()
-    model: nn.Module = models.get_model(name, weights=weights if pretrained else None)
-    return model, weights.transforms(mean=(0.0,), std=(1.0,)), own.mean, own.std
+def _torchvision(models: Any, network: str, model: nn.Module) -> tuple[Transform, Sequence[float], Sequence[float]]:
+    transforms = models.get_model_weights(network).DEFAULT.transforms
+    own = transforms()
+    return transforms(mean=(0.0,), std=(1.0,)), own.mean, own.std
 
 
 def _named(name: str, weights: str | None) -> Loaded:
     library, _, network = name.partition(":")
-    module = _library(name, LIBRARIES[library])
-    make = _timm if library == "timm" else _torchvision
-    hint = "; --weights FILE needs no download" if weights is None else ""
+    module = extra(LIBRARIES[library], library)
     try:
-        with Blame(f"--model {name}"), torch.random.fork_rng([]):
-            torch.manual_seed(0)  # untrained networks are the same in every process, and when a run goes on
-            model, transform, mean, std = make(module, network, weights is None)
+        with torch.random.fork_rng([]):
+            torch.manual_seed(0)  # untrained networks are the same in every process, and when a run resumes
+            model = build(name, pretrained=weights is None)
     except CommandError as error:
+        hint = "; --weights FILE needs no download" if weights is None else ""
         raise CommandError(f"{error}{hint}") from error
+    with Blame(f"--model {name}"):
+        transform, mean, std = (_timm if library == "timm" else _torchvision)(module, network, model)
     if weights not in (None, RANDOM):
         load_weights(model, Path(weights or ""))
     digits = ", ".join(f"{value:g}" for value in mean), ", ".join(f"{value:g}" for value in std)

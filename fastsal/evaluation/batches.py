@@ -2,7 +2,6 @@
 
 import contextlib
 import dataclasses
-import math
 import warnings
 from collections.abc import Sequence
 from typing import Any, cast
@@ -14,7 +13,7 @@ from torch.utils.data import Dataset, TensorDataset
 
 from fastsal import validation
 from fastsal.analysis import analyze
-from fastsal.evaluation.summary import NO_CLASS, Columns
+from fastsal.evaluation.tables import MISSING, NO_CLASS, Columns
 from fastsal.files import one_line
 from fastsal.model.calling import Model, call
 from fastsal.model.chunking import is_out_of_memory
@@ -23,14 +22,7 @@ from fastsal.tensor.geometry import Geometry
 Data = Tensor | Dataset[Any]
 
 FIRST = 8  # examples, of which one has to be good
-WARNED = 10  # bad examples that are named while the work goes on; the table names all
-
-# The columns that come from a Geometry, and what stands where an example was not analysed.
-MISSING: dict[str, Any] = {
-    field.name: math.nan
-    for field in dataclasses.fields(Geometry)
-    if field.name not in ("distances", "saliency", "binarized_saliency")
-} | {"prediction": -1, "runner_up": -1, "vjps": -1, "jvps": -1, "certified": False, "method": ""}
+WARNED = 10  # bad examples that are named at once; the table names all
 
 
 @dataclasses.dataclass(frozen=True)

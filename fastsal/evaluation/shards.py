@@ -1,4 +1,4 @@
-"""A folder of results: Parquet shards, each whole or absent and each saying what it was made from. Needs pyarrow, on first use.
+"""A folder of results: Parquet shards, written atomically, each of which says what it was made from. Needs pyarrow.
 
 A shard holds the examples of consecutive batches, in order, and is called after the first and the last of them. So the files
 in the order of their names are the table in the order of its index, whoever wrote which, and any reader of Parquet folders
@@ -9,7 +9,6 @@ what the results depend on and must be the same in all, and what is worth knowin
 import contextlib
 import errno
 import fcntl
-import importlib
 import json
 import re
 from collections.abc import Iterator, Sequence
@@ -18,24 +17,14 @@ from typing import Any
 
 import numpy as np
 
-from fastsal.evaluation.summary import NO_CLASS, Columns
-from fastsal.files import whole_file
+from fastsal.evaluation.tables import KEY, NO_CLASS, Columns, arrow, as_arrow
+from fastsal.files import LEFT_BEHIND, check_folder, check_same, whole_file
 
 Record = dict[str, Any]
 _NAME = re.compile(r"examples-(\d{9,})-(\d{9,})\.parquet")
-_LEFT_BEHIND = re.compile(rf"\.{_NAME.pattern}\.\d+\.tmp")
-_KEY = b"fastsal"
+_LOCK = ".fastsal-results"  # by which a folder is known as one of these, too
 # What stands for null in a column of numpy's, by kind of dtype; NaN needs no filling.
 _NULL = {"i": NO_CLASS, "b": False, "O": ""}
-
-
-def arrow() -> Any:
-    """The module pyarrow, with pyarrow.parquet loaded; ImportError says how to install it."""
-    try:
-        importlib.import_module("pyarrow.parquet")
-        return importlib.import_module("pyarrow")
-    except ImportError as error:
-        raise ImportError(f"{error}; fastsal needs pyarrow for Parquet: pip install 'fastsal[dataset]'") from error
 
 
 def shards(folder: Path) -> list[Path]:
@@ -55,7 +44,7 @@ def record(shard: Path) -> Record:
     parquet = arrow().parquet
     try:
         metadata = parquet.read_metadata(shard)
-        found: Record = json.loads(metadata.metadata[_KEY])
+        found: Record = json.loads(metadata.metadata[KEY.encode()])
         whole = metadata.num_rows == len(span(shard))
     except (KeyError, OSError, TypeError, ValueError) as error:
         if isinstance(error, FileNotFoundError):
@@ -66,13 +55,15 @@ def record(shard: Path) -> Record:
     return found
 
 
-def changes(before: Record, now: Record) -> str:
-    """What differs between two records, by name."""
-    return "; ".join(
-        f"{name} was {before.get(name)!r}, is {now.get(name)!r}"
-        for name in sorted({*before, *now})
-        if before.get(name) != now.get(name)
-    )
+def check_own(folder: Path, option: str = "out:") -> None:
+    """Raises where the folder holds anything and is none that `evaluate` made: what is not fastsal's is never written to."""
+
+    def is_own() -> bool:
+        with contextlib.suppress(ValueError):
+            return (folder / _LOCK).exists() or bool([record(shard) for shard in shards(folder)[:1]])
+        return False
+
+    check_folder(folder, is_own, option)
 
 
 def finished(folder: Path, made_from: Record) -> list[Path]:
@@ -83,11 +74,7 @@ def finished(folder: Path, made_from: Record) -> list[Path]:
         if span(shard).start < end:
             raise ValueError(f"out: {shard} holds examples that an earlier shard holds too; remove one of the two")
         end = span(shard).stop
-        before = record(shard)["made_from"]
-        if before != made_from:
-            raise ValueError(
-                f"out: {folder} holds results of something else: {changes(before, made_from)}; wants another folder"
-            )
+        check_same(folder, record(shard)["made_from"], made_from, "out:")
     return found
 
 
@@ -99,7 +86,7 @@ def locked(folder: Path, *, alone: bool) -> Iterator[Any]:
     that turns the former into the latter. A second run on the same folder is a RuntimeError. A file system without locks
     goes without.
     """
-    with (folder / ".lock").open("a") as file:
+    with (folder / _LOCK).open("a") as file:
 
         def lock(how: int) -> None:
             try:
@@ -115,25 +102,9 @@ def locked(folder: Path, *, alone: bool) -> Iterator[Any]:
 def sweep(folder: Path) -> None:
     """Removes what killed processes left half-written. Only under a lock of one's own."""
     for path in folder.iterdir():
-        if _LEFT_BEHIND.fullmatch(path.name):
+        found = LEFT_BEHIND.fullmatch(path.name)
+        if found and _NAME.fullmatch(found[1]):
             path.unlink(missing_ok=True)
-
-
-def table(columns: Columns, about: Record) -> Any:
-    """The columns as a pyarrow.Table with the record in its metadata; null where an example was not analysed."""
-    pa = arrow()
-    failed = columns["error"] != ""
-    arrays = {}
-    for name, values in columns.items():
-        null = failed
-        if name in ("index", "name"):
-            null = np.zeros_like(failed)
-        elif name == "y":
-            null = values == NO_CLASS
-        elif name == "error":
-            null = ~failed
-        arrays[name] = pa.array(values, mask=null, type=pa.string() if values.dtype.kind in "OU" else None)
-    return pa.table(arrays).replace_schema_metadata({_KEY: json.dumps(about)})
 
 
 def write(folder: Path, columns: Columns, about: Record) -> Path:
@@ -141,7 +112,7 @@ def write(folder: Path, columns: Columns, about: Record) -> Path:
     first, last = int(columns["index"][0]), int(columns["index"][-1])
     path = folder / f"examples-{first:09}-{last:09}.parquet"
     with whole_file(path) as file:
-        arrow().parquet.write_table(table(columns, about), file)
+        arrow().parquet.write_table(as_arrow(columns, about), file)
     return path
 
 

@@ -14,7 +14,7 @@ from torch import distributed as dist
 from torch.utils.data import DataLoader
 
 from fastsal.evaluation.batches import Analysis, Batches
-from fastsal.evaluation.summary import Columns
+from fastsal.evaluation.tables import Columns
 
 HELD_ROWS = 1 << 18  # rows that wait to be written, at most: some 40 MB
 
@@ -39,7 +39,7 @@ class Team:
         except RuntimeError as error:
             raise RuntimeError(
                 f"process {self.rank} of {self.size}: another process of this run has ended; what was saved is in the folder: "
-                "call again in the same way, with any number of processes, and the work goes on"
+                "call again in the same way, with any number of processes, to resume"
             ) from error
 
     def _from_first(self, value: Any) -> Any:
@@ -55,7 +55,7 @@ class Team:
         return self._from_first(decide() if self.rank == 0 else None)
 
     def gathered(self, value: Any) -> list[Any]:
-        """Everyone's value. Waits for all."""
+        """The value of each process. Waits for all."""
         values = [value] * self.size
         if self.size > 1:
             with self._hearing():

@@ -6,12 +6,9 @@ from typing import Any
 
 import numpy as np
 
+from fastsal.evaluation.tables import NO_CLASS, Columns
 from fastsal.tensor.reference import SCALARS
 
-# A table of results: a column [N] for each scalar of Geometry, `index`, perhaps `name` and `y` (the true class), and `error`,
-# which is "" for an example that was analysed. For the others the scalars are NaN, -1, False or "".
-Columns = dict[str, np.ndarray[Any, Any]]
-NO_CLASS = -1
 PRINTED = (
     "linearized_robustness",
     "alignment",

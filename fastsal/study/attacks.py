@@ -2,7 +2,6 @@
 
 import copy
 import math
-import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -14,7 +13,6 @@ from fastsal.adversarial import classes, deepfool, distances, to_boundary
 from fastsal.files import extra
 
 ATTACKS = ("DeepFool", "gradient line search", "PGD", "DDN", "FMN", "Carlini-Wagner")
-PASSES = 1200  # forward and backward, of all attacks on an image: 1000 as measured on the paper's network, and 200 in the box
 BOX = 8.0  # far outside of [0, 1]: foolbox wants bounds, ρ has none
 
 
@@ -79,17 +77,6 @@ def robustness_in_box(model: nn.Module, x: Tensor) -> Tensor:
     foolbox_model = extra("foolbox").PyTorchModel(model, bounds=(0, 1), device=x.device)
     attack, _ = _foolbox_attacks()["DDN"]
     return _smallest(model, x, prediction, attack(foolbox_model, x, prediction, epsilons=[None])[0])
-
-
-def attack_seconds(model: nn.Module, x: Tensor) -> float:
-    """An estimate of the mean time of one of the attacks on x, from a forward and backward pass after one that warms up."""
-    model = copy.deepcopy(model).eval().requires_grad_(False)
-    for _ in range(2):
-        start = time.perf_counter()
-        z = x.detach().requires_grad_()
-        torch.autograd.grad(model(z).sum(), z)
-        seconds = time.perf_counter() - start
-    return PASSES * seconds / len(ATTACKS)
 
 
 def _smallest(model: nn.Module, x: Tensor, prediction: Tensor, candidates: list[Tensor]) -> Tensor:

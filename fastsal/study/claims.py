@@ -1,7 +1,8 @@
-"""What the paper claims, what counts as having come out, whether it did, and whether it would in other circumstances."""
+"""The paper's claims, their acceptance criteria, and whether they are confirmed, as measured and in other circumstances."""
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
 
 import numpy as np
 
@@ -12,7 +13,7 @@ CORRELATED = 0.5  # what a rank correlation must be, up or down, to speak for a 
 
 @dataclass(frozen=True)
 class Found:
-    """Whether a claim came out, its number in short, and what was found in a sentence."""
+    """Whether a claim is confirmed, its number in short, and what was found in a sentence."""
 
     held: bool
     number: str
@@ -21,9 +22,9 @@ class Found:
 
 @dataclass(frozen=True)
 class Claim:
-    """One of the paper's: what counts as its coming out, the figure that shows it, and who judges.
+    """One of the paper's: its acceptance criterion, the figure that shows it, and the function that judges.
 
-    What counts does not depend on the results: change it before a run, never after.
+    The criterion does not depend on the results: change it before a run, never after.
     """
 
     text: str
@@ -38,13 +39,8 @@ def _robustified(study: Study) -> Result:
     return max([r for r in study.working() if r is not plain] or study.results[1:], key=lambda r: r.median("rho"))
 
 
-def _growth(study: Study, name: str) -> float:
-    """How many times the median of the plain model the most robust one's is."""
-    return _robustified(study).median(name) / study.results[0].median(name)
-
-
-def _over_models(study: Study, name: str) -> tuple[float, str]:
-    """Rank correlation of a median with that of ρ over the models that work, and the same in words, with each family's own."""
+def _over_models(study: Study, name: str, sign: int) -> Found:
+    """Whether the median of a quantity rises (sign 1) or falls (-1) with that of ρ, over the models that work."""
     working = study.working()
 
     def correlation(results: list[Result]) -> float:
@@ -55,7 +51,11 @@ def _over_models(study: Study, name: str) -> tuple[float, str]:
         for training, family in study.families().items()
     ]
     value = correlation(working)
-    return value, f"{value:.2f} over the models, within each way of training {' and '.join(own)}"
+    return Found(
+        sign * value >= CORRELATED,
+        f"{value:.2f}",
+        f"{value:.2f} over the models, within each way of training {' and '.join(own)}",
+    )
 
 
 def _approximates(study: Study) -> Found:
@@ -72,31 +72,15 @@ def _approximates(study: Study) -> Found:
 
 
 def _growths(study: Study, holds: Callable[[float, float], bool]) -> Found:
-    robustness, alignment = _growth(study, "rho"), _growth(study, "alignment")
-    most = _robustified(study).recipe.label
+    """How many times the medians of the plain model those of the most robust one are."""
+    plain, most = study.results[0], _robustified(study)
+    robustness, alignment = (most.median(name) / plain.median(name) for name in ("rho", "alignment"))
     return Found(
         holds(robustness, alignment),
         f"{robustness:.2f}; {alignment:.2f}",
-        f"from plain to {most}, the most robust, median ρ grows {robustness:.2f} times and median α {alignment:.2f} times",
+        f"from plain to {most.recipe.label}, the most robust, median ρ grows {robustness:.2f} times and median α "
+        f"{alignment:.2f} times",
     )
-
-
-def _align_more(study: Study) -> Found:
-    return _growths(study, lambda robustness, alignment: robustness > 1 and alignment > 1)
-
-
-def _align_slower(study: Study) -> Found:
-    return _growths(study, lambda robustness, alignment: 1 < alignment < robustness)
-
-
-def _alignment_grows(study: Study) -> Found:
-    value, text = _over_models(study, "alignment")
-    return Found(value >= CORRELATED, f"{value:.2f}", text)
-
-
-def _homogeneity_falls(study: Study) -> Found:
-    value, text = _over_models(study, "homogeneity")
-    return Found(value <= -CORRELATED, f"{value:.2f}", text)
 
 
 def _homogeneous_is_tight(study: Study) -> Found:
@@ -120,25 +104,25 @@ CLAIMS = (
         "Robustified models are more robust, and their saliency maps align more",
         "from plain to the most robust model the median of ρ and that of α grow",
         "alignment",
-        _align_more,
+        partial(_growths, holds=lambda robustness, alignment: robustness > 1 and alignment > 1),
     ),
     Claim(
         "Alignment grows with robustness",
         f"the rank correlation of median α and median ρ is {CORRELATED} or more",
         "alignment",
-        _alignment_grows,
+        partial(_over_models, name="alignment", sign=1),
     ),
     Claim(
         "Homogeneity falls as robustness grows (on grey-level digits)",
         f"the rank correlation of median homogeneity and median ρ is −{CORRELATED} or less",
         "homogeneity",
-        _homogeneity_falls,
+        partial(_over_models, name="homogeneity", sign=-1),
     ),
     Claim(
         "Alignment grows more slowly than robustness (on grey-level digits)",
         "from plain to the most robust model the median of α grows, and fewer times than that of ρ",
         "alignment",
-        _align_slower,
+        partial(_growths, holds=lambda robustness, alignment: 1 < alignment < robustness),
     ),
     Claim(
         "The more homogeneous the binarised logit, the nearer α† to ρ",
@@ -150,12 +134,12 @@ CLAIMS = (
 
 
 def verdicts(study: Study) -> list[tuple[Claim, Found]]:
-    """What came out, over the models that keep their accuracy."""
+    """The verdict on each claim, over the models that keep their accuracy."""
     return [(claim, claim.judge(study)) for claim in CLAIMS]
 
 
 def variations(study: Study) -> dict[str, Study]:
-    """The same study in other circumstances, none of which needs another network: would the claims come out there?"""
+    """The same study in other circumstances, none of which needs another network: are the claims confirmed there?"""
     families = {
         f"{training} alone": replace(study, results=list(study.family(training).values()))
         for training in FAMILIES

@@ -88,21 +88,15 @@ def load_mnist5k(seed: int) -> Data[Held]:
     return _split("mnist5k", x, torch.from_numpy(y), 4000, seed)
 
 
-def _torchvision(name: str) -> Any:
-    # A torchvision built for another torch fails on import with RuntimeError.
-    with Blame(f"--data {name}: torchvision does not load beside torch {torch.__version__}"):
-        return extra("torchvision.datasets", "torchvision")
-
-
 def _load_mnist(path: Path) -> Data[Split]:
-    mnist = _torchvision("mnist").MNIST
+    mnist = extra("torchvision.datasets", "torchvision").MNIST
     splits = [mnist(path, train=train) for train in (True, False)]
     train, test = (Held(split.data.unsqueeze(1), split.targets) for split in splits)
     return Data("mnist", train, test, 10, (1, 28, 28))
 
 
 def _load_cifar10(path: Path) -> Data[Split]:
-    cifar = _torchvision("cifar10").CIFAR10
+    cifar = extra("torchvision.datasets", "torchvision").CIFAR10
     splits = [cifar(path, train=train) for train in (True, False)]
     train, test = (
         Held(torch.from_numpy(split.data).permute(0, 3, 1, 2).contiguous(), torch.tensor(split.targets))
@@ -112,7 +106,7 @@ def _load_cifar10(path: Path) -> Data[Split]:
 
 
 def _load_folder(path: Path) -> Data[Split]:
-    folder = _torchvision("folder").ImageFolder
+    folder = extra("torchvision.datasets", "torchvision").ImageFolder
     transforms = extra("torchvision.transforms", "torchvision")
     square = transforms.Compose([transforms.Resize(SIDE), transforms.CenterCrop(SIDE), transforms.ToTensor()])
     train, test = (folder(path / name, square) for name in ("train", "val"))

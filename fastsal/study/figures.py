@@ -1,6 +1,5 @@
 """The figures of a study: each is a function from the results to a matplotlib figure and its caption."""
 
-import io
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,8 +8,8 @@ from typing import Any
 import numpy as np
 
 from fastsal import plot
-from fastsal.files import extra, replacing
-from fastsal.study.results import WORKING, Result, Study
+from fastsal.files import extra, save_figure
+from fastsal.study.results import TABLE, WORKING, Result, Study
 from fastsal.tensor.geometry import Geometry
 
 WIDTH = 4.2  # inches, of every figure: on a phone's screen the labels are then as large as the text
@@ -181,11 +180,9 @@ def bound(study: Study) -> tuple[Any, str]:
         widths = np.array([result.median(name) for result in study.results])
         ax.barh(rows, widths, left=left, color=color, edgecolor="white", label=label)
         left = left + widths
-    for slot, (name, label) in enumerate(
-        (("linearized_robustness", "ρ̃"), ("alignment", "α"), ("binarized_alignment", "α†"))
-    ):
+    for slot, name in enumerate(("linearized_robustness", "alignment", "binarized_alignment")):
         medians = [result.median(name) for result in study.results]
-        ax.plot(medians, rows, plot.MARKERS[slot], color=plot.COLORS[slot], markersize=5, label=label)
+        ax.plot(medians, rows, plot.MARKERS[slot], color=plot.COLORS[slot], markersize=5, label=TABLE[name])
     ax.set_yticks(rows, [result.recipe.label for result in study.results])
     ax.invert_yaxis()
     ax.set_xlabel("median (units of x)")
@@ -245,11 +242,7 @@ def write(study: Study, out: Path) -> dict[str, Drawn]:
     with extra("matplotlib").rc_context(style):
         for name, (title, draw) in FIGURES.items():
             figure, caption = draw(study)
-            svg = io.BytesIO()
-            figure.savefig(svg, format="svg", dpi=200, metadata={"Date": None})
-            with replacing(out / f"{name}.svg") as file:
-                file.write(svg.getvalue())
-            with replacing(out / f"{name}.png") as file:
-                figure.savefig(file, format="png", dpi=200)
-            written[name] = Drawn(name, title, svg.getvalue(), caption)
+            for ending in ("svg", "png"):
+                save_figure(figure, out / f"{name}.{ending}", dpi=200)
+            written[name] = Drawn(name, title, (out / f"{name}.svg").read_bytes(), caption)
     return written

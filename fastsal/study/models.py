@@ -3,11 +3,14 @@
 import math
 from collections.abc import Callable
 from itertools import pairwise
+from typing import Any
 
 from torch import nn
 
 from fastsal.files import Blame, CommandError, extra
 from fastsal.study.data import Data, Split
+
+LIBRARIES = {"timm": "timm", "torchvision": "torchvision.models"}
 
 
 def cnn(
@@ -25,23 +28,28 @@ def cnn(
     return nn.Sequential(*layers)
 
 
+def build(name: str, pretrained: bool = False, **options: Any) -> nn.Module:
+    """A network by name, `torchvision:NAME` or `timm:NAME`, with options of the library's own."""
+    library, _, network = name.partition(":")
+    module = extra(LIBRARIES[library], library)
+    with Blame(f"--model {name}"):
+        if library == "timm":
+            made: nn.Module = module.create_model(network, pretrained=pretrained, **options)
+        else:
+            made = module.get_model(network, weights="DEFAULT" if pretrained else None, **options)
+    return made
+
+
 def factory(name: str, data: Data[Split]) -> Callable[[], nn.Module]:
     """What builds an untrained network: `cnn`, `torchvision:NAME` or `timm:NAME`."""
-    library, _, model = name.partition(":")
+    library, _, network = name.partition(":")
     if name == "cnn":
         widths = (32, 64) if max(data.shape[1:]) < 16 else (32, 64, 128)
         return lambda: cnn(data.shape, data.classes, widths)
-    if library not in ("torchvision", "timm") or not model:
+    if library not in LIBRARIES or not network:
         raise CommandError(f"--model {name}: wants cnn, torchvision:NAME or timm:NAME")
-    with Blame(f"--model {name}"):
-        module = extra("torchvision.models" if library == "torchvision" else "timm", library)
-
-    def build() -> nn.Module:
-        with Blame(f"--model {name}"):
-            if library == "timm":
-                made: nn.Module = module.create_model(model, num_classes=data.classes, in_chans=data.shape[0])
-            else:
-                made = module.get_model(model, weights=None, num_classes=data.classes)
-        return made
-
-    return build
+    extra(LIBRARIES[library], library)
+    options: dict[str, Any] = {"num_classes": data.classes}
+    if library == "timm":
+        options["in_chans"] = data.shape[0]
+    return lambda: build(name, **options)

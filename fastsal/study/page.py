@@ -4,7 +4,7 @@ import base64
 import html
 from pathlib import Path
 
-from fastsal.files import replacing
+from fastsal.files import MARK, replacing
 from fastsal.study import figures, results
 from fastsal.study.attacks import ATTACKS
 from fastsal.study.claims import checks, variations, verdicts
@@ -12,6 +12,7 @@ from fastsal.study.results import TABLE, WORKING, Study, summary
 
 PAGE = """<!doctype html>
 <html lang="en">
+<!-- {mark} -->
 <head>
 <meta charset="utf-8">
 <meta name="viewport" content="width=device-width, initial-scale=1">
@@ -79,9 +80,9 @@ class _Page:
     def write(self, study: Study, out: Path) -> Path:
         page = out / "report.html"
         with replacing(page) as file:
-            file.write(PAGE.format(data=html.escape(study.data), body="\n".join(self.html)).encode())
+            file.write(PAGE.format(mark=MARK, data=html.escape(study.data), body="\n".join(self.html)).encode())
         with replacing(out / "report.md") as file:
-            file.write(("\n\n".join(self.markdown) + "\n").encode())
+            file.write("\n\n".join([*self.markdown, f"<!-- {MARK} -->\n"]).encode())
         return page
 
 
@@ -111,7 +112,7 @@ def attack_table(study: Study) -> list[dict[str, str]]:
 
 
 def variation_table(study: Study) -> list[dict[str, str]]:
-    """Whether the claims, by number, come out as measured and in other circumstances, with the number that decides."""
+    """Whether the claims, by number, are confirmed as measured and in other circumstances, with the number that decides."""
     rows = []
     for name, other in {"as measured": study, **variations(study)}.items():
         found = [found for _, found in verdicts(other)]
@@ -138,17 +139,17 @@ def write(study: Study, out: Path) -> Path:
         "black at 0, not mean-centred, unless it says otherwise."
     )
     page.figure(drawn.pop("saliency"))
-    page.heading("What came out")
+    page.heading("Verdicts")
     page.paragraph(
         f"Judged are the {len(study.working())} of {len(study.results)} models that keep {WORKING:.0%} of the plain one's "
-        "accuracy. What counts as coming out was fixed before anything was measured."
+        "accuracy. The acceptance criteria were fixed before anything was measured."
     )
     items = []
     for number, (claim, found) in enumerate(verdicts(study), 1):
-        text = f"Found: {found.evidence}. Counts if {claim.criterion}. Figure: {drawn[claim.figure].title}."
+        text = f"Found: {found.evidence}. Criterion: {claim.criterion}. Figure: {drawn[claim.figure].title}."
         items.append((f"{number}. {claim.text}: {'yes' if found.held else 'no'}.", text))
     page.items(items)
-    page.heading("Would it come out in other circumstances?")
+    page.heading("Verdicts in other circumstances")
     page.paragraph(
         "The same claims, by number, judged by the same criteria on the same networks: with ρ of perturbations that keep "
         "every pixel in [0, 1], as DDN finds it, since the code that came with the paper attacks digits in this box; with the "

@@ -1,17 +1,15 @@
 """What a study found, in numbers: a row for every model and image, a row for every model, and the files that hold them."""
 
-import csv
-import io
 import math
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from torch import Tensor
 
-from fastsal.files import extra, replacing
+from fastsal.evaluation.tables import Columns, as_geometry
+from fastsal.files import Blame, check_own, extra, whole_file, write_csv
 from fastsal.study.attacks import ATTACKS
 from fastsal.study.measure import ORIGIN
 from fastsal.study.train import Recipe
@@ -33,7 +31,6 @@ TABLE = {
     "gap_term": "gap term",
     "offset_term": "offset term",
 }
-Columns = dict[str, np.ndarray[Any, Any]]
 
 
 @dataclass(frozen=True)
@@ -55,9 +52,7 @@ class Result:
 
     def geometry(self) -> Geometry:
         """The columns as a `Geometry`, which fastsal.plot takes."""
-        there = {f.name: torch.from_numpy(self.columns[f.name]) for f in fields(Geometry) if f.name in self.columns}
-        missing = dict.fromkeys(f.name for f in fields(Geometry))
-        return Geometry(**{**missing, **there, "saliency": self.saliency})  # type: ignore[arg-type]
+        return as_geometry(self.columns, saliency=self.saliency)
 
 
 @dataclass(frozen=True)
@@ -132,20 +127,17 @@ def summary(result: Result) -> dict[str, Any]:
 
 
 def write_table(path: Path, rows: list[dict[str, Any]]) -> None:
-    """A CSV file with a line for each row, headed by the first row's keys."""
-    with replacing(path) as file:
-        text = io.TextIOWrapper(file, encoding="utf-8", newline="", write_through=True)
-        writer = csv.DictWriter(text, rows[0])
-        writer.writeheader()
-        writer.writerows(rows)
-        text.detach()
+    """A CSV file with a line for each row, headed by the first row's keys, in the place of whatever stood there."""
+    with Blame(f"--out {path}"), whole_file(path) as file:
+        write_csv(file, rows[0], ([row.get(name, "") for name in rows[0]] for row in rows))
 
 
 def write(study: Study, out: Path) -> None:
     """models.csv, a row for every model, and images.csv, a row for every model and image, into the folder `out`."""
-    write_table(out / "models.csv", [summary(result) for result in study.results])
     rows: list[dict[str, Any]] = []
     for result in study.results:
         columns = [column.tolist() for column in result.columns.values()]
         rows += [result.name | dict(zip(result.columns, row, strict=True)) for row in zip(*columns, strict=True)]
-    write_table(out / "images.csv", rows)
+    for name, table in {"models.csv": [summary(result) for result in study.results], "images.csv": rows}.items():
+        check_own(out / name, columns=tuple(table[0]))
+        write_table(out / name, table)

@@ -1,7 +1,6 @@
-"""Training a network as usual or robustified, with a checkpoint after every epoch to go on from."""
+"""Training a network as usual or robustified, with a checkpoint after every epoch, from which it resumes."""
 
 import contextlib
-import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
-from fastsal.files import Blame, replacing
+from fastsal.files import Blame, whole_file
 from fastsal.study.data import Data, Split
 
 PGD_STEPS = 7
@@ -103,26 +102,6 @@ def objective(model: nn.Module, x: Tensor, y: Tensor, recipe: Recipe) -> Tensor:
     return losses.mean() + recipe.penalty * gradient.square().flatten(1).sum(1).mean()
 
 
-def _cuda(device: str) -> list[torch.device]:
-    """The devices besides the CPU whose random state training changes."""
-    return [torch.device(device)] if torch.device(device).type == "cuda" else []
-
-
-def epoch_seconds(
-    make: Callable[[], nn.Module], data: Data[Split], recipe: Recipe, *, batch_size: int, device: str
-) -> float:
-    """An estimate of the time that an epoch takes, from one step after another that warms up."""
-    with torch.random.fork_rng(devices=_cuda(device)):
-        model = make().to(device).train()
-        x, y = (part.to(device) for part in data.train.batch(torch.arange(min(batch_size, len(data.train)))))
-        for _ in range(2):
-            start = time.perf_counter()
-            objective(model, x, y, recipe).backward()
-            model.zero_grad()
-            seconds = time.perf_counter() - start
-    return seconds * len(data.train) / len(x)
-
-
 def train(
     make: Callable[[], nn.Module],
     data: Data[Split],
@@ -137,9 +116,9 @@ def train(
 ) -> nn.Module:
     """A trained network in evaluation mode, the same weights for the same seed, interrupted and resumed or not.
 
-    checkpoint: where weights, optimizer and random state go after every epoch, and where they are taken up again.
+    checkpoint: where weights, optimizer and random state go after every epoch, from where a later call resumes.
     """
-    cuda = _cuda(device)
+    cuda = [torch.device(device)] if torch.device(device).type == "cuda" else []  # random states besides the CPU's
     with torch.random.fork_rng(devices=cuda):
         torch.manual_seed(seed)
         model = make().to(device).train()
@@ -170,7 +149,8 @@ def train(
                 state = {name: part.state_dict() for name, part in parts.items()}
                 state |= {"epochs": epoch + 1, "generator": torch.get_rng_state()}
                 state["cuda generators"] = [torch.cuda.get_rng_state(one) for one in cuda]
-                with replacing(checkpoint) as file:
+                # Whatever stood there was loaded as a checkpoint before.
+                with Blame(f"checkpoint {checkpoint}"), whole_file(checkpoint) as file:
                     torch.save(state, file)
             after_epoch()
     return model.eval()

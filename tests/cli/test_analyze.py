@@ -12,7 +12,9 @@ import pytest
 import torch
 
 import fastsal
-from fastsal.cli import analyze, main
+from fastsal import files
+from fastsal.cli import main
+from fastsal.evaluation import tables
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -152,7 +154,7 @@ class TestAnalyze:
         assert "(1 NaN left out)" in out
 
     def test_data_takes_the_models_dtype(self, run, folder):
-        np.save("x.npy", np.load("x.npy").astype(">f8"))  # foreign byte order too
+        np.save("x.npy", np.load("x.npy").astype(">f8"))  # the other byte order too
         status, out, _ = run(out="a.npz")
         assert (status, "x is >f8 in the file and was analysed in the model's torch.float32" in out) == (0, True)
         assert run(out="b.npz", model="double")[0] == 0
@@ -207,12 +209,13 @@ class TestAnalyze:
             file.write("\n\ndropping = nn.Sequential(nn.Flatten(), nn.Dropout(0.5), nn.Linear(6, 4))\n")
         assert run(model="dropping")[0] == 0
 
-    def test_an_existing_file_is_replaced_only_by_a_whole_one(self, run, tmp_path):
-        (tmp_path / "out.csv").write_text("old")
-        assert run(model="failing", batch_size=10)[0] == 2
-        assert (tmp_path / "out.csv").read_text() == "old"
+    def test_earlier_results_are_replaced_only_by_a_whole_file(self, run, tmp_path):
         assert run()[0] == 0
-        assert (tmp_path / "out.csv").read_text().startswith("index,")
+        before = (tmp_path / "out.csv").read_text()
+        assert run(model="failing", batch_size=10)[0] == 2
+        assert (tmp_path / "out.csv").read_text() == before
+        assert run(norm=1)[0] == 0
+        assert (tmp_path / "out.csv").read_text() != before
 
 
 class Exploding:
@@ -358,9 +361,9 @@ class TestBadInput:
         assert (status, stdout, err) == (130, "", "fastsal analyze: interrupted\n")
         # and while the file is being written
         if out.endswith("csv"):
-            monkeypatch.setattr(analyze.csv, "writer", interrupt)
+            monkeypatch.setattr(files.csv, "writer", interrupt)
         else:
-            monkeypatch.setattr(analyze.np, "savez", interrupt)
+            monkeypatch.setattr(tables.np, "savez", interrupt)
         assert run(out=out)[0] == 130
         assert not [path for path in tmp_path.iterdir() if "out" in path.name]
 
@@ -368,7 +371,7 @@ class TestBadInput:
         def full(*_, **__):
             raise OSError(28, "No space left on device")
 
-        monkeypatch.setattr(analyze.np, "savez", full)
+        monkeypatch.setattr(tables.np, "savez", full)
         status, _, err = run(out="out.npz")
         assert (status, err.count("\n")) == (2, 1)
         assert err.startswith("fastsal analyze: --out out.npz: OSError: [Errno 28] No space left on device")

@@ -12,8 +12,9 @@ from PIL import Image
 from torch import nn
 
 import fastsal
+from fastsal import files, load
 from fastsal.cli import inputs, main, models
-from fastsal.evaluation import load, shards
+from fastsal.evaluation import shards
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -123,19 +124,18 @@ class TestOut:
         assert run()[0] == 0
         status, out, err = run(norm=1)
         assert (status, out, err.count("\n")) == (2, "", 1)
-        assert "out: results holds results of something else: norm was '2', is '1'; wants another folder" in err
+        assert "out: results: holds results of something else: norm was '2', is '1'; wants another folder" in err
 
     def test_picture_and_plot_of_the_folder(self, run, tmp_path):
         assert run(plot="picture.png")[0] == 0
         assert (tmp_path / "picture.png").read_bytes().startswith(b"\x89PNG")
         axes = pytest.importorskip("matplotlib.figure").Figure().subplots()
-        fastsal.plot.scatter("results", ax=axes)
         geometry = load("results")
+        fastsal.plot.scatter(geometry, ax=axes)
         want = torch.stack((geometry.linearized_robustness, geometry.alignment))
         np.testing.assert_array_equal(np.stack(axes.lines[0].get_data()), want)
-        fastsal.plot.medians({"a": "results", "b": geometry}, "bound", "homogeneity", ax=axes)
         with pytest.raises(ValueError, match="'saliency g' holds no saliency"):
-            fastsal.plot.saliency_grid(torch.rand(21, 3, 2, 2), "results")
+            fastsal.plot.saliency_grid(torch.rand(21, 3, 2, 2), geometry)
         status, _, err = run(plot="picture.txt")
         assert (status, err) == (
             2,
@@ -337,11 +337,10 @@ class TestNetworksByName:
         def broken(name):
             raise RuntimeError("operator torchvision::nms does not exist")
 
-        monkeypatch.setattr(models.importlib, "import_module", broken)
+        monkeypatch.setattr(files.importlib, "import_module", broken)
         status, _, err = run(model="torchvision:resnet18")
         assert status == 2
         assert err == (
-            "fastsal analyze: --model torchvision:resnet18: torchvision cannot be imported beside torch "
-            f"{torch.__version__} (operator torchvision::nms does not exist); wants builds of torch and torchvision that "
-            "belong together\n"
+            f"fastsal analyze: torchvision cannot be imported beside torch {torch.__version__} (operator torchvision::nms does "
+            "not exist); wants builds of torch and torchvision that belong together\n"
         )

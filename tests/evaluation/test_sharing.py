@@ -15,6 +15,7 @@ import pytest
 
 import fastsal
 from fastsal.evaluation import shards
+from fastsal.evaluation.evaluate import in_memory
 from fastsal.evaluation.sharing import Team, Work
 
 MODEL = """
@@ -169,7 +170,7 @@ def test_torchrun_with_a_process_killed_and_another_number_afterwards(torchrun, 
         sys.path.remove(str(tmp_path))
         os.remove("pid.None")
     with pytest.warns(UserWarning, match="too large"):
-        columns, want = fastsal.evaluation.in_memory(model, Pairs(x, y), batch_size=4)
+        columns, want = in_memory(model, Pairs(x, y), batch_size=4)
     got = shards.read(shards.shards(results))
     assert list(got) == list(columns)
     for name, values in columns.items():

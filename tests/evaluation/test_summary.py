@@ -6,8 +6,8 @@ import math
 import numpy as np
 import pytest
 
-from fastsal.evaluation.batches import MISSING
 from fastsal.evaluation.summary import Group, summarize
+from fastsal.evaluation.tables import MISSING
 from fastsal.tensor.reference import SCALARS
 
 QUANTITIES = (*SCALARS, "lower_bound")

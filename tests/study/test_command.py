@@ -1,6 +1,7 @@
 """`fastsal study`: what it does twice and what it does not, what it prints, what it refuses, and kill -9."""
 
 import dataclasses
+import functools
 import html
 import re
 import signal
@@ -11,6 +12,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from study.small import GRID, LABELS
 
 import fastsal
@@ -20,7 +22,7 @@ from fastsal.study import page
 from fastsal.study.train import Recipe, train
 
 
-def test_goes_on(study, monkeypatch, capsys):
+def test_resumes(study, monkeypatch, capsys):
     """Nothing is done twice, another strength is trained alone, and other options want another folder."""
     trained, wrote = [], []
     monkeypatch.setattr(command, "train", lambda *args, **options: trained.append(args[2]) or train(*args, **options))
@@ -33,7 +35,10 @@ def test_goes_on(study, monkeypatch, capsys):
     capsys.readouterr()
     assert main(["study", *GRID, "--out", str(study), "--seed", "1"]) == 2
     err = capsys.readouterr().err
-    assert err == f"fastsal study: --out {study}: holds a study with seed 0, not 1; wants another folder\n"
+    assert (
+        err
+        == f"fastsal study: --out {study}: holds results of something else: seed was 0, is 1; wants another folder\n"
+    )
 
 
 def test_prints_the_verdicts_again(study, capsys):
@@ -92,7 +97,7 @@ def test_defaults_by_data(monkeypatch, tmp_path):
     """What the user does not say is taken from the grid of the data, and what he says is kept."""
     asked = []
     monkeypatch.setattr(command, "_check_folder", asked.append)
-    monkeypatch.setattr(command, "_Progress", lambda *_: (_ for _ in ()).throw(SystemExit))
+    monkeypatch.setattr(command, "_try", lambda *_: (_ for _ in ()).throw(SystemExit))
     for options, want in (
         ([], command.GRIDS["digits"]),
         (["--radii", "--epochs", "3"], dataclasses.replace(command.GRIDS["digits"], radii=(), epochs=3)),
@@ -106,13 +111,28 @@ def test_defaults_by_data(monkeypatch, tmp_path):
         )
 
 
-def test_estimate(study, tmp_path, capsys):
-    """Said before anything is trained, of what is left to do."""
+def test_progress(study, tmp_path, capsys, monkeypatch):
+    """What is left to do is said first, and counted in epochs and attacks, those of an earlier run included."""
+    tqdm = pytest.importorskip("tqdm")
+    bars = []
+    bar = functools.partial(tqdm.tqdm, mininterval=0)
+    monkeypatch.setattr(tqdm, "tqdm", lambda **options: bars.append(bar(**options | {"disable": False})) or bars[-1])
     assert main(["study", *GRID, "--out", str(study)]) == 0
     assert "to train" not in capsys.readouterr().out
-    assert main(["study", *GRID[:-2], "--radii", "--out", str(tmp_path / "out")]) == 0
-    first = capsys.readouterr().out.splitlines()[0]
-    assert re.fullmatch(r"2 networks to train and attack \(torch threads: 1\): about \d+ (s|min)", first)
+    out = tmp_path / "out"
+    with monkeypatch.context() as patch:
+        patch.setattr(command, "measure", lambda *_, **__: (_ for _ in ()).throw(KeyboardInterrupt))
+        assert main(["study", *GRID[:-2], "--radii", "--out", str(out)]) == 130
+    assert main(["study", *GRID[:-2], "--radii", "--out", str(out)]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0] == "2 networks to train and attack (torch threads: 1)"
+    assert [(bar.n, bar.total) for bar in bars] == [(0, 0), (2, 16), (16, 16)]
+
+
+def test_a_network_that_cannot_be_trained_is_named_first(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(command, "factory", lambda *_: lambda: torch.nn.Conv2d(1, 10, 9))
+    assert main(["study", *GRID, "--model", "timm:any", "--out", str(tmp_path / "out")]) == 2
+    assert capsys.readouterr().err.startswith("fastsal study: --model timm:any: RuntimeError: ")
 
 
 def test_killed(tmp_path, study, monkeypatch):

@@ -76,7 +76,7 @@ def test_captions_count(study):
 @pytest.mark.parametrize(
     ("title", "tables", "least"),
     [
-        ("What came out on MNIST", ("report.md",), 30),
+        ("Results on MNIST", ("report.md",), 30),
         ("Why alignment falls", ("experiments.csv", "experiments_claims.csv"), 50),
     ],
 )
@@ -94,7 +94,7 @@ def test_the_guide_says_what_the_committed_tables_say(title, tables, least):
 
 def test_the_guide_counts_the_attacks_as_the_committed_report_does():
     report = Path(__file__).resolve().parents[2] / "bench" / "results" / "study" / "report.md"
-    counts = re.search(r"DDN found .*? none", _guide("What came out on MNIST"), re.S)[0]
+    counts = re.search(r"DDN found .*? none", _guide("Results on MNIST"), re.S)[0]
     assert {"514", "260", "14", "12"} <= set(re.findall(r"\d+", counts)) & set(
         re.findall(r"\d+", report.read_text("utf-8"))
     )
