@@ -13,7 +13,7 @@ import torch
 import fastsal
 from fastsal.tensor import reference
 from fastsal.tensor.backends import triton
-from fastsal.tensor.backends.triton_ops import margin_geometry, pairwise_margins, row_distances
+from fastsal.tensor.backends.triton_ops import pairwise_margins, row_distances
 
 TRITON = cases.Target("triton", "cpu")
 SEGMENT_SIZE = row_distances.SEGMENT_SIZE.value
@@ -58,18 +58,16 @@ def test_geometry_of_two_segments(dtype, norm):
     cases.check_geometry(TRITON, logits, jacobian, x, norm)
 
 
-def test_bits_do_not_depend_on_who_computes_them(monkeypatch):
-    norm = 2.0
+def test_bits_depend_on_the_example_only(monkeypatch):
     logits, jacobian, x = cases.inputs(2, 5, 150, torch.float32)
-    whole = cases.margin_geometry(TRITON, logits, jacobian, x, norm)
-    monkeypatch.setattr(margin_geometry, "_whole_examples", lambda jacobian: False)
+    both = cases.margin_geometry(TRITON, logits, jacobian, x)
     storage = torch.empty(5, 2, 151)[:, :, 1:]  # unaligned, classes first
-    segments = cases.margin_geometry(TRITON, logits, storage.copy_(jacobian.transpose(0, 1)).transpose(0, 1), x, norm)
-    cases.assert_same_results(whole, segments)
-    monkeypatch.setattr(row_distances, "FEW_ROWS", row_distances.RowBlock(4, 4))
-    cases.assert_same_results(whole, cases.margin_geometry(TRITON, logits, jacobian, x, norm))
-    first = cases.margin_geometry(TRITON, logits[1:2], jacobian[1:2], x[1:2], norm)
-    cases.assert_same_results(whole, first, slice(1, 2))
+    strided = storage.copy_(jacobian.transpose(0, 1)).transpose(0, 1)
+    cases.assert_same_results(both, cases.margin_geometry(TRITON, logits, strided, x))
+    last = cases.margin_geometry(TRITON, logits[1:], jacobian[1:], x[1:])
+    cases.assert_same_results(both, last, slice(1, 2))
+    monkeypatch.setattr(row_distances, "BLOCK_ROWS", 1)
+    cases.assert_same_results(both, cases.margin_geometry(TRITON, logits, jacobian, x))
 
 
 @cases.each_dtype

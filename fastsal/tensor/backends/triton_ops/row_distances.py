@@ -1,7 +1,5 @@
 """row_distances: ‖anchor − row‖_q of every row. It is the first stage of margin_geometry too."""
 
-from typing import NamedTuple
-
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -18,31 +16,7 @@ from fastsal.tensor.backends.triton_ops.shared import (
 )
 
 SEGMENT_SIZE = tl.constexpr(4096)
-
-
-class RowBlock(NamedTuple):
-    """How many rows share one load of the anchor, and by how many warps. No bit of the results depends on it."""
-
-    rows: int
-    warps: int
-
-
-WHOLE_EXAMPLE = RowBlock(2, 2)  # this and what follows: from register counts and arithmetic, not measured
-FEW_ROWS = RowBlock(1, 4)  # for launches too small to fill the chip
-
-
-def _row_block(rows: Tensor, segments: int) -> RowBlock:
-    major, processors = launching.device(rows.device)
-    if rows.shape[0] * rows.shape[1] * segments < 16 * processors:
-        return FEW_ROWS
-    if rows.element_size() == 2 and major >= 9:
-        return RowBlock(8, 4)  # the memory of Hopper and later wants more bytes in flight
-    return RowBlock(2 if rows.element_size() == 8 else 4, 4)
-
-
-def lanes(rows: Tensor) -> int:
-    """BLOCK_D of a row's reduction: part of the reduction tree."""
-    return launching.block_size(rows.shape[2], 128, 512 if rows.element_size() == 8 else 1024)
+BLOCK_ROWS = 4  # rows that share one load of the anchor
 
 
 def launch(anchor: Tensor, rows: Tensor, norms: Tensor, q: int, index: Tensor | None = None) -> None:
@@ -50,35 +24,24 @@ def launch(anchor: Tensor, rows: Tensor, norms: Tensor, q: int, index: Tensor | 
     n_examples, n_rows, n_cols = rows.shape
     segments = triton.cdiv(n_cols, SEGMENT_SIZE.value)
     (partials,) = launching.scratch(rows, norms.numel() * segments)
-    block = _row_block(rows, segments)
-    row_blocks = triton.cdiv(n_rows, block.rows)
+    row_blocks = triton.cdiv(n_rows, BLOCK_ROWS)
     launching.launch(
         row_distances_partials_kernel,
         n_examples * row_blocks * segments,
-        anchor,
-        *anchor.stride()[:2],
-        index,
-        rows,
-        *rows.stride()[:2],
-        partials,
-        n_rows,
-        n_cols,
-        segments,
-        row_blocks,
-        warps=block.warps,
+        *(anchor, *anchor.stride()[:2], index, rows, *rows.stride()[:2], partials),
+        *(n_rows, n_cols, segments, row_blocks),
         Q=q,
-        BLOCK_ROWS=block.rows,
-        BLOCK_D=lanes(rows),
+        BLOCK_ROWS=BLOCK_ROWS,
+        BLOCK_D=launching.block_size(
+            n_cols, 128, 512 if rows.element_size() == 8 else 1024
+        ),  # part of the reduction tree
     )
     block_s = launching.block_size(segments, 1, 64)
     block_n = 256 // block_s
     launching.launch(
         row_distances_combine_kernel,
         triton.cdiv(norms.numel(), block_n),
-        partials,
-        norms,
-        norms.numel(),
-        segments,
+        *(partials, norms, norms.numel(), segments),
         Q=q,
         BLOCK_N=block_n,
         BLOCK_S=block_s,
@@ -94,7 +57,7 @@ def _differences(anchor, rows, start, n_cols, BLOCK_D: tl.constexpr, T: tl.const
 
 
 @triton.jit
-def segment_norms(
+def _segment_norms(
     anchor, rows, needed, start, n_cols, BLOCK_ROWS: tl.constexpr, Q: tl.constexpr, BLOCK_D: tl.constexpr
 ):
     """‖anchor − row‖ over the segment that starts at `start`, encoded, for BLOCK_ROWS rows; right only where `needed`."""
@@ -121,7 +84,7 @@ def segment_norms(
 def _scaled_segment_norms(
     anchor, rows, start, end, n_cols, BLOCK_ROWS: tl.constexpr, Q: tl.constexpr, BLOCK_D: tl.constexpr
 ):
-    """`segment_norms` in float64, its squares scaled by a power of two."""
+    """`_segment_norms` in float64, its squares scaled by a power of two."""
     if Q == 2:
         top = tl.zeros([BLOCK_ROWS, BLOCK_D], tl.int64)
         for k in range(start, end, BLOCK_D):
@@ -169,7 +132,7 @@ def row_distances_partials_kernel(
         anchor += i * stride_anchor_n
         needed &= row != i  # the anchor's distance to itself is not used, and its zeros would cost a scaled segment
     rows = rows_ptr + b * stride_rows_b + tl.minimum(row, n_rows - 1) * stride_rows_n
-    out = segment_norms(anchor, rows, needed, s * SEGMENT_SIZE, n_cols, BLOCK_ROWS, Q, BLOCK_D)
+    out = _segment_norms(anchor, rows, needed, s * SEGMENT_SIZE, n_cols, BLOCK_ROWS, Q, BLOCK_D)
     tl.store(partials_ptr + (b * n_rows + row) * n_segments + s, out, mask=row < n_rows)
 
 
