@@ -92,6 +92,28 @@ def _reduce_pairs(lanes, Q: tl.constexpr):
 
 
 @triton.jit
+def _any(mask):
+    """Whether one of [I, J] is true."""
+    return tl.max(tl.max(mask.to(tl.int32), 1), 0) != 0
+
+
+@triton.jit
+def _nonzero_pairs(
+    rows_i, rows_j, x, start, end, n_cols, BLOCK_ROWS: tl.constexpr, BLOCK_D: tl.constexpr, T: tl.constexpr
+):
+    """Which pairs differ in a segment, and which do where x is not 0 [BLOCK_ROWS, BLOCK_ROWS]."""
+    differ = tl.zeros([BLOCK_ROWS, BLOCK_ROWS], tl.int32)
+    differ_at_x = tl.zeros([BLOCK_ROWS, BLOCK_ROWS], tl.int32)
+    for k in range(start, end, BLOCK_D):
+        d = _pair_differences(rows_i, rows_j, k, n_cols, BLOCK_D, T) != 0
+        differ |= tl.max(d.to(tl.int32), 2)
+        if x is not None:
+            d &= (entries(x, k, n_cols, BLOCK_D) != 0)[:, None, :]
+            differ_at_x |= tl.max(d.to(tl.int32), 2)
+    return differ != 0, differ_at_x != 0
+
+
+@triton.jit
 def _scaled_pairs(
     rows_i, rows_j, x, start, end, n_cols, Q: tl.constexpr, BLOCK_ROWS: tl.constexpr, BLOCK_D: tl.constexpr
 ):
@@ -174,16 +196,23 @@ def pairwise_margins_partials_kernel(
             norm += flushed
         if x_ptr is not None:
             dot += _reduce_pairs(dots, 1)
+    x = x_ptr + b * stride_x_b if x_ptr is not None else None
     tiny = (end - start).to(tl.float64) * (7.9e-31 if T == tl.float32 else 9.4e-302)
-    bad = (norm < float("inf")) == 0
+    bad_norm = ((norm < float("inf")) == 0) & needed
+    bad_dot = ((tl.abs(dot) < float("inf")) == 0) & needed
     if Q == 2:
-        bad |= norm < tiny
+        bad_norm |= (norm < tiny) & needed
     if x_ptr is not None:
-        bad |= ((tl.abs(dot) < float("inf")) == 0) | (tl.abs(dot) < tiny)
+        bad_dot |= (tl.abs(dot) < tiny) & needed
+    # Sums of 0, as padded tokens and masked regions make, are exact unless a term underflowed.
+    if (Q == 2 or x_ptr is not None) and _any((bad_norm & (norm == 0)) | (bad_dot & (dot == 0))):
+        differ, differ_at_x = _nonzero_pairs(rows_i, rows_j, x, start, end, n_cols, BLOCK_ROWS, BLOCK_D, T)
+        bad_norm &= differ
+        bad_dot &= differ_at_x
+    bad = bad_norm | bad_dot
     norm = root(norm, Q)
     dot = tl.where(norm == 0, dot, dot / norm)
-    if tl.max(tl.max((bad & needed).to(tl.int32), 1), 0) != 0:
-        x = x_ptr + b * stride_x_b if x_ptr is not None else None
+    if _any(bad):
         scaled, projection = _scaled_pairs(rows_i, rows_j, x, start, end, n_cols, Q, BLOCK_ROWS, SCALED_BLOCK_D)
         norm = tl.where(bad, scaled, norm)
         dot = tl.where(bad, projection, dot)

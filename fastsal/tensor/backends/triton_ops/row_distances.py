@@ -70,12 +70,18 @@ def _segment_norms(
     out = reduce(acc, Q)
     # Differences of float16 never leave the range of float32, and float64 needs a scale for its squares only.
     if (DTYPE != tl.float16) and (DTYPE != tl.float64 or Q == 2):
-        bad = (out < float("inf")) == 0
+        NARROW: tl.constexpr = BLOCK_D if BLOCK_D < 256 else 256
+        bad = ((out < float("inf")) == 0) & needed
         if Q == 2:
             # Squares that underflow lose 2^-150 each (2^-1075 in float64).
-            bad |= out < (end - start).to(tl.float64) * (7.9e-31 if T == tl.float32 else 9.4e-302)
-        if tl.max((bad & needed).to(tl.int32), 0) != 0:
-            NARROW: tl.constexpr = BLOCK_D if BLOCK_D < 256 else 256
+            bad |= (out < (end - start).to(tl.float64) * (7.9e-31 if T == tl.float32 else 9.4e-302)) & needed
+            # A sum of 0, as padded tokens and masked regions make, is exact unless a square underflowed.
+            if tl.max((bad & (out == 0)).to(tl.int32), 0) != 0:
+                top = start_lanes(tl.zeros([BLOCK_ROWS, NARROW], T), 0)
+                for k in range(start, end, NARROW):
+                    top = accumulate(top, _differences(anchor, rows, k, n_cols, NARROW, T), 0)
+                bad &= reduce(top, 0) != 0
+        if tl.max(bad.to(tl.int32), 0) != 0:
             out = tl.where(bad, _scaled_segment_norms(anchor, rows, start, end, n_cols, BLOCK_ROWS, Q, NARROW), out)
     return out
 
@@ -130,7 +136,7 @@ def row_distances_partials_kernel(
     if index_ptr is not None:
         i = tl.load(index_ptr + b)
         anchor += i * stride_anchor_n
-        needed &= row != i  # the anchor's distance to itself is not used, and its zeros would cost a scaled segment
+        needed &= row != i  # the anchor's distance to itself is not used
     rows = rows_ptr + b * stride_rows_b + tl.minimum(row, n_rows - 1) * stride_rows_n
     out = _segment_norms(anchor, rows, needed, s * SEGMENT_SIZE, n_cols, BLOCK_ROWS, Q, BLOCK_D)
     tl.store(partials_ptr + (b * n_rows + row) * n_segments + s, out, mask=row < n_rows)
