@@ -4,7 +4,7 @@
     python bench/tools/triton_matrix.py --default          what the tests compile: each kernel × dtype × norm once
     python bench/tools/triton_matrix.py --json matrix.json
 
-The launches are those of fastsal/tensor/backends/triton_ops itself, caught on their way to the device.
+The launches are those of fastsal/tensor/backends/triton_ops itself, taken before they reach the device.
 """
 
 import argparse

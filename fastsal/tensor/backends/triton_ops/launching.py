@@ -1,4 +1,4 @@
-"""How kernels are launched: the one call of Triton's launcher, scratch memory, and what is known about the device."""
+"""How kernels are launched: the one call of Triton's launcher, block sizes and scratch memory."""
 
 from collections.abc import Callable
 from typing import Any
@@ -8,8 +8,8 @@ import triton
 from torch import Tensor
 
 MAX_PROGRAMS = 2**31 - 1  # of a grid
-# Arguments that no address is a multiple of. Triton would compile a kernel again where one of them is 1 or a multiple of 16, as
-# in the last batch of a data set.
+# Triton compiles a kernel again where an integer argument is 1 or a multiple of 16, as in the last batch of a data set. These
+# counts say nothing about the alignment of a row, so that nothing is gained by it.
 COUNTS = ("n_rows", "n_examples", "n_segments", "n_row_blocks", "n_col_blocks", "n_norms")
 
 

@@ -84,16 +84,16 @@ def launch(logits: Tensor, jacobian: Tensor, x: Tensor, outputs: tuple[Tensor, T
 @triton.jit
 def _select(logits, norms, i, n_rows, distances, n_stored, BLOCK_N: tl.constexpr):
     """The runner-up of one example from its logits [n] and norms [n]; stores the first `n_stored` distances."""
-    top = tl.load(logits + i).to(tl.float64)
-    best, side, runner_up = no_candidate()
+    score = tl.load(logits + i).to(tl.float64)
+    best, tiebreak, runner_up = no_candidate()
     for start in range(0, n_rows, BLOCK_N):
         j = start + tl.arange(0, BLOCK_N).to(tl.int64)
         mask = (j < n_rows) & (j != i)
-        margin = top - tl.load(logits + j, mask=mask, other=0.0).to(tl.float64)
+        margin = score - tl.load(logits + j, mask=mask, other=0.0).to(tl.float64)
         ratio = margin_ratio(margin, tl.load(norms + j, mask=mask, other=0.0))
         out = tl.where(j == i, float("inf"), ratio)
         tl.store(distances + j, out.to(distances.dtype.element_ty), mask=j < n_stored)
-        best, side, runner_up = nearest(best, side, runner_up, ratio, margin, j, mask)
+        best, tiebreak, runner_up = nearest(best, tiebreak, runner_up, ratio, margin, j, mask)
     return runner_up
 
 

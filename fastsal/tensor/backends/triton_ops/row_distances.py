@@ -8,11 +8,13 @@ from fastsal.tensor.backends.triton_ops import launching
 from fastsal.tensor.backends.triton_ops.shared import (
     accumulate,
     combine_norms,
+    entries,
     exponent,
     reduce,
     row_entries,
     shift,
     start_lanes,
+    underflow_limit,
 )
 
 SEGMENT_SIZE = tl.constexpr(4096)
@@ -51,9 +53,7 @@ def launch(anchor: Tensor, rows: Tensor, norms: Tensor, q: int, index: Tensor | 
 @triton.jit
 def _differences(anchor, rows, start, n_cols, BLOCK_D: tl.constexpr, T: tl.constexpr):
     """anchor − rows [R, BLOCK_D] in the type T, from column `start` on; 0 behind the last column."""
-    cols = start + tl.arange(0, BLOCK_D)
-    a = tl.load(anchor + cols, mask=cols < n_cols, other=0.0).to(T)
-    return a[None, :] - row_entries(rows, start, n_cols, BLOCK_D, T)
+    return entries(anchor, start, n_cols, BLOCK_D, T) - row_entries(rows, start, n_cols, BLOCK_D, T)
 
 
 @triton.jit
@@ -73,8 +73,7 @@ def _segment_norms(
         NARROW: tl.constexpr = BLOCK_D if BLOCK_D < 256 else 256
         bad = ((out < float("inf")) == 0) & needed
         if Q == 2:
-            # Squares that underflow lose 2^-150 each (2^-1075 in float64).
-            bad |= (out < (end - start).to(tl.float64) * (7.9e-31 if T == tl.float32 else 9.4e-302)) & needed
+            bad |= (out < underflow_limit(end - start, T)) & needed
             # A sum of 0, as padded tokens and masked regions make, is exact unless a square underflowed.
             if tl.max((bad & (out == 0)).to(tl.int32), 0) != 0:
                 top = start_lanes(tl.zeros([BLOCK_ROWS, NARROW], T), 0)
