@@ -4,7 +4,7 @@
     python bench/tools/triton_matrix.py --default          what the tests compile: each kernel × dtype × norm once
     python bench/tools/triton_matrix.py --json matrix.json
 
-The launches are those of fastsal/tensor/backends/triton_ops itself, caught on their way to the device.
+The launches are those of fastsal/tensor/backends/triton_ops itself, taken before they reach the device.
 """
 
 import argparse
@@ -39,9 +39,9 @@ TYPES = {
 }
 NORMS = (2.0, math.inf, 1.0)
 DTYPES = tuple(TYPES)[:4]
-# [B, n, D]: an example a program; a segment a program, few programs and many; odd D, so that no address is aligned.
-DEFAULT_SHAPES = ((8, 100, 150528), (64, 10, 784))
-SHAPES = (*DEFAULT_SHAPES, (2, 3, 8191), (4096, 100, 3072), (64, 10, 77))
+# [B, n, D]: many segments; one; odd D, so that no address is aligned.
+DEFAULT_SHAPE = (8, 100, 150528)
+SHAPES = (DEFAULT_SHAPE, (64, 10, 784), (4096, 100, 3072), (2, 3, 8191), (64, 10, 77))
 
 
 class Launch(NamedTuple):
@@ -55,8 +55,8 @@ class Launch(NamedTuple):
     warps: int
 
 
-def caught(capability: int, shapes: tuple[tuple[int, int, int], ...]) -> Iterator[Launch]:
-    """Every launch of every operator on Jacobians of the given shapes, for a device of the given capability."""
+def caught(shapes: tuple[tuple[int, int, int], ...]) -> Iterator[Launch]:
+    """Every launch of every operator on Jacobians of the given shapes."""
     launches: dict[Launch, None] = {}
 
     def catch(kernel: Any, programs: int, *args: Any, warps: int = 4, **constants: Any) -> None:
@@ -78,7 +78,6 @@ def caught(capability: int, shapes: tuple[tuple[int, int, int], ...]) -> Iterato
         launches[Launch(*where, tuple(signature), tuple(fixed), tuple(aligned), warps)] = None
 
     launching.launch = catch
-    launching.device = lambda of: (capability // 10, 132)
     backend._on_device = lambda tensor: contextlib.nullcontext()
     for B, n, D in shapes:
         for dtype in DTYPES:
@@ -95,10 +94,10 @@ def caught(capability: int, shapes: tuple[tuple[int, int, int], ...]) -> Iterato
     yield from launches
 
 
-def default(capability: int) -> list[Launch]:
-    """The first launch of each kernel × dtype × norm: the largest shape's, with x."""
+def default() -> list[Launch]:
+    """The first launch of each kernel × dtype × norm, with x."""
     first: dict[tuple[Any, ...], Launch] = {}
-    for launch in caught(capability, DEFAULT_SHAPES):
+    for launch in caught((DEFAULT_SHAPE,)):
         first.setdefault((launch.kernel, data_type(launch), dict(launch.constants).get("Q")), launch)
     return list(first.values())
 
@@ -151,7 +150,7 @@ def main() -> None:
     work = [
         (launch, capability)
         for capability in arguments.capabilities
-        for launch in (default(capability) if arguments.default else caught(capability, SHAPES))
+        for launch in (default() if arguments.default else caught(SHAPES))
     ]
     with ProcessPoolExecutor(arguments.jobs) as pool:
         rows = list(pool.map(compiled, work, chunksize=4))

@@ -13,7 +13,7 @@ import torch
 import fastsal
 from fastsal.tensor import reference
 from fastsal.tensor.backends import triton
-from fastsal.tensor.backends.triton_ops import margin_geometry, pairwise_margins, row_distances
+from fastsal.tensor.backends.triton_ops import pairwise_margins, row_distances
 
 TRITON = cases.Target("triton", "cpu")
 SEGMENT_SIZE = row_distances.SEGMENT_SIZE.value
@@ -58,18 +58,68 @@ def test_geometry_of_two_segments(dtype, norm):
     cases.check_geometry(TRITON, logits, jacobian, x, norm)
 
 
-def test_bits_do_not_depend_on_who_computes_them(monkeypatch):
-    norm = 2.0
+@pytest.fixture
+def scaled(monkeypatch):
+    """The names of the scaled passes that ran: a list that grows."""
+    ran = []
+
+    def watch(module, name):
+        function = getattr(module, name)
+
+        def watched(*args, **kwargs):
+            ran.append(name)
+            return function(*args, **kwargs)
+
+        monkeypatch.setattr(module, name, watched)
+
+    watch(row_distances, "_scaled_segment_norms")
+    watch(pairwise_margins, "_scaled_pairs")
+    return ran
+
+
+def masked(width, dtype):
+    """One example of three segments of `width`: equal rows in the first, up to signs of zeros, and x = 0 in the second."""
+    logits, jacobian, x = cases.inputs(1, 3, 2 * width + 44, dtype)
+    jacobian[:, 1, :width] = jacobian[:, 0, :width]
+    jacobian[:, 2, :width] = jacobian[:, 0, :width]
+    jacobian[:, :, :9] = 0
+    jacobian[:, 1, :9] = -0.0
+    jacobian[:, 2, width : 2 * width] = jacobian[:, 1, width : 2 * width]
+    x[:, width : 2 * width] = 0
+    return logits, jacobian, x
+
+
+@cases.each_norm
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_segments_of_zeros_need_no_scaled_pass(dtype, norm, monkeypatch, scaled):
+    """Padded tokens and masked regions make sums that are exactly 0."""
+    cases.check_geometry(TRITON, *masked(SEGMENT_SIZE, dtype), norm)
+    monkeypatch.setattr(pairwise_margins, "SEGMENT_SIZE", 128)
+    cases.check_pairwise(TRITON, *masked(128, dtype), norm)
+    assert scaled == []
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_squares_and_products_that_underflow_need_a_scaled_pass(dtype, scaled):
+    tiny = 1e-30 if dtype == torch.float32 else 1e-200
+    logits, jacobian, x = cases.inputs(1, 3, 19, dtype, scale=tiny)
+    cases.check_geometry(TRITON, logits, jacobian, x)
+    assert set(scaled) == {"_scaled_segment_norms"}
+    cases.check_pairwise(TRITON, logits, jacobian, tiny * x)
+    cases.check_pairwise(TRITON, logits, jacobian, tiny * x, math.inf)  # norms are right, products are not
+    assert scaled.count("_scaled_pairs") == 2
+
+
+def test_bits_depend_on_the_example_only(monkeypatch):
     logits, jacobian, x = cases.inputs(2, 5, 150, torch.float32)
-    whole = cases.margin_geometry(TRITON, logits, jacobian, x, norm)
-    monkeypatch.setattr(margin_geometry, "_whole_examples", lambda jacobian: False)
+    both = cases.margin_geometry(TRITON, logits, jacobian, x)
     storage = torch.empty(5, 2, 151)[:, :, 1:]  # unaligned, classes first
-    segments = cases.margin_geometry(TRITON, logits, storage.copy_(jacobian.transpose(0, 1)).transpose(0, 1), x, norm)
-    cases.assert_same_results(whole, segments)
-    monkeypatch.setattr(row_distances, "FEW_ROWS", row_distances.RowBlock(4, 4))
-    cases.assert_same_results(whole, cases.margin_geometry(TRITON, logits, jacobian, x, norm))
-    first = cases.margin_geometry(TRITON, logits[1:2], jacobian[1:2], x[1:2], norm)
-    cases.assert_same_results(whole, first, slice(1, 2))
+    strided = storage.copy_(jacobian.transpose(0, 1)).transpose(0, 1)
+    cases.assert_same_results(both, cases.margin_geometry(TRITON, logits, strided, x))
+    last = cases.margin_geometry(TRITON, logits[1:], jacobian[1:], x[1:])
+    cases.assert_same_results(both, last, slice(1, 2))
+    monkeypatch.setattr(row_distances, "BLOCK_ROWS", 1)
+    cases.assert_same_results(both, cases.margin_geometry(TRITON, logits, jacobian, x))
 
 
 @cases.each_dtype

@@ -1,6 +1,5 @@
-"""How kernels are launched: the one call of Triton's launcher, scratch memory, and what is known about the device."""
+"""How kernels are launched: the one call of Triton's launcher, block sizes and scratch memory."""
 
-import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -9,8 +8,8 @@ import triton
 from torch import Tensor
 
 MAX_PROGRAMS = 2**31 - 1  # of a grid
-# Arguments that no address is a multiple of. Triton would compile a kernel again where one of them is 1 or a multiple of 16, as
-# in the last batch of a data set.
+# Triton compiles a kernel again where an integer argument is 1 or a multiple of 16, as in the last batch of a data set. These
+# counts say nothing about the alignment of a row, so that nothing is gained by it.
 COUNTS = ("n_rows", "n_examples", "n_segments", "n_row_blocks", "n_col_blocks", "n_norms")
 
 
@@ -24,15 +23,6 @@ def launch(kernel: Any, programs: int, *arguments: Any, warps: int = 4, **consta
     if programs > MAX_PROGRAMS:
         raise RuntimeError(f"{kernel.__name__}: the problem is too large for one grid ({programs} programs)")
     kernel[(programs,)](*arguments, num_warps=warps, enable_fp_fusion=False, **constants)
-
-
-@functools.cache
-def device(of: torch.device) -> tuple[int, int]:
-    """Its compute capability's major number and count of multiprocessors; an H100's where it is not CUDA's, as in the tests."""
-    if of.type != "cuda":
-        return 9, 132
-    properties = torch.cuda.get_device_properties(of)
-    return properties.major, properties.multi_processor_count
 
 
 def block_size(count: int, least: int, most: int) -> int:

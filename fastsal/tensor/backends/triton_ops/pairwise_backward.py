@@ -25,29 +25,15 @@ def launch(
         launching.launch(
             pairwise_backward_top_kernel,
             w.numel(),
-            *rows_arguments,
-            w,
-            top,
-            share,
-            n_rows,
-            n_cols,
-            BLOCK_D=launching.block_size(n_cols, 128, 512),
+            *(*rows_arguments, w, top, share, n_rows, n_cols),
+            BLOCK_D=block_d,
         )
         w = share
     launching.launch(
         pairwise_backward_jacobian_kernel,
         n_examples * row_blocks * col_blocks,
-        w,
-        v,
-        top,
-        *rows_arguments,
-        x,
-        0 if x is None else x.stride(0),
-        grad_jacobian,
-        n_rows,
-        n_cols,
-        col_blocks,
-        row_blocks,
+        *(w, v, top, *rows_arguments, x, 0 if x is None else x.stride(0), grad_jacobian),
+        *(n_rows, n_cols, col_blocks, row_blocks),
         Q=q,
         BLOCK_ROWS=BLOCK_ROWS,
         BLOCK_D=block_d,
@@ -56,12 +42,7 @@ def launch(
         launching.launch(
             pairwise_backward_x_kernel,
             n_examples * col_blocks,
-            v,
-            *rows_arguments,
-            grad_x,
-            n_rows,
-            n_cols,
-            col_blocks,
+            *(v, *rows_arguments, grad_x, n_rows, n_cols, col_blocks),
             BLOCK_ROWS=BLOCK_ROWS,
             BLOCK_D=block_d,
         )
@@ -132,7 +113,7 @@ def pairwise_backward_jacobian_kernel(
         pair = (b * n_rows + row) * n_rows + j
         w = tl.load(w_ptr + pair)[:, None]
         if Q == 2:
-            acc = tl.fma(w + tl.zeros_like(d), d, acc)
+            acc = tl.fma(w, d, acc)
         else:
             sign = tl.where(d > 0, w, tl.where(d < 0, -w, w * 0))
             if Q == 0:
@@ -174,7 +155,7 @@ def pairwise_backward_x_kernel(
             v = tl.load(v_ptr + (b * n_rows + i) * n_rows + j, mask=(j < n_rows) & (j > i), other=0.0)[:, None]
             row_j = jacobian + tl.minimum(j, n_rows - 1) * stride_jacobian_n
             d = g - row_entries(row_j, k, n_cols, BLOCK_D, tl.float64)
-            acc = tl.fma(v + tl.zeros_like(d), d, acc)
+            acc = tl.fma(v, d, acc)
     cols = k + tl.arange(0, BLOCK_D)
     total = tree_sum(tl.trans(acc))
     tl.store(grad_ptr + b * n_cols + cols, _narrow(total, grad_ptr.dtype.element_ty), mask=cols < n_cols)

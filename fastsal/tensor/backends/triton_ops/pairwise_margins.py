@@ -23,6 +23,7 @@ from fastsal.tensor.backends.triton_ops.shared import (
     shift,
     start_lanes,
     tree_sum,
+    underflow_limit,
 )
 
 SEGMENT_SIZE = 8192
@@ -42,17 +43,9 @@ def launch(logits: Tensor, jacobian: Tensor, x: Tensor | None, outputs: tuple[Te
     launching.launch(
         pairwise_margins_partials_kernel,
         n_examples * row_blocks * row_blocks * segments,
-        jacobian,
-        *jacobian.stride()[:2],
-        x,
-        0 if x is None else x.stride(0),
-        norms,
-        None if x is None else projections,
-        n_rows,
-        n_cols,
-        segments,
-        row_blocks,
-        SEGMENT_SIZE,
+        *(jacobian, *jacobian.stride()[:2], x, 0 if x is None else x.stride(0)),
+        *(norms, None if x is None else projections),
+        *(n_rows, n_cols, segments, row_blocks, SEGMENT_SIZE),
         warps=4 if wide else 8,
         Q=q,
         BLOCK_ROWS=block_rows,
@@ -62,13 +55,8 @@ def launch(logits: Tensor, jacobian: Tensor, x: Tensor | None, outputs: tuple[Te
     launching.launch(
         pairwise_margins_finish_kernel,
         n_examples * n_rows,
-        logits,
-        norms,
-        None if x is None else projections,
-        *tables,
-        None if x is None else projection,
-        n_rows,
-        segments,
+        *(logits, norms, None if x is None else projections, *tables, None if x is None else projection),
+        *(n_rows, segments),
         Q=q,
         BLOCK_N=launching.block_size(n_rows, 16, max(16, 256 // block_s)),
         BLOCK_S=block_s,
@@ -89,6 +77,28 @@ def _reduce_pairs(lanes, Q: tl.constexpr):
     """Lanes [I, J, K] to float64 [I, J], as `reduce` does for [R, K]."""
     flat = tl.reshape(lanes, [lanes.shape[0] * lanes.shape[1], lanes.shape[2]])
     return tl.reshape(reduce(flat, Q), [lanes.shape[0], lanes.shape[1]])
+
+
+@triton.jit
+def _any(mask):
+    """Whether one of [I, J] is true."""
+    return tl.max(tl.max(mask.to(tl.int32), 1), 0) != 0
+
+
+@triton.jit
+def _nonzero_pairs(
+    rows_i, rows_j, x, start, end, n_cols, BLOCK_ROWS: tl.constexpr, BLOCK_D: tl.constexpr, T: tl.constexpr
+):
+    """Which pairs differ in a segment, and which do where x is not 0 [BLOCK_ROWS, BLOCK_ROWS]."""
+    differ = tl.zeros([BLOCK_ROWS, BLOCK_ROWS], tl.int32)
+    differ_at_x = tl.zeros([BLOCK_ROWS, BLOCK_ROWS], tl.int32)
+    for k in range(start, end, BLOCK_D):
+        d = _pair_differences(rows_i, rows_j, k, n_cols, BLOCK_D, T) != 0
+        differ |= tl.max(d.to(tl.int32), 2)
+        if x is not None:
+            d &= (entries(x, k, n_cols, BLOCK_D) != 0)[:, None, :]
+            differ_at_x |= tl.max(d.to(tl.int32), 2)
+    return differ != 0, differ_at_x != 0
 
 
 @triton.jit
@@ -113,7 +123,7 @@ def _scaled_pairs(
             norms = accumulate(norms, d, Q)
         if x is not None:
             x_row = shift(entries(x, k, n_cols, BLOCK_D), -e_x[:, None])
-            dots = tl.fma(d, x_row[:, None, :] + tl.zeros_like(d), dots)
+            dots = tl.fma(d, x_row[:, None, :], dots)
     norm = shift(largest, -e_d) if Q == 0 else root(_reduce_pairs(norms, Q), Q)
     dot = _reduce_pairs(dots, 1)
     return shift(norm, e_d), shift(tl.where(norm == 0, dot, dot / norm), e_x[:, None])
@@ -153,6 +163,7 @@ def pairwise_margins_partials_kernel(
     rows_i = jacobian_ptr + b * stride_jacobian_b + tl.minimum(i, n_rows - 1) * stride_jacobian_n
     rows_j = jacobian_ptr + b * stride_jacobian_b + tl.minimum(j, n_rows - 1) * stride_jacobian_n
     needed = (i[:, None] < j[None, :]) & (j < n_rows)[None, :]
+    x = x_ptr + b * stride_x_b if x_ptr is not None else None
     start = s * segment_size
     end = tl.minimum(start + segment_size, n_cols)
     norm = tl.zeros([BLOCK_ROWS, BLOCK_ROWS], tl.float64)
@@ -164,9 +175,7 @@ def pairwise_margins_partials_kernel(
             d = _pair_differences(rows_i, rows_j, k, n_cols, BLOCK_D, T)
             norms = accumulate(norms, d, Q)
             if x_ptr is not None:
-                cols = k + tl.arange(0, BLOCK_D)
-                x = tl.load(x_ptr + b * stride_x_b + cols, mask=cols < n_cols, other=0.0).to(T)
-                dots = tl.fma(d, tl.broadcast_to(x[None, None, :], [BLOCK_ROWS, BLOCK_ROWS, BLOCK_D]), dots)
+                dots = tl.fma(d, entries(x, k, n_cols, BLOCK_D, T)[:, None, :], dots)
         flushed = _reduce_pairs(norms, Q)
         if Q == 0:
             norm = tl.maximum(magnitude_bits(norm), magnitude_bits(flushed)).to(tl.float64, bitcast=True)
@@ -174,16 +183,22 @@ def pairwise_margins_partials_kernel(
             norm += flushed
         if x_ptr is not None:
             dot += _reduce_pairs(dots, 1)
-    tiny = (end - start).to(tl.float64) * (7.9e-31 if T == tl.float32 else 9.4e-302)
-    bad = (norm < float("inf")) == 0
+    tiny = underflow_limit(end - start, T)
+    bad_norm = ((norm < float("inf")) == 0) & needed
+    bad_dot = ((tl.abs(dot) < float("inf")) == 0) & needed
     if Q == 2:
-        bad |= norm < tiny
+        bad_norm |= (norm < tiny) & needed
     if x_ptr is not None:
-        bad |= ((tl.abs(dot) < float("inf")) == 0) | (tl.abs(dot) < tiny)
+        bad_dot |= (tl.abs(dot) < tiny) & needed
+    # Sums of 0, as padded tokens and masked regions make, are exact unless a term underflowed.
+    if (Q == 2 or x_ptr is not None) and _any((bad_norm & (norm == 0)) | (bad_dot & (dot == 0))):
+        differ, differ_at_x = _nonzero_pairs(rows_i, rows_j, x, start, end, n_cols, BLOCK_ROWS, BLOCK_D, T)
+        bad_norm &= differ
+        bad_dot &= differ_at_x
+    bad = bad_norm | bad_dot
     norm = root(norm, Q)
     dot = tl.where(norm == 0, dot, dot / norm)
-    if tl.max(tl.max((bad & needed).to(tl.int32), 1), 0) != 0:
-        x = x_ptr + b * stride_x_b if x_ptr is not None else None
+    if _any(bad):
         scaled, projection = _scaled_pairs(rows_i, rows_j, x, start, end, n_cols, Q, BLOCK_ROWS, SCALED_BLOCK_D)
         norm = tl.where(bad, scaled, norm)
         dot = tl.where(bad, projection, dot)
@@ -215,7 +230,7 @@ def pairwise_margins_finish_kernel(
     i = (pid % n_rows).to(tl.int64)
     OUT: tl.constexpr = distance_ptr.dtype.element_ty
     score = tl.load(logits_ptr + b * n_rows + i).to(tl.float64)
-    best, side, where = no_candidate()
+    best, tiebreak, where = no_candidate()
     block = tl.arange(0, BLOCK_S)
     for start in range(0, n_rows, BLOCK_N):
         j = start + tl.arange(0, BLOCK_N).to(tl.int64)
@@ -228,7 +243,7 @@ def pairwise_margins_finish_kernel(
         out = (b * n_rows + i) * n_rows + j
         tl.store(distance_ptr + out, norm.to(OUT), mask=j < n_rows)
         tl.store(margin_ptr + out, ratio.to(OUT), mask=j < n_rows)
-        best, side, where = nearest(best, side, where, ratio, margin, j, row_mask)
+        best, tiebreak, where = nearest(best, tiebreak, where, ratio, margin, j, row_mask)
         if projection_ptr is not None:
             acc = tl.zeros([BLOCK_N, BLOCK_S], tl.float64)
             for s in range(0, n_segments, BLOCK_S):

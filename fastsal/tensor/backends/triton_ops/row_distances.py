@@ -1,7 +1,5 @@
 """row_distances: ‖anchor − row‖_q of every row. It is the first stage of margin_geometry too."""
 
-from typing import NamedTuple
-
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -10,39 +8,17 @@ from fastsal.tensor.backends.triton_ops import launching
 from fastsal.tensor.backends.triton_ops.shared import (
     accumulate,
     combine_norms,
+    entries,
     exponent,
     reduce,
     row_entries,
     shift,
     start_lanes,
+    underflow_limit,
 )
 
 SEGMENT_SIZE = tl.constexpr(4096)
-
-
-class RowBlock(NamedTuple):
-    """How many rows share one load of the anchor, and by how many warps. No bit of the results depends on it."""
-
-    rows: int
-    warps: int
-
-
-WHOLE_EXAMPLE = RowBlock(2, 2)  # this and what follows: from register counts and arithmetic, not measured
-FEW_ROWS = RowBlock(1, 4)  # for launches too small to fill the chip
-
-
-def _row_block(rows: Tensor, segments: int) -> RowBlock:
-    major, processors = launching.device(rows.device)
-    if rows.shape[0] * rows.shape[1] * segments < 16 * processors:
-        return FEW_ROWS
-    if rows.element_size() == 2 and major >= 9:
-        return RowBlock(8, 4)  # the memory of Hopper and later wants more bytes in flight
-    return RowBlock(2 if rows.element_size() == 8 else 4, 4)
-
-
-def lanes(rows: Tensor) -> int:
-    """BLOCK_D of a row's reduction: part of the reduction tree."""
-    return launching.block_size(rows.shape[2], 128, 512 if rows.element_size() == 8 else 1024)
+BLOCK_ROWS = 4  # rows that share one load of the anchor
 
 
 def launch(anchor: Tensor, rows: Tensor, norms: Tensor, q: int, index: Tensor | None = None) -> None:
@@ -50,35 +26,24 @@ def launch(anchor: Tensor, rows: Tensor, norms: Tensor, q: int, index: Tensor | 
     n_examples, n_rows, n_cols = rows.shape
     segments = triton.cdiv(n_cols, SEGMENT_SIZE.value)
     (partials,) = launching.scratch(rows, norms.numel() * segments)
-    block = _row_block(rows, segments)
-    row_blocks = triton.cdiv(n_rows, block.rows)
+    row_blocks = triton.cdiv(n_rows, BLOCK_ROWS)
     launching.launch(
         row_distances_partials_kernel,
         n_examples * row_blocks * segments,
-        anchor,
-        *anchor.stride()[:2],
-        index,
-        rows,
-        *rows.stride()[:2],
-        partials,
-        n_rows,
-        n_cols,
-        segments,
-        row_blocks,
-        warps=block.warps,
+        *(anchor, *anchor.stride()[:2], index, rows, *rows.stride()[:2], partials),
+        *(n_rows, n_cols, segments, row_blocks),
         Q=q,
-        BLOCK_ROWS=block.rows,
-        BLOCK_D=lanes(rows),
+        BLOCK_ROWS=BLOCK_ROWS,
+        BLOCK_D=launching.block_size(
+            n_cols, 128, 512 if rows.element_size() == 8 else 1024
+        ),  # part of the reduction tree
     )
     block_s = launching.block_size(segments, 1, 64)
     block_n = 256 // block_s
     launching.launch(
         row_distances_combine_kernel,
         triton.cdiv(norms.numel(), block_n),
-        partials,
-        norms,
-        norms.numel(),
-        segments,
+        *(partials, norms, norms.numel(), segments),
         Q=q,
         BLOCK_N=block_n,
         BLOCK_S=block_s,
@@ -88,13 +53,11 @@ def launch(anchor: Tensor, rows: Tensor, norms: Tensor, q: int, index: Tensor | 
 @triton.jit
 def _differences(anchor, rows, start, n_cols, BLOCK_D: tl.constexpr, T: tl.constexpr):
     """anchor − rows [R, BLOCK_D] in the type T, from column `start` on; 0 behind the last column."""
-    cols = start + tl.arange(0, BLOCK_D)
-    a = tl.load(anchor + cols, mask=cols < n_cols, other=0.0).to(T)
-    return a[None, :] - row_entries(rows, start, n_cols, BLOCK_D, T)
+    return entries(anchor, start, n_cols, BLOCK_D, T) - row_entries(rows, start, n_cols, BLOCK_D, T)
 
 
 @triton.jit
-def segment_norms(
+def _segment_norms(
     anchor, rows, needed, start, n_cols, BLOCK_ROWS: tl.constexpr, Q: tl.constexpr, BLOCK_D: tl.constexpr
 ):
     """‖anchor − row‖ over the segment that starts at `start`, encoded, for BLOCK_ROWS rows; right only where `needed`."""
@@ -107,12 +70,17 @@ def segment_norms(
     out = reduce(acc, Q)
     # Differences of float16 never leave the range of float32, and float64 needs a scale for its squares only.
     if (DTYPE != tl.float16) and (DTYPE != tl.float64 or Q == 2):
-        bad = (out < float("inf")) == 0
+        NARROW: tl.constexpr = BLOCK_D if BLOCK_D < 256 else 256
+        bad = ((out < float("inf")) == 0) & needed
         if Q == 2:
-            # Squares that underflow lose 2^-150 each (2^-1075 in float64).
-            bad |= out < (end - start).to(tl.float64) * (7.9e-31 if T == tl.float32 else 9.4e-302)
-        if tl.max((bad & needed).to(tl.int32), 0) != 0:
-            NARROW: tl.constexpr = BLOCK_D if BLOCK_D < 256 else 256
+            bad |= (out < underflow_limit(end - start, T)) & needed
+            # A sum of 0, as padded tokens and masked regions make, is exact unless a square underflowed.
+            if tl.max((bad & (out == 0)).to(tl.int32), 0) != 0:
+                top = start_lanes(tl.zeros([BLOCK_ROWS, NARROW], T), 0)
+                for k in range(start, end, NARROW):
+                    top = accumulate(top, _differences(anchor, rows, k, n_cols, NARROW, T), 0)
+                bad &= reduce(top, 0) != 0
+        if tl.max(bad.to(tl.int32), 0) != 0:
             out = tl.where(bad, _scaled_segment_norms(anchor, rows, start, end, n_cols, BLOCK_ROWS, Q, NARROW), out)
     return out
 
@@ -121,7 +89,7 @@ def segment_norms(
 def _scaled_segment_norms(
     anchor, rows, start, end, n_cols, BLOCK_ROWS: tl.constexpr, Q: tl.constexpr, BLOCK_D: tl.constexpr
 ):
-    """`segment_norms` in float64, its squares scaled by a power of two."""
+    """`_segment_norms` in float64, its squares scaled by a power of two."""
     if Q == 2:
         top = tl.zeros([BLOCK_ROWS, BLOCK_D], tl.int64)
         for k in range(start, end, BLOCK_D):
@@ -167,9 +135,9 @@ def row_distances_partials_kernel(
     if index_ptr is not None:
         i = tl.load(index_ptr + b)
         anchor += i * stride_anchor_n
-        needed &= row != i  # the anchor's distance to itself is not used, and its zeros would cost a scaled segment
+        needed &= row != i  # the anchor's distance to itself is not used
     rows = rows_ptr + b * stride_rows_b + tl.minimum(row, n_rows - 1) * stride_rows_n
-    out = segment_norms(anchor, rows, needed, s * SEGMENT_SIZE, n_cols, BLOCK_ROWS, Q, BLOCK_D)
+    out = _segment_norms(anchor, rows, needed, s * SEGMENT_SIZE, n_cols, BLOCK_ROWS, Q, BLOCK_D)
     tl.store(partials_ptr + (b * n_rows + row) * n_segments + s, out, mask=row < n_rows)
 
 

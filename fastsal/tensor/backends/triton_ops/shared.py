@@ -12,10 +12,10 @@ INT64_MIN = tl.constexpr(-(2**63))
 
 
 @triton.jit
-def entries(ptr, start, n_cols, BLOCK_D: tl.constexpr):
-    """[1, BLOCK_D] in float64 from column `start` on; 0 behind the last column."""
+def entries(ptr, start, n_cols, BLOCK_D: tl.constexpr, T: tl.constexpr = tl.float64):
+    """[1, BLOCK_D] in the type T from column `start` on; 0 behind the last column."""
     cols = start + tl.arange(0, BLOCK_D)
-    return tl.load(ptr + cols, mask=cols < n_cols, other=0.0).to(tl.float64)[None, :]
+    return tl.load(ptr + cols, mask=cols < n_cols, other=0.0).to(T)[None, :]
 
 
 @triton.jit
@@ -101,6 +101,12 @@ def root(v, Q: tl.constexpr):
 
 
 @triton.jit
+def underflow_limit(count, T: tl.constexpr):
+    """Below it, a sum of `count` squares or products may be wrong: each that underflows loses 2^-150, in float64 2^-1075."""
+    return count.to(tl.float64) * (7.9e-31 if T == tl.float32 else 9.4e-302)
+
+
+@triton.jit
 def partial_norm(v, Q: tl.constexpr):
     """A segment's norm, decoded."""
     return tl.where(v < 0, -v, tl.sqrt(tl.abs(v))) if Q == 2 else tl.abs(v)
@@ -158,12 +164,12 @@ def no_candidate():
 
 
 @triton.jit
-def nearest(best, side, where, ratio, margin, index, mask):
-    """The best of (ratio, margin among ratios of +inf, index) so far, after the candidates `ratio` [N] at `index` [N]."""
+def nearest(best, tiebreak, where, ratio, margin, index, mask):
+    """The best (ratio, tiebreak, index) after the candidates at `index` [N]: the margin breaks ties of ratios that are +inf."""
     keys = tl.where(mask, sort_key(ratio), INT64_MAX)
     key = tl.min(keys, 0)
-    sides = tl.where(keys == key, tl.where(ratio == float("inf"), sort_key(margin), 0), INT64_MAX)
-    least = tl.min(sides, 0)
-    first = tl.min(tl.where((keys == key) & (sides == least), index, INT64_MAX), 0)
-    better = (key < best) | ((key == best) & (least < side))
-    return tl.where(better, key, best), tl.where(better, least, side), tl.where(better, first, where)
+    tiebreaks = tl.where(keys == key, tl.where(ratio == float("inf"), sort_key(margin), 0), INT64_MAX)
+    least = tl.min(tiebreaks, 0)
+    first = tl.min(tl.where((keys == key) & (tiebreaks == least), index, INT64_MAX), 0)
+    better = (key < best) | ((key == best) & (least < tiebreak))
+    return tl.where(better, key, best), tl.where(better, least, tiebreak), tl.where(better, first, where)
