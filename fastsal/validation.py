@@ -61,7 +61,9 @@ def _flat(name: str, value: Tensor, lead: int) -> Tensor:
 
 def tensors(logits: Tensor, jacobian: Tensor, x: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
     """Checks logits [B, n], jacobian [B, n, *S] and x [B, *S] or None; returns them with S flattened to D, without a copy."""
-    named = {"logits": logits, "jacobian": jacobian} | ({} if x is None else {"x": x})
+    named = {"logits": logits, "jacobian": jacobian}
+    if x is not None:
+        named["x"] = x
     for name, value in named.items():
         floating(name, value)
     if logits.dim() == 1 or (logits.dim() == 2 and logits.shape[1] == 1):

@@ -124,7 +124,7 @@ def read(found: Sequence[Path]) -> Columns:
     columns = {}
     for name in joined.column_names:
         values = joined[name]
-        kind = np.dtype(values.type.to_pandas_dtype()).kind
+        kind = values[:0].to_numpy().dtype.kind  # to_pandas_dtype() imports pandas where pyarrow is older than 26
         if values.null_count and kind in _NULL:
             values = values.fill_null(_NULL[kind])
         columns[name] = values.to_numpy()

@@ -49,6 +49,26 @@ def test_null_is_not_nan(tmp_path):
         np.testing.assert_array_equal(got[name], column)
 
 
+def test_pandas_is_not_needed(tmp_path, run_python):
+    """pyarrow before 26 imports it to name a type."""
+    columns = rows(0, 3)
+    columns["error"][1] = "bad"
+    path = shards.write(tmp_path, columns, {"made_from": {}})
+    code = (
+        "import importlib.abc, pathlib, sys\n"
+        "class Blocked(importlib.abc.MetaPathFinder):\n"
+        "    def find_spec(self, name, path, target=None):\n"
+        "        if name.partition('.')[0] == 'pandas':\n"
+        "            raise ModuleNotFoundError(name)\n"
+        "sys.meta_path.insert(0, Blocked())\n"
+        "from fastsal.evaluation import shards\n"
+        f"print({{name: column.tolist() for name, column in shards.read([pathlib.Path({str(path)!r})]).items()}})"
+    )
+    result = run_python("-c", code)
+    got = {name: column.tolist() for name, column in shards.read([path]).items()}
+    assert result.stdout == f"{got}\n", result.stderr
+
+
 def test_finished_checks_every_shard(tmp_path):
     paths = [write(tmp_path, first, first + 4, a=1, b="x") for first in (10, 0, 5)]
     assert shards.finished(tmp_path, {"a": 1, "b": "x"}) == [paths[1], paths[2], paths[0]]
