@@ -15,8 +15,6 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from fastsal.evaluation.tables import KEY, NO_CLASS, Columns, arrow, as_arrow
 from fastsal.files import LEFT_BEHIND, check_folder, check_same, whole_file
 

@@ -70,6 +70,7 @@ class Batch:
             self._halves = torch.cat([self._run(half) for half in x.tensor_split(min(2, len(x)))])
         except Exception as error:
             if len(x) > 1 and not is_out_of_memory(error):
+                self._logits = self._run(x)  # where this fails as well, that is the error
                 self.fails_in_part(error)
 
     def _run(self, x: Tensor) -> Tensor:

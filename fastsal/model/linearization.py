@@ -247,7 +247,7 @@ def linearize(model: Model, x: Tensor, *, differentiable: bool = False) -> Itera
         graph.batch = batch = Batch(model, graph.leaf.detach(), graph.autocast)
         if len(plain) > 1:
             # A few examples show a mixture as well as all do; two alone can hide the statistics of a batch.
-            few = graph if len(plain) <= 3 or batch.whole else graph.at(torch.arange(3, device=plain.device))
+            few = graph if len(plain) <= 3 or batch.whole else graph.at(np.arange(3), moved=graph.leaf.detach()[:3])
             if few.mixes_examples():
                 raise mixed_examples("logits[0] have a gradient with respect to x[1:]")
             del few

@@ -45,7 +45,7 @@ class Late(nn.Linear):
 
     def forward(self, x):
         self.seen += len(x)
-        if self.seen > 20:
+        if self.seen > 40:  # in the second batch of ten: the first runs 23 to 30
             raise self.error
         return super().forward(x.flatten(1))
 
