@@ -10,8 +10,8 @@ from typing import Any
 import pytest
 
 from bench import cases
-from bench.suite import core
-from bench.suite.session import Session
+from bench.harness import core
+from bench.harness.session import Session
 
 
 class Playback:

@@ -3,7 +3,7 @@
 from collections.abc import Iterator
 
 from bench.cases import model, pairs, tensor
-from bench.suite.core import Case
+from bench.harness.core import Case
 
 
 def every(quick: bool = False) -> Iterator[Case]:

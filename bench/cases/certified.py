@@ -4,7 +4,7 @@ All of it for perturbations in the 2-norm, and in the largest entry (p = inf).
 
     python -m bench certified --images 200 --threads 1 --folder build/bench
 
-Trains the networks of bench/contestants/certified_models.py first where the folder does not hold them, which takes minutes. The
+Trains the networks of bench/baselines/certified_models.py first where the folder does not hold them, which takes minutes. The
 methods take turns on the same batches in one process, so that a busy machine slows all of them alike. Writes
 bench/results/certified.json.
 """
@@ -20,9 +20,9 @@ from scipy import stats
 
 import fastsal
 from bench import RESULTS
-from bench.contestants.certified_models import CLASSES, STEPS, Images, accuracy, load
-from bench.contestants.jacobians import KINDS, Matrices, distances
-from bench.suite.store import commit, environment
+from bench.baselines.certified_models import CLASSES, STEPS, Images, accuracy, load
+from bench.baselines.jacobians import KINDS, Matrices, distances
+from bench.harness.store import commit, environment
 from fastsal.methods.certified import certify
 
 HABITS = (1, 5, 10)

@@ -20,9 +20,9 @@ from torch import Tensor, nn
 
 import fastsal
 from bench import ROOT
-from bench.contestants import backends, formulas
-from bench.contestants.peers import PEERS
-from bench.suite.core import FOREIGN_ERRORS
+from bench.baselines import backends, formulas
+from bench.baselines.peers import PEERS
+from bench.harness.core import FOREIGN_ERRORS
 from fastsal.tensor import reference
 
 LIMIT = 1e-2  # relative: the lengths of steps are read off float32 images

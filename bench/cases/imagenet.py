@@ -2,7 +2,7 @@
 
     python -m bench imagenet
 
-Everyone measures the network and the images of bench/contestants/imagenet.py, and every answer is compared with the exact one.
+Everyone measures the network and the images of bench/baselines/imagenet.py, and every answer is compared with the exact one.
 Who looks at a few classes, and certified, takes all fourteen images. Who takes a backward pass for every class takes one
 batch; where that would last more than a minute, its time is extrapolated from 2 and 20 classes, for every class costs the same.
 All times are taken in one process, for a fresh one is slower, and memory in fresh ones. Figures are those of one image. What
@@ -25,13 +25,13 @@ from torch import Tensor, nn
 
 import fastsal
 from bench import RESULTS, ROOT
+from bench.baselines import imagenet, models
+from bench.baselines.peers import PEERS
 from bench.cases.model import METHODS, STEP_LIMIT, VALUE_LIMIT
-from bench.contestants import imagenet, models
-from bench.contestants.peers import PEERS
+from bench.harness import core, memory
+from bench.harness.session import Session
 from bench.report.tables import everything
 from bench.report.words import where
-from bench.suite import core, memory
-from bench.suite.session import Session
 
 LEVEL = "imagenet"
 CASES = {  # the size of a batch, and the p of the perturbation

@@ -13,9 +13,9 @@ import torch
 from torch import Tensor, nn
 
 import fastsal
-from bench.contestants import formulas, models
-from bench.contestants.peers import PEERS, TEN
-from bench.suite.core import Case, Contestant, Work
+from bench.baselines import formulas, models
+from bench.baselines.peers import PEERS, TEN
+from bench.harness.core import Case, Contestant, Work
 from fastsal.tensor import reference
 
 VALUE_LIMIT = 1e-3  # relative, of ρ̃: float32 gradients may fall on the other side of a ReLU than float64 ones
@@ -89,7 +89,7 @@ METHODS: dict[str, tuple[Any, int | None]] = {
 
 
 def work(name: str, tiny: bool) -> Work:
-    """A model of bench/contestants/models.py with a batch of images, and everyone who works on it."""
+    """A model of bench/baselines/models.py with a batch of images, and everyone who works on it."""
     model, x = models.tiny() if tiny else models.load(name)
     truth, contestants, skipped = Truth(model, x), [], {}
 

@@ -12,9 +12,9 @@ import torch
 from torch import Tensor
 
 import fastsal
+from bench.baselines import backends, formulas
 from bench.cases.tensor import LOOSE, draw
-from bench.contestants import backends, formulas
-from bench.suite.core import Case, Contestant, Work
+from bench.harness.core import Case, Contestant, Work
 from fastsal.tensor import reference
 from fastsal.tensor.tolerance import tolerance, worst
 

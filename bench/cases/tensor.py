@@ -1,7 +1,7 @@
 """Tensor level: all outputs of `fastsal.Geometry`, or ρ̃ alone, from a Jacobian that is given.
 
 The yardstick is a pure read of J and x, and beside it stands a read in the order of fastsal's kernel
-(bench/suite/read_bandwidth.py).
+(bench/baselines/read_bandwidth.py).
 """
 
 import functools
@@ -13,9 +13,9 @@ import torch
 from torch import Tensor
 
 import fastsal
-from bench.contestants import backends, formulas
-from bench.suite.core import Case, Contestant, Work
-from bench.suite.read_bandwidth import pure_read, read_in_tiles
+from bench.baselines import backends, formulas
+from bench.baselines.read_bandwidth import pure_read, read_in_tiles
+from bench.harness.core import Case, Contestant, Work
 from fastsal.tensor import reference
 from fastsal.tensor.tolerance import scaled_errors, tolerance, worst
 

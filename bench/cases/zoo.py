@@ -23,10 +23,10 @@ from torch import Tensor, nn
 
 import fastsal
 from bench import RESULTS
+from bench.baselines import zoo
 from bench.cases.model import VALUE_LIMIT
-from bench.contestants import zoo
+from bench.harness.session import Session
 from bench.report.tables import zoo as as_table
-from bench.suite.session import Session
 from fastsal.model import traced
 
 ROUNDS = 5

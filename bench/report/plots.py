@@ -4,9 +4,9 @@ import json
 from pathlib import Path
 from typing import Any
 
+from bench.harness.store import stores
 from bench.report.tables import LEVELS, of
 from bench.report.words import Record, count, times
-from bench.suite.store import stores
 
 
 def _figure(width: float, height: float) -> Any:

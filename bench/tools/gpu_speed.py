@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 import fastsal
-from bench.contestants import formulas
+from bench.baselines import formulas
 from bench.tools.gpu import Report, inputs
 from fastsal.tensor import ops
 

@@ -1,11 +1,11 @@
-"""Prints the peak memory of one contestant in one case: bench/suite/memory.py starts this in a fresh process."""
+"""Prints the peak memory of one contestant in one case: bench/harness/memory.py starts this in a fresh process."""
 
 import argparse
 
 import torch
 
 from bench import cases
-from bench.suite import memory
+from bench.harness import memory
 
 
 def main() -> None:

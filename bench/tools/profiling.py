@@ -11,8 +11,8 @@ from unittest import mock
 import torch
 
 import fastsal
+from bench.baselines import models
 from bench.cases.model import METHODS
-from bench.contestants import models
 from bench.report import words
 from fastsal.model import linearization, products
 from fastsal.tensor import ops

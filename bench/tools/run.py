@@ -10,10 +10,10 @@ from pathlib import Path
 
 from bench import cases
 from bench.cases import edge, imagenet
+from bench.harness import core
+from bench.harness.session import Session
 from bench.report.tables import everything
 from bench.report.words import where
-from bench.suite import core
-from bench.suite.session import Session
 
 
 def main() -> int:

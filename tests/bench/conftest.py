@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from bench.cases import tensor
-from bench.suite import core
+from bench.harness import core
 
 
 @pytest.fixture(autouse=True)

@@ -13,7 +13,7 @@ from chance import REJECT, chance_at_least
 from torch import nn
 
 import fastsal.methods.certified as certify
-from bench.contestants.jacobians import KINDS, Matrices, distances, fitting_weights
+from bench.baselines.jacobians import KINDS, Matrices, distances, fitting_weights
 from fastsal import Candidates, Certified, Exact, analyze
 from fastsal.methods.certified.bounds import FIRST, SHARES, Summed, chi_square_quantile
 from fastsal.model.linearization import linearize

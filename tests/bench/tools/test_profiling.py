@@ -2,8 +2,8 @@
 
 import pytest
 
+from bench.baselines import models
 from bench.cases import model
-from bench.contestants import models
 from bench.tools import profiling
 
 

@@ -3,8 +3,8 @@
 import pytest
 import torch
 
+from bench.baselines import models, zoo
 from bench.cases import zoo as case
-from bench.contestants import models, zoo
 from bench.report import tables
 
 SOME = ("mobilenetv3_small_050", "vit_tiny_patch16_224", "levit_128s", "gmlp_ti16_224", "efficientvim_m1")

@@ -6,8 +6,8 @@ import pytest
 import torch
 
 import fastsal
+from bench.baselines import imagenet, models
 from bench.cases import imagenet as case
-from bench.contestants import imagenet, models
 from bench.report import tables
 
 

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from bench.suite.read_bandwidth import pure_read, read_in_tiles
+from bench.baselines.read_bandwidth import pure_read, read_in_tiles
 
 
 @pytest.mark.parametrize(("B", "n", "D"), [(3, 20, 32768), (200, 30, 784)])

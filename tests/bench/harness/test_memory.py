@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from bench.suite import memory
+from bench.harness import memory
 
 
 def test_memory_is_what_the_work_takes():

@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from bench.cases import tensor
+from bench.harness import core
 from bench.report import tables
-from bench.suite import core
 
 
 def test_a_wrong_contestant_gets_its_error_and_no_speed(measured, work_on_a_jacobian):

@@ -1,6 +1,6 @@
 """The file of figures."""
 
-from bench.suite import store
+from bench.harness import store
 
 
 def test_figures_are_kept_case_by_case_and_forgotten_with_the_machine(tmp_path, monkeypatch):

@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 
-from bench.suite import memory
+from bench.harness import memory
 
 # What other people's code raises where it cannot do a piece of work. The table reports it, and the run goes on.
 FOREIGN_ERRORS = (

@@ -2,7 +2,7 @@
 
 import json
 
-from bench.suite import core, session
+from bench.harness import core, session
 
 
 def test_a_session_measures_what_the_file_lacks_and_nothing_twice(tmp_path, monkeypatch, work_on_a_jacobian):

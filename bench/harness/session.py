@@ -6,8 +6,8 @@ from pathlib import Path
 from typing import Any
 
 from bench import RESULTS
-from bench.suite import core
-from bench.suite.store import Store, commit
+from bench.harness import core
+from bench.harness.store import Store, commit
 
 QUICK_BUDGET = 3.0  # seconds of timing for a case and thread count
 

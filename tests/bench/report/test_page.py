@@ -7,8 +7,8 @@ import pytest
 
 from bench import RESULTS, ROOT
 from bench.cases import imagenet, model, pairs
+from bench.harness.store import Store
 from bench.report import page
-from bench.suite.store import Store
 
 
 @pytest.fixture
