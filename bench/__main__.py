@@ -7,14 +7,12 @@ import sys
 COMMANDS = {
     "run": ("bench.tools.run", "measure, print tables, keep the figures; also without a command"),
     "report": ("bench.report.page", "write docs/benchmarks.md, the README's tables and the plots"),
-    "profile": ("bench.tools.profiling", "where the time of fastsal.analyze goes"),
     "certified": ("bench.cases.certified", "certified beside exact on trained networks of 1000 classes"),
     "imagenet": ("bench.cases.imagenet", "photographs and a network trained on ImageNet"),
     "zoo": ("bench.cases.zoo", "certified beside exact rows on timm's networks, one of every kind"),
     "photographs": ("bench.tools.photographs", "draw saliency maps of EfficientNet-Lite0 on photographs"),
     "study_experiments": ("bench.tools.study_experiments", "why alignment falls under strong adversarial training"),
     "gpu": ("bench.tools.gpu", "build, test, sanitize and measure on a GPU"),
-    "gpu_model": ("bench.tools.gpu_model", "what the CUDA kernels should reach, from their registers; without a GPU"),
     "triton_matrix": ("bench.tools.triton_matrix", "compile every Triton kernel without a GPU"),
 }
 

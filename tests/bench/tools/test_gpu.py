@@ -1,13 +1,10 @@
-"""`python -m bench gpu` goes on where it was, and the model of the kernels counts with their own constants."""
-
-import re
-from pathlib import Path
+"""`python -m bench gpu` resumes."""
 
 import pytest
 import torch
 from _pytest.mark.expression import Expression
 
-from bench.tools import gpu, gpu_model
+from bench.tools import gpu
 
 CPU = torch.device("cpu")
 ROW = {"op": "margin_geometry", "shape": [2, 3, 4], "dtype": "torch.float32"}
@@ -69,34 +66,3 @@ def test_another_commit_begins_anew(path, monkeypatch, fresh):
     if not fresh:
         monkeypatch.setattr(gpu, "machine", lambda device: {"device": device.type, "commit": "b"})
     assert gpu.Report(path, CPU, fresh).cases == []
-
-
-def test_the_model_counts_with_the_kernels_constants():
-    folder = Path(gpu.ROOT) / "csrc/cuda"
-    text = "".join(
-        (folder / name).read_text() for name in ("margin_geometry.cu", "stage1.cuh", "segments.cuh", "warp.cuh")
-    )
-
-    def constant(name):
-        return eval(re.search(rf"\b{name} = ([\d* ]+)[;,]", text)[1])
-
-    assert constant("kGroupRows") == gpu_model.GROUP_ROWS
-    assert constant("kSegmentBytes") == gpu_model.SEGMENT
-    assert constant("kCopyBytes") == gpu_model.COPY_BYTES
-    assert constant("kFewBlocks") == gpu_model.FEW_BLOCKS
-    assert constant("kManyClasses") == gpu_model.MANY_CLASSES
-    assert constant("kFoldSteps") == gpu_model.FOLD_STEPS
-    assert constant("kSliceSums") == gpu_model.SLICE_SUMS
-    assert constant("kSegmentFolds") == gpu_model.SEGMENT_FOLDS
-    assert constant("kBatch") == gpu_model.CANDIDATES
-    assert "kHalf = Layout<T>::kSegment / 2;" in text
-    assert (constant("kShortBytes"), constant("kShortSliceBytes")) == (gpu_model.SHORT_ROW, gpu_model.SHORT_SLICE)
-    slices = re.search(r"kSliceBytes = sizeof\(T\) < sizeof\(float\) \? (\d+) : (\d+);", text)
-    assert tuple(map(int, slices.groups())) == gpu_model.SLICES
-    assert constant("kWarpSize") * constant("kPackBytes") == gpu_model.STEP
-
-
-def test_more_registers_leave_fewer_warps():
-    """Against NVIDIA's occupancy tables: 256 threads of 96 registers are two blocks, of 80 three."""
-    assert [gpu_model.CHIP.resident(count, 8, 0) for count in (32, 80, 96, 128, 255)] == [8, 3, 2, 2, 1]
-    assert gpu_model.CHIP.resident(32, 1, 100 << 10) == 2
