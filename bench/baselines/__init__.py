@@ -1,1 +1,1 @@
-"""Who does the work beside fastsal: plain formulas and peers; and the networks that they are given."""
+"""What fastsal is compared with: plain formulas and peers; and the networks that they are given."""

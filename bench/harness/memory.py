@@ -1,20 +1,21 @@
-"""Peak memory of one contestant, in a fresh process: the growth of the resident set from just before the work to its peak."""
+"""Memory: what the process holds, by how much that grows at most, and a fresh process to measure it in."""
 
 import gc
-import json
+import multiprocessing
 import resource
-import subprocess
-import sys
 from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
+from typing import Any
 
-from bench import ROOT
+import torch
 
 _STATUS, _CLEAR = Path("/proc/self/status"), Path("/proc/self/clear_refs")
 
 
-def _resident(field: str) -> int:
-    """Bytes of a field of /proc/self/status."""
+def resident(field: str = "VmRSS") -> int:
+    """Bytes of a field of /proc/self/status: what the process holds, or as VmHWM the most that it has held."""
     lines = _STATUS.read_text(encoding="ascii").splitlines()
     return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(field + ":"))
 
@@ -27,14 +28,20 @@ def growth(run: Callable[[], object]) -> int:
         run()
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before
     _CLEAR.write_text("5", encoding="ascii")  # the peak starts anew
-    before = _resident("VmRSS")
+    before = resident()
     run()
-    return _resident("VmHWM") - before
+    return resident("VmHWM") - before
 
 
-def in_fresh_process(case: str, contestant: str, quick: bool, threads: int) -> int | None:
-    """`growth` of the work of a contestant of a registered case, after a warm-up; None where the process did not survive."""
-    command = [sys.executable, "-m", "bench.tools.peak_memory", case, contestant]
-    command += ["--threads", str(threads), *(["--quick"] if quick else [])]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
-    return json.loads(done.stdout.splitlines()[-1]) if done.returncode == 0 else None
+def _call(threads: int, function: Callable[..., Any], arguments: tuple[Any, ...]) -> Any:
+    torch.set_num_threads(threads)
+    return function(*arguments)
+
+
+def in_fresh_process(function: Callable[..., Any], *arguments: Any) -> Any:
+    """What a module's function returns in a process of its own, with as many threads; None if the process is killed."""
+    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
+        try:
+            return pool.submit(_call, torch.get_num_threads(), function, arguments).result()
+        except BrokenProcessPool:
+            return None

@@ -1,4 +1,4 @@
-"""`python -m bench` and `pytest bench`: one entry point, and every contestant as a test."""
+"""`python -m bench` and `pytest bench`: one entry point, and every implementation as a test."""
 
 import os
 import subprocess
@@ -26,26 +26,35 @@ def test_every_command_tells_its_options(command):
     assert done.stdout.startswith(f"usage: python -m bench {command} [-h]")
 
 
-def test_the_entry_point_lists_the_commands_and_refuses_others():
+def test_the_entry_point_lists_levels_and_commands_and_refuses_others():
     listed = python_m_bench("--help").stdout
-    assert all(f"\n  {command} " in listed for command in COMMANDS)
-    refused = python_m_bench("reprot")
-    assert (refused.returncode, refused.stdout) == (2, "")
-    assert refused.stderr == f"python -m bench: got 'reprot', wants one of {', '.join(COMMANDS)}\n"
+    assert all(f"\n  {name} " in listed for name in (*cases.LEVELS, *COMMANDS))
+    for arguments, error in {
+        ("reprot",): f"got 'reprot', wants of {', '.join((*cases.LEVELS, *COMMANDS))}",
+        ("zoo", "--device", "cuda"): "--device cuda: got zoo, wants of tensor, pairs",
+    }.items():
+        refused = python_m_bench(*arguments)
+        assert (refused.returncode, refused.stdout) == (2, "")
+        assert refused.stderr.endswith(f"python -m bench: error: {error}\n")
 
 
-def test_without_a_command_it_measures(tmp_path):
+def test_a_level_is_measured_into_a_file(tmp_path):
     figures = tmp_path / "figures.json"
-    done = python_m_bench("--quick", "--only", "no such case", "--json", str(figures))
+    done = python_m_bench("edge", "--out", str(figures), "--only", "awkward")
     assert done.returncode == 0, done.stderr
+    assert "\nedge: awkward inputs, " in done.stdout
     assert done.stdout.endswith("s; figures in figures.json\n")
+    assert figures.is_file()
+    nothing = python_m_bench("--quick", "--only", "no such case", "--out", str(tmp_path / "none.json"))
+    assert nothing.stdout.endswith("s; figures in no file\n")
+    assert not (tmp_path / "none.json").exists()
 
 
-def test_pytest_bench_finds_every_contestant_and_plays_their_seconds_back(run_python):
+def test_pytest_bench_finds_every_implementation(run_python):
     done = run_python(
         "-m", "pytest", str(ROOT / "bench"), "--quick", "--collect-only", "-q", "-c", str(ROOT / "pyproject.toml")
     )
     assert done.returncode == 0, done.stdout + done.stderr
     for case in cases.every(quick=True):
-        for contestant in case.make(True).contestants:
-            assert not contestant.name.isascii() or f", {contestant.name}]" in done.stdout
+        for one in case.make(True).implementations:
+            assert not one.name.isascii() or f", {one.name}]" in done.stdout

@@ -1,4 +1,4 @@
-"""The yardsticks read every number."""
+"""The reads that kernels are compared with read every number."""
 
 import pytest
 import torch
@@ -8,7 +8,7 @@ from bench.baselines.read_bandwidth import pure_read, read_in_tiles
 
 @pytest.mark.parametrize(("B", "n", "D"), [(3, 20, 32768), (200, 30, 784)])
 @pytest.mark.parametrize("threads", [1, 2])
-def test_the_yardsticks_read_every_number(B, n, D, threads, monkeypatch):
+def test_every_number_is_read(B, n, D, threads, monkeypatch):
     monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
     inputs = torch.randn(B, n), torch.randn(B, n, D).round(decimals=1), torch.randn(B, D).round(decimals=1)
     _, jacobian, x = (each.double() for each in inputs)

@@ -3,7 +3,7 @@
 from bench.cases import edge
 
 
-def test_fastsal_is_right_on_every_awkward_input_and_the_table_tells_who_is_not():
+def test_fastsal_is_right_on_every_awkward_input_and_the_table_tells_what_is_not():
     record = edge.record()
     for name in (name for name in record["rows"] if name.startswith("fastsal")):
         row = dict(record["rows"][name])

@@ -8,30 +8,31 @@ import torch
 import fastsal
 from bench.baselines import imagenet, models
 from bench.cases import imagenet as case
+from bench.harness import clock, memory
 from bench.report import tables
 
 
 @pytest.fixture
 def here(monkeypatch):
     """What a process of its own would do is done in this one, and few rounds."""
-    monkeypatch.setattr(case, "in_fresh_process", case.peak_memory)
+    monkeypatch.setattr(memory, "in_fresh_process", lambda function, *arguments: function(*arguments))
     monkeypatch.setattr(case, "BUDGET", 0.0)
 
 
 def row(record, name):
-    return next(row for row in record["results"] if row["contestant"] == name)
+    return next(row for row in record["results"] if row["implementation"] == name)
 
 
 @pytest.mark.parametrize("name", ["batches of 4", "batches of 14, p = ∞"])
 def test_every_answer_is_checked_and_every_figure_is_of_one_image(here, name):
     record = case.record(name, tiny=True)
-    batch = case.CASES[name][0]
+    batch = case.BATCHES[name][0]
     for found in record["results"]:
         if found["status"] != "skipped":
             assert found["status"] == "right", found
-            every = case.ways()[found["contestant"]].every
+            every = case.ways()[found["implementation"]].every
             assert (found["equal"], found["images"]) == ((batch, batch) if every else (14, 14))
-    exact, certified = row(record, case.YARDSTICK), row(record, case.CERTIFIED)
+    exact, certified = row(record, case.BASELINE), row(record, case.CERTIFIED)
     assert exact["passes"] == 12
     assert certified["start"] >= 0
     for found in exact, certified:
@@ -40,8 +41,8 @@ def test_every_answer_is_checked_and_every_figure_is_of_one_image(here, name):
 
 def test_what_would_take_too_long_is_extrapolated_and_marked(here, monkeypatch):
     monkeypatch.setattr(case, "LONG", 0.0)
-    record = case.record("batches of 14", tiny=True) | {"commit": "abc", "date": "2026-01-01"}
-    exact = row(record, case.YARDSTICK)
+    record = case.record("batches of 14", tiny=True) | {"case": "batches of 14", "threads": 1}
+    exact = row(record, case.BASELINE)
     assert exact["what"].endswith("extrapolated from 20 classes")
     assert exact["seconds"][1] == exact["extrapolated"] > 0
     assert "equal" not in exact
@@ -52,8 +53,8 @@ def test_extrapolation_is_linear_in_the_classes(here, monkeypatch):
     monkeypatch.setattr(case, "LONG", 0.0)
     taken = {case.FEW: 3.0, case.MANY: 12.0}
     monkeypatch.setattr(
-        case.core,
-        "take_turns",
+        case.clock,
+        "interleaved",
         lambda runs, inputs, budget: {
             name: [taken.get(int(name.split()[-1]), 1.0) if "," in name and name[-1].isdigit() else 1.0]
             for name, run in runs.items()
@@ -61,7 +62,7 @@ def test_extrapolation_is_linear_in_the_classes(here, monkeypatch):
         },
     )
     record = case.record("batches of 1", tiny=True)  # of 12 classes
-    assert row(record, case.YARDSTICK)["seconds"][1] == pytest.approx(3.0 + (12 - 2) * 0.5)
+    assert row(record, case.BASELINE)["seconds"][1] == pytest.approx(3.0 + (12 - 2) * 0.5)
 
 
 def test_wrong_answers_get_no_speed(here, monkeypatch):
@@ -73,18 +74,18 @@ def test_wrong_answers_get_no_speed(here, monkeypatch):
 
 
 def test_a_process_of_its_own_says_what_memory_it_took(monkeypatch):
-    found = case.in_fresh_process(case.CERTIFIED, 4, 2.0, None, tiny=True)
+    found = memory.in_fresh_process(case.peak_memory, case.CERTIFIED, 4, 2.0, None, True)
     assert 0 < found < 1 << 28
-    monkeypatch.setattr(case.memory, "growth", lambda run: len(run()[0]))  # of the answers to what was run
+    monkeypatch.setattr(memory, "growth", lambda run: len(run()[0]))  # of the answers to what was run
     assert case.peak_memory(case.CERTIFIED, 4, 2.0, None, tiny=True) == 4
 
 
-def test_everyone_is_timed_in_the_same_process(here, monkeypatch):
+def test_all_times_are_taken_in_the_same_process(here, monkeypatch):
     """In a fresh one exact rows took 1.3 to 1.5 times as long."""
-    monkeypatch.setattr(case, "in_fresh_process", lambda *arguments: 123)
+    monkeypatch.setattr(memory, "in_fresh_process", lambda *arguments: 123)
     now = iter(range(1000))
-    monkeypatch.setattr(case.time, "perf_counter", lambda: float(next(now)))
-    found = row(case.record("batches of 4", tiny=True), case.YARDSTICK)
+    monkeypatch.setattr(clock.time, "perf_counter", lambda: float(next(now)))
+    found = row(case.record("batches of 4", tiny=True), case.BASELINE)
     assert found["rounds"] == [1 / 4]
     assert (found["peak memory"], found["equal"]) == (123, 4)
 
@@ -101,7 +102,7 @@ def test_exact_answers_are_kept_for_these_weights_and_images(tmp_path, monkeypat
     for key in imagenet.RATIOS.values():
         path.write_text(json.dumps(json.loads(held) | {key: json.loads(held)[key][:1]}))
         for norm, ratios in first.items():
-            assert torch.equal(imagenet.truth(model, x, norm, path), ratios)  # goes on where it was
+            assert torch.equal(imagenet.truth(model, x, norm, path), ratios)  # resumes
         assert path.read_text() == held
     calls = []
     monkeypatch.setattr(imagenet, "least", lambda *arguments: calls.append(1) or [1.0, 1.0])

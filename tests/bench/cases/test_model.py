@@ -1,4 +1,4 @@
-"""How answers from a model are checked, and who is left out."""
+"""How answers from a model are checked, and what is left out."""
 
 import dataclasses
 
@@ -12,8 +12,8 @@ def test_a_missing_peer_is_skipped_with_a_line(monkeypatch, measured):
     name, peer = next(iter(model.PEERS.items()))
     monkeypatch.setitem(model.PEERS, name, dataclasses.replace(peer, module="not_there_at_all"))
     record = measured(model.work("", tiny=True))
-    (row,) = (row for row in record["results"] if row["contestant"] == name)
-    assert row == {"contestant": name, "status": "skipped", "reason": f"not installed (pip install {peer.install})"}
+    (row,) = (row for row in record["results"] if row["implementation"] == name)
+    assert row == {"implementation": name, "status": "skipped", "reason": f"not installed (pip install {peer.install})"}
 
 
 def test_answers_of_the_highest_logits_only_are_right_between_the_two_ratios():

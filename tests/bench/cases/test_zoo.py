@@ -5,7 +5,7 @@ import torch
 
 from bench.baselines import models, zoo
 from bench.cases import zoo as case
-from bench.report import tables
+from bench.report import studies
 
 SOME = ("mobilenetv3_small_050", "vit_tiny_patch16_224", "levit_128s", "gmlp_ti16_224", "efficientvim_m1")
 
@@ -13,13 +13,11 @@ SOME = ("mobilenetv3_small_050", "vit_tiny_patch16_224", "levit_128s", "gmlp_ti1
 @pytest.mark.parametrize("name", SOME)
 def test_equal_to_exact_and_certified_or_named_as_unstable(name, torchvision):
     pytest.importorskip("timm")
-    (size,) = (networks[name] for networks in zoo.FAMILIES.values() if name in networks)
-    found = case.record(name, size)
+    found = case.record(name)
     assert "failed" not in found, found
     assert found["classes"] == zoo.CLASSES
     assert found["equal"] == found["examples"] == zoo.EXAMPLES
-    unstable = any(tables.UNSTABLE in warning for warning in found["warnings"])
-    assert found["certified"] == found["examples"] or unstable
+    assert found["certified"] == found["examples"] or found["instability"] > studies.UNSTABLE
 
 
 def test_every_name_is_known_and_of_one_family(torchvision):
@@ -36,22 +34,22 @@ def test_a_gradient_that_depends_on_the_batch_is_measured():
     assert case.instability(0 * alone, 0 * alone) == 0
 
 
-def test_a_network_that_breaks_fastsal_is_reported_and_the_others_go_on(monkeypatch):
+def test_a_network_that_breaks_fastsal_is_reported_and_the_others_are_measured(monkeypatch):
     class Broken(torch.nn.Module):
         def forward(self, x):
             raise IndexError("out of range\nand more")
 
-    monkeypatch.setattr(zoo, "create", lambda name, size: (Broken(), torch.ones(2, 3)))
-    broken = case.record("broken", 3)
+    monkeypatch.setattr(zoo, "create", lambda name: (Broken(), torch.ones(2, 3)))
+    broken = case.record("broken")
     assert broken["failed"] == "IndexError: out of range"
     assert broken["where"].endswith(", forward")
-    monkeypatch.setattr(zoo, "create", lambda name, size: models.tiny())
-    found = case.record("tiny", 20)
+    monkeypatch.setattr(zoo, "create", lambda name: models.tiny())
+    found = case.record("tiny")
     assert (found["equal"], found["certified"], found["warnings"]) == (3, 3, [])
-    table = tables.zoo({"broken": broken, "tiny": found})
-    assert "IndexError: out of range (test_zoo.py, line " in table
-    assert "equal, certified" in table
-    summary = "\n".join(tables.zoo_summary({"broken": broken, "tiny": found}, "here"))
-    assert summary.startswith("2 networks with seeded random weights, 12 classes and 3 random images")
-    assert "The answers of 1 are equal to those of exact rows, 1 are certified" in summary
-    assert summary.endswith("Failed: broken.")
+    names = zoo.FAMILIES["mixer"][:2]
+    first, table, *rest = studies.zoo([broken | {"case": names[0]}, found | {"case": names[1]}])
+    assert first.startswith("2 networks with seeded random weights, 12 classes and 3 random images")
+    assert "The answers of 1 are equal to those of exact rows, 1 are certified." in first
+    assert "| mixer  |        1 |" in table
+    assert f"Failed: {names[0]}, IndexError: out of range (test_zoo.py, line " in rest[0]
+    assert any(line.startswith(f"mixer: {names[1]} ") for line in rest)

@@ -1,43 +1,30 @@
-"""`python -m bench gpu` resumes."""
+"""`python -m bench gpu`: what succeeded is not done again, and what is tested and measured."""
 
 import pytest
-import torch
 from _pytest.mark.expression import Expression
 
+from bench import ROOT
+from bench.harness.store import Store
 from bench.tools import gpu
-
-CPU = torch.device("cpu")
-ROW = {"op": "margin_geometry", "shape": [2, 3, 4], "dtype": "torch.float32"}
 
 
 @pytest.fixture
-def path(tmp_path, monkeypatch):
-    monkeypatch.setattr(gpu, "machine", lambda device: {"device": device.type, "commit": "a"})
-    return tmp_path / "gpu.json"
+def opened(tmp_path, monkeypatch):
+    """opened(): the store of outcomes, in a run of its own at a clean commit."""
+    monkeypatch.setattr("bench.harness.store.commit", lambda: "abc")
+    return lambda: Store(tmp_path / "gpu.json").begin()
 
 
-def test_what_succeeded_is_not_done_again(path):
-    gpu.Report(path, CPU).step("build", lambda: {"code": 0})
-    again = gpu.Report(path, CPU)
-    again.step("build", lambda: pytest.fail("done again"))
-    again.step("test", lambda: {"code": 1})
-    gpu.Report(path, CPU).step("test", lambda: {"code": 0})
-    assert gpu.Report(path, CPU).data["phases"] == {"build": {"code": 0}, "test": {"code": 0}}
+def test_what_succeeded_is_not_done_again(opened, capsys):
+    gpu.step(opened(), "build", lambda: {"code": 0, "tail": "much"})
+    gpu.step(opened(), "build", lambda: pytest.fail("done again"))
+    gpu.step(opened(), "test", lambda: {"code": 1})
+    gpu.step(opened(), "test", lambda: {"code": 0})
+    assert {name: found["code"] for name, found in opened().records.items()} == {"build": 0, "test": 0}
+    assert capsys.readouterr().out == "[build] code 0\n[build] code 0\n[test] code 1\n[test] code 0\n"
 
 
-def test_a_case_is_kept_once(path):
-    report = gpu.Report(path, CPU)
-    report.case(ROW, "cuda", failed="OutOfMemoryError")
-    assert not report.has(ROW, "cuda")
-    report.case(ROW, "cuda", times_us={"p50": 1.0})
-    report.case(ROW, "triton", times_us={"p50": 2.0})
-    again = gpu.Report(path, CPU)
-    assert again.has(ROW, "cuda")
-    assert not again.has({**ROW, "shape": [2, 3, 5]}, "cuda")
-    assert [case["what"] for case in again.cases] == ["cuda", "triton"]
-
-
-def test_each_backend_has_its_own_tests(path, monkeypatch):
+def test_each_backend_has_its_own_tests(opened, monkeypatch):
     """The name of a test of Triton on a GPU holds the word cuda too."""
     chosen = []
 
@@ -53,16 +40,24 @@ def test_each_backend_has_its_own_tests(path, monkeypatch):
         return {"code": 0, "tail": ""}
 
     monkeypatch.setattr(gpu, "run", run)
-    gpu.test(gpu.Report(path, CPU), CPU, 100)
+    gpu.test(opened(), "cpu", 100)
     assert chosen == [
         ["test_values[cuda-cuda-float32]", "test_streams[cuda-2.0]"],
         ["test_values[triton-cuda-float32]"],
     ]
 
 
-@pytest.mark.parametrize("fresh", [True, False])
-def test_another_commit_begins_anew(path, monkeypatch, fresh):
-    gpu.Report(path, CPU).case(ROW, "cuda", times_us={"p50": 1.0})
-    if not fresh:
-        monkeypatch.setattr(gpu, "machine", lambda device: {"device": device.type, "commit": "b"})
-    assert gpu.Report(path, CPU, fresh).cases == []
+def test_the_tests_that_every_backend_shares_are_there():
+    assert all((ROOT / path).is_file() for path in gpu.SHARED_TESTS)
+
+
+def test_the_small_run_calls_every_kernel(capsys):
+    gpu.small_run("cpu")
+    assert capsys.readouterr().out == "small run done\n"
+
+
+def test_what_is_measured_runs_in_a_process_of_its_own(opened, monkeypatch):
+    commands = []
+    monkeypatch.setattr(gpu, "run", lambda command, deadline: commands.append(command[1:]) or {"code": 0, "tail": ""})
+    gpu.bench(opened(), "cpu", 100)
+    assert commands[0][:5] == ["-m", "bench", "tensor", "pairs", "--quick"]

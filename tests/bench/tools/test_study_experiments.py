@@ -44,13 +44,13 @@ def test_tables(data, tmp_path, monkeypatch, name):
         f"{name}-radius-0.5.pt",
     ]
     table = tmp_path / "table.csv"
-    experiments.put(table, "no biases", [{"model": "of another change"}])
+    experiments.write_rows(table, "no biases", [{"model": "of another change"}])
     for _ in range(2):
-        experiments.put(table, change.text, [experiments.row(result) for result in study.results])
+        experiments.write_rows(table, change.text, [experiments.row(result) for result in study.results])
     with table.open(encoding="utf-8", newline="") as file:
         rows = list(csv.DictReader(file))
     assert [row["model"] for row in rows] == ["plain", "ε = 0.5", "λ = 0.1", "of another change"]
     assert float(rows[1]["alignment"]) == pytest.approx(study.results[1].median("alignment"), abs=1e-4)
     claims = experiments.judged(study)
     assert len(claims) == 12
-    assert {claim["came out"] for claim in claims} <= {"yes", "no"}
+    assert {claim["confirmed"] for claim in claims} <= {"yes", "no"}
