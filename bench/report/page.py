@@ -24,7 +24,7 @@ COMMANDS = """## How to measure
 ```
 pip install -c constraints.txt '.[bench]'
 python -m bench --quick     # two minutes: a table
-python -m bench             # everything up to the awkward inputs, three quarters of an hour
+python -m bench             # photographs, Jacobians, pairs, models, awkward inputs: three quarters of an hour
 python -m bench imagenet    # a network trained on ImageNet alone, ten minutes
 python -m bench zoo         # timm's networks, one of every kind, half an hour
 python -m bench certified   # the networks of 1000 classes; trains them first, which takes minutes
