@@ -1,12 +1,13 @@
-"""fastsal side by side with its peers: `python -m bench` measures, `python -m bench report` writes the tables and plots.
+"""fastsal side by side with baselines: `python -m bench` measures, `python -m bench report` writes the tables and plots.
 
-A case is one piece of work; contestants do it in turns. No speed is reported before the answer has been checked.
+A case is one piece of work; its implementations are timed in interleaved rounds. No speed is reported before the answer has
+been checked.
 
-    cases/         what is measured: the shapes, the models, the awkward inputs
-    contestants/   who does the work beside fastsal: formulas and peers; and the networks that they are given
-    suite/         how a piece of work is checked, timed and kept
-    report/        how stored figures are shown
-    tools/         the other commands
+    harness/     how a piece of work is checked, timed and stored
+    cases/       what is measured: the shapes, the models, the awkward inputs
+    baselines/   what fastsal is compared with: formulas and peers; and the networks that they are given
+    report/      how stored figures are shown
+    tools/       commands that are no cases
 
 fastsal never imports any of this, nor any peer.
 """

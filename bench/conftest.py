@@ -1,4 +1,4 @@
-"""`pytest bench [--quick]`: one test a contestant, over the registry of the suite."""
+"""`pytest bench [--quick]`: one test an implementation, over the cases of `python -m bench`."""
 
 import sys
 from pathlib import Path

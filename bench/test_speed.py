@@ -1,7 +1,7 @@
 """The suite under pytest-benchmark, which stores runs and compares them: `pytest bench --quick --benchmark-autosave`.
 
-The contestants of a case take turns, once, as in `python -m bench`; every test then plays its contestant's seconds back to
-pytest-benchmark. A wrong answer fails the test if it is fastsal's, and is expected of others.
+The implementations of a case are timed in interleaved rounds, once, as in `python -m bench`; every test then plays the seconds
+of one of them back to pytest-benchmark. A wrong answer fails the test if it is fastsal's, and is expected of others.
 """
 
 from collections.abc import Iterator
@@ -9,9 +9,9 @@ from typing import Any
 
 import pytest
 
-from bench import cases
-from bench.suite import core
-from bench.suite.session import Session
+from bench import RESULTS, cases
+from bench.harness.case import Case
+from bench.harness.store import Store
 
 
 class Playback:
@@ -31,30 +31,31 @@ CLOCK = Playback()
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
-    """Case, threads and contestant."""
+    """Case, place among its numbers of threads, and implementation."""
     found = [
-        pytest.param(case, threads, name, id=f"{case.title}, threads: {threads}, {name}")
-        for case in cases.every(metafunc.config.getoption("--quick"))
+        pytest.param(case, place, name, id=f"{case.title}, threads: {threads or 'all'}, {name}")
+        for case in cases.every(quick=metafunc.config.getoption("--quick"))
         for work in [case.make(True)]
-        for threads in core.thread_counts(case)
-        for name in (*(contestant.name for contestant in work.contestants), *work.skipped)
+        for place, threads in enumerate(case.threads)
+        for name in (*(one.name for one in work.implementations), *work.skipped)
     ]
-    metafunc.parametrize(("case", "threads", "name"), found)
+    metafunc.parametrize(("case", "place", "name"), found)
 
 
 @pytest.fixture(scope="session")
-def session(request: pytest.FixtureRequest) -> Session:
+def store(request: pytest.FixtureRequest) -> Store:
     """The figures, kept in bench/results/ like those of `python -m bench`."""
-    return Session(request.config.getoption("--quick"))
+    return Store(RESULTS / ("quick.json" if request.config.getoption("--quick") else "bench.json")).begin()
 
 
 @pytest.mark.benchmark(timer=CLOCK)
-def test_speed(benchmark: Any, session: Session, case: core.Case, threads: int, name: str) -> None:
-    row = next(row for row in session.record(case, threads)["results"] if row["contestant"] == name)
+def test_speed(benchmark: Any, store: Store, case: Case, place: int, name: str) -> None:
+    record = list(case.records(store))[place]
+    row = next(row for row in record["results"] if row["implementation"] == name)
     if row["status"] == "skipped":
         pytest.skip(row["reason"])
     if row["status"] != "right":
         (pytest.fail if name.startswith("fastsal") else pytest.xfail)(f"{row['status']}: {row}")
-    benchmark.group = f"{case.title}, threads: {threads}"
+    benchmark.group = f"{case.title}, threads: {record['threads']}"
     benchmark.extra_info.update({key: value for key, value in row.items() if key not in ("seconds", "rounds")})
     benchmark.pedantic(CLOCK.advance, args=(iter(row["rounds"]),), rounds=len(row["rounds"]))

@@ -2,7 +2,7 @@
 
 import torch
 
-from bench.contestants.jacobians import Matrices
+from bench.baselines.jacobians import Matrices
 from fastsal import Certified
 from fastsal.methods.base import Question
 from fastsal.methods.certified.probes import Normals

@@ -64,6 +64,6 @@ def torchvision() -> ModuleType:
     pytest.importorskip("PIL")
     if importlib.util.find_spec("torchvision") is None:
         pytest.skip("torchvision is not installed")
-    from bench.contestants.zoo import mend_torchvision
+    from bench.baselines.zoo import mend_torchvision
 
     return mend_torchvision()

@@ -16,7 +16,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_flatten
 
 import fastsal
-from bench.contestants.jacobians import KINDS, Matrices, distances
+from bench.baselines.jacobians import KINDS, Matrices, distances
 from fastsal.devices import to_device, to_host
 from fastsal.methods import certified
 from fastsal.methods.base import Question

@@ -1,35 +1,35 @@
 """Certified beside exact ρ̃ on trained networks of 1000 classes: passes, seconds, answers; how passes grow; how often it errs.
 
-All of it for perturbations in the 2-norm, and in the largest entry (p = inf).
-
-    python -m bench certified --images 200 --threads 1 --folder build/bench
-
-Trains the networks of bench/contestants/certified_models.py first where the folder does not hold them, which takes minutes. The
-methods take turns on the same batches in one process, so that a busy machine slows all of them alike. Writes
-bench/results/certified.json.
+All of it for perturbations in the 2-norm, and in the largest entry (p = ∞). The networks are those of
+bench/baselines/certified_models.py, trained first where build/bench does not hold them, which takes minutes.
 """
 
-import argparse
-import json
+import functools
 import math
-import time
-from pathlib import Path
+from collections.abc import Callable, Iterator
+from typing import Any
 
 import torch
 from scipy import stats
 
 import fastsal
-from bench import RESULTS
-from bench.contestants.certified_models import CLASSES, STEPS, Images, accuracy, load
-from bench.contestants.jacobians import KINDS, Matrices, distances
-from bench.suite.store import commit, environment
+from bench import ROOT
+from bench.baselines.certified_models import CLASSES, STEPS, Images, accuracy, load
+from bench.baselines.jacobians import KINDS, Matrices, distances
+from bench.harness.case import Case
+from bench.harness.clock import interleaved, three, timed
+from bench.harness.store import Record
 from fastsal.methods.base import Question
 from fastsal.methods.certified import certify
 
-HABITS = (1, 5, 10)
+FOLDER = ROOT / "build" / "bench"
+IMAGES, BATCH = 200, 25
+CANDIDATES = (1, 5, 10)
 BATCHES = (12, 25, 64)
 LIMITS = (10, 15, 20, 30, 40, 50, 60, 80, 100)
+GROWTH = (10, 30, 100, 300, 1000, 3000, 10000)  # classes
 DELTA = 0.2  # the failure probability of the calibration: large, so that misses are seen
+EXACT = fastsal.Exact(memory_limit=0)
 
 
 def quantiles(values: list[int]) -> dict[str, float]:
@@ -37,12 +37,12 @@ def quantiles(values: list[int]) -> dict[str, float]:
     return {"median": ordered.median().item(), "p95": ordered.quantile(0.95).item(), "max": ordered.max().item()}
 
 
-def compare(kind: str, folder: Path, images: int, batch: int, norm: float) -> dict[str, object]:
+def compare(kind: str, norm: float) -> Record:
     """All methods on the same images of one trained network."""
-    model, source = load(kind, folder), Images(kind, 3)
+    model, source = load(kind, FOLDER), Images(kind, 3)
     right, loss = accuracy(model, *Images(kind, 2).draw(1000))
     methods = {
-        "exact rows": fastsal.Exact(memory_limit=0),
+        "exact rows": EXACT,
         "exact features": fastsal.Exact(),
         "certified": fastsal.Certified(),
         "top-10 candidates": fastsal.Candidates(10),
@@ -52,17 +52,17 @@ def compare(kind: str, folder: Path, images: int, batch: int, norm: float) -> di
     seconds = dict.fromkeys(methods, 0.0)
     passes: dict[str, list[int]] = {name: [] for name in methods}
     same, certified, worst = 0, 0, 0.0
-    wrong = dict.fromkeys(HABITS, 0)
-    excess = dict.fromkeys(HABITS, 0.0)
+    wrong = dict.fromkeys(CANDIDATES, 0)
+    excess = dict.fromkeys(CANDIDATES, 0.0)
     for method in methods.values():  # warm-up
         fastsal.analyze(model, source.draw(2)[0], norm=norm, method=method)
-    for _ in range(images // batch):
-        x, _ = source.draw(batch)
+    for _ in range(IMAGES // BATCH):
+        x, _ = source.draw(BATCH)
         results = {}
         for name, method in methods.items():
-            start = time.perf_counter()
-            results[name] = result = fastsal.analyze(model, x, norm=norm, method=method)
-            seconds[name] += time.perf_counter() - start
+            took, result = timed(functools.partial(fastsal.analyze, norm=norm, method=method), model, x)
+            results[name] = result
+            seconds[name] += took
             passes[name] += (result.vjps + result.jvps).tolist()
         exact, found = results["exact rows"], results["certified"]
         same += int((found.runner_up == exact.runner_up).sum())
@@ -71,7 +71,7 @@ def compare(kind: str, folder: Path, images: int, batch: int, norm: float) -> di
         worst = max(worst, error.max().item())
         with torch.no_grad():
             order = model(x).argsort(1, descending=True)[:, 1:]
-        for k in HABITS:
+        for k in CANDIDATES:
             value = exact.distances.gather(1, order[:, :k]).amin(1)
             wrong[k] += int((value > exact.linearized_robustness * (1 + 1e-6)).sum())
             excess[k] = max(excess[k], (value / exact.linearized_robustness - 1).max().item())
@@ -86,36 +86,34 @@ def compare(kind: str, folder: Path, images: int, batch: int, norm: float) -> di
         "passes": {name: quantiles(values) for name, values in passes.items()},
         "seconds": seconds,
         "times faster than exact rows": {name: seconds["exact rows"] / value for name, value in seconds.items()},
-        "habits": {f"top-{k}": {"share wrong": wrong[k] / count, "largest excess": excess[k]} for k in HABITS},
+        "candidates": {f"top-{k}": {"share wrong": wrong[k] / count, "largest excess": excess[k]} for k in CANDIDATES},
     }
 
 
-def by_batch(kind: str, folder: Path, norm: float, rounds: int = 8) -> list[dict[str, float]]:
+def by_batch(norm: float) -> Record:
     """How many times faster certified is than exact rows at batches of several sizes, once the derivative has been traced."""
-    model, source = load(kind, folder), Images(kind, 4)
-    methods = {"exact rows": fastsal.Exact(memory_limit=0), "certified": fastsal.Certified()}
+    model, source = load("narrow", FOLDER), Images("narrow", 4)
     fastsal.analyze(model, source.draw(100)[0], norm=norm, method="certified")  # so many pay for a trace
     found = []
     for batch in BATCHES:
         x, _ = source.draw(batch)
-        seconds: dict[str, list[float]] = {name: [] for name in methods}
-        for _ in range(rounds):
-            for name, method in methods.items():
-                start = time.perf_counter()
-                result = fastsal.analyze(model, x, norm=norm, method=method)
-                seconds[name].append(time.perf_counter() - start)
+        runs = {
+            name: functools.partial(fastsal.analyze, model, norm=norm, method=method)
+            for name, method in (("exact rows", EXACT), ("certified", fastsal.Certified()))
+        }
+        result = [run(x) for run in runs.values()][-1]
         passes = (result.vjps + result.jvps).double().mean().item()
-        exact, certified = (sorted(values[1:])[(rounds - 1) // 2] for values in seconds.values())
+        exact, certified = (three(seconds)[1] for seconds in interleaved(runs, [x], budget=60.0, rounds=7).values())
         faster = exact / certified
         found.append({"batch": batch, "passes": passes, "faster": faster, "rows a pass": CLASSES / faster / passes})
-    return found
+    return {"rows": found}
 
 
-def limited(kind: str, folder: Path, norm: float, images: int = 24) -> list[dict[str, float]]:
+def limited(norm: float, images: int = 24) -> Record:
     """The lower bound and the value found, relative to ρ̃, at several limits of passes: medians and the worst of the images."""
-    model = load(kind, folder)
-    x, _ = Images(kind, 5).draw(images)
-    exact = fastsal.analyze(model, x, norm=norm, method=fastsal.Exact(memory_limit=0)).linearized_robustness
+    model = load("narrow", FOLDER)
+    x, _ = Images("narrow", 5).draw(images)
+    exact = fastsal.analyze(model, x, norm=norm, method=EXACT).linearized_robustness
     found = []
     for limit in LIMITS:
         result = fastsal.analyze(model, x, norm=norm, method=fastsal.Certified(max_passes=limit))
@@ -123,32 +121,35 @@ def limited(kind: str, folder: Path, norm: float, images: int = 24) -> list[dict
         row = {"limit": limit, "lower": lower.median().item(), "least lower": lower.min().item()}
         row |= {"value": value.median().item(), "largest value": value.max().item()}
         found.append(row | {"certified": result.certified.double().mean().item()})
-    return found
+    return {"rows": found}
 
 
-def growth(n: int, norm: float, turned: bool, examples: int = 24, dimension: int = 600) -> dict[str, object]:
+def growth(norm: float, turned: bool, classes: tuple[int, ...], examples: int = 24, dimension: int = 600) -> Record:
     """Random Jacobians: singular values fall as 1/k, rows have a common part, margins are bunched as in trained networks.
 
     The k-th singular direction is the k-th coordinate, unless they are turned into random ones. That is all the same to the
     2-norm; to sums of absolute entries the coordinates that are small are not small together.
     """
-    generator = torch.Generator().manual_seed(n)
     spectrum = 1 / torch.arange(1, dimension + 1)
     turn = torch.linalg.qr(torch.randn(dimension, dimension, generator=torch.Generator().manual_seed(0))).Q
-    totals, right = [], 0
-    for seed in range(examples):
-        rows = (torch.randn(n, dimension, generator=generator) + torch.randn(dimension, generator=generator)) * spectrum
-        rows = rows @ turn if turned else rows
-        logits = torch.randn(n, generator=generator)
-        logits[0] += 10.0
-        found = certify(Matrices(logits[None], rows[None]), fastsal.Certified(seed=seed), Question(norm))
-        nearest = distances(logits[None], rows[None], norm).argmin()
-        right += int(found.certified[0]) * int(nearest == found.winners[0, 1])
-        totals.append(int(found.vjps[0] + found.jvps[0]))
-    return {"n": n, "examples": examples, "certified and right": right, **quantiles(totals)}
+    found = []
+    for n in classes:
+        generator = torch.Generator().manual_seed(n)
+        totals, right = [], 0
+        for seed in range(examples):
+            common = torch.randn(n, dimension, generator=generator) + torch.randn(dimension, generator=generator)
+            rows = common * spectrum @ turn if turned else common * spectrum
+            logits = torch.randn(n, generator=generator)
+            logits[0] += 10.0
+            one = certify(Matrices(logits[None], rows[None]), fastsal.Certified(seed=seed), Question(norm))
+            nearest = distances(logits[None], rows[None], norm).argmin()
+            right += int(one.certified[0]) * int(nearest == one.winners[0, 1])
+            totals.append(int(one.vjps[0] + one.jvps[0]))
+        found.append({"n": n, "examples": examples, "certified and right": right, **quantiles(totals)})
+    return {"rows": found}
 
 
-def misses(kind: str, max_passes: int | None, norm: float, batches: int = 60, examples: int = 50) -> dict[str, object]:
+def misses(kind: str, max_passes: int | None, norm: float, batches: int, examples: int = 50) -> dict[str, Any]:
     """How often something false is said of random Jacobians at a failure probability of 0.2, with its 95 % interval.
 
     False is an example that is certified with a ratio above ρ̃, or whose lower bound is above ρ̃. Each batch has its own seed.
@@ -174,37 +175,22 @@ def misses(kind: str, max_passes: int | None, norm: float, batches: int = 60, ex
     }
 
 
-def main() -> None:
-    """The command line of `python -m bench certified`."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--images", type=int, default=200)
-    parser.add_argument("--batch", type=int, default=25)
-    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
-    parser.add_argument("--folder", type=Path, default=Path("build/bench"))
-    parser.add_argument("--networks", nargs="*", choices=list(STEPS), default=list(STEPS))
-    arguments = parser.parse_args()
-    torch.set_num_threads(arguments.threads)
-    RESULTS.mkdir(exist_ok=True)
-    report: dict[str, object] = {
-        "environment": environment(),
-        "commit": commit(),
-        "date": time.strftime("%Y-%m-%d"),
-        "threads": arguments.threads,
-    }
-    other = dict(report)
-    for norm, found in ((2.0, report), (math.inf, other)):
-        classes = (10, 30, 100, 300, 1000, 3000, 10000)
-        found["growth"] = [growth(n, norm, turned=norm == math.inf) for n in classes]
-        if norm == math.inf:
-            found["growth along the coordinates"] = [growth(n, norm, turned=False) for n in classes]
-        found["calibration"] = [misses(kind, limit, norm) for kind in KINDS[norm] for limit in (None, 40)]
-        print(f"norm {norm:g}", json.dumps(found, indent=1), flush=True)
-        for kind in arguments.networks:
-            found[kind] = compare(kind, arguments.folder, arguments.images, arguments.batch, norm)
-            print(kind, json.dumps(found[kind], indent=1), flush=True)
-        if "narrow" in arguments.networks:
-            found["batches"] = by_batch("narrow", arguments.folder, norm)
-            found["limits"] = limited("narrow", arguments.folder, norm)
-            print(json.dumps({name: found[name] for name in ("batches", "limits")}, indent=1), flush=True)
-    report["inf"] = other
-    (RESULTS / "certified.json").write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+def calibration(norm: float, batches: int) -> Record:
+    """`misses` of every kind, with a limit of passes and without."""
+    return {"rows": [misses(kind, limit, norm, batches) for kind in KINDS[norm] for limit in (None, 40)]}
+
+
+def cases(quick: bool = False) -> Iterator[Case]:
+    """On one thread; with `quick` on random Jacobians of few classes alone."""
+    classes = GROWTH[:3] if quick else GROWTH
+    for norm, name in ((2.0, "p = 2"), (math.inf, "p = ∞")):
+        infinite = norm == math.inf
+        parts: dict[str, Callable[[], Record]] = {"growth": functools.partial(growth, norm, infinite, classes)}
+        if infinite:
+            parts["growth along the coordinates"] = functools.partial(growth, norm, False, classes)
+        parts["calibration"] = functools.partial(calibration, norm, 1 if quick else 60)
+        if not quick:
+            parts |= {kind: functools.partial(compare, kind, norm) for kind in STEPS}
+            parts |= {"batches": functools.partial(by_batch, norm), "limits": functools.partial(limited, norm)}
+        for part, figures in parts.items():
+            yield Case("certified", f"{name}, {part}", figures=figures, threads=(1,))

@@ -1,4 +1,4 @@
-"""Awkward inputs: what everyone answers for ρ̃ there.
+"""Awkward inputs: what every implementation answers for ρ̃ there.
 
 Peers are given a linear model with this Jacobian and these logits. The logits scale with the gradients, so that ρ̃ stays near
 0.1 and no step is clipped. An answer is shown as `right`, as its multiple of the truth, or as what came instead.
@@ -6,23 +6,21 @@ Peers are given a linear model with this Jacobian and these logits. The logits s
 
 import functools
 import importlib.util
-import json
 import math
 import os
-import subprocess
-import sys
 import warnings
 from collections.abc import Callable, Iterator
 from typing import Any
+from unittest import mock
 
 import torch
 from torch import Tensor, nn
 
 import fastsal
-from bench import ROOT
-from bench.contestants import backends, formulas
-from bench.contestants.peers import PEERS
-from bench.suite.core import FOREIGN_ERRORS
+from bench.baselines import backends, formulas
+from bench.baselines.peers import PEERS
+from bench.harness import memory
+from bench.harness.case import ERRORS, Case
 from fastsal.tensor import reference
 
 LIMIT = 1e-2  # relative: the lengths of steps are read off float32 images
@@ -141,7 +139,7 @@ def cell(answer: Answer, given: Inputs) -> str:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             found = answer(given).double().flatten().tolist()
-    except FOREIGN_ERRORS as failure:
+    except ERRORS as failure:
         return type(failure).__name__
     if given[0].shape[1] < 2:
         return f"answers {found[0]:.2g}"
@@ -150,22 +148,24 @@ def cell(answer: Answer, given: Inputs) -> str:
 
 
 def row(answer: Answer) -> dict[str, str]:
-    """What one contestant answers, by column."""
+    """What one implementation answers, by column."""
     return {column: cell(answer, given) for column, given in inputs().items()}
+
+
+def _triton() -> dict[str, str]:
+    return row(dict(answers())["fastsal triton"])
 
 
 def interpreted() -> dict[str, str] | None:
     """The row of Triton where there is no GPU: in its interpreter, which wants a process of its own."""
     if torch.cuda.is_available() or not importlib.util.find_spec("triton"):
         return None
-    command = [sys.executable, "-m", "bench.cases.edge"]
-    environment = {**os.environ, "TRITON_INTERPRET": "1"}
-    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
-    return json.loads(done.stdout.splitlines()[-1]) if done.returncode == 0 else None
+    with mock.patch.dict(os.environ, TRITON_INTERPRET="1"):
+        return memory.in_fresh_process(_triton)
 
 
 def record() -> dict[str, Any]:
-    """The whole table, for the JSON file."""
+    """The whole table."""
     columns = inputs()
     rows, skipped = {}, {}
     for name, answer in answers():
@@ -176,8 +176,9 @@ def record() -> dict[str, Any]:
         else:
             skipped[name] = answer
     truths = {c: [f"{value:.3g}" for value in truth(g).tolist()] for c, g in columns.items() if g[0].shape[1] > 1}
-    return {"level": "edge", "columns": list(columns), "truth": truths, "rows": rows, "skipped": skipped}
+    return {"columns": list(columns), "truth": truths, "rows": rows, "skipped": skipped}
 
 
-if __name__ == "__main__":  # what `interpreted` asks for, in a process with Triton's interpreter
-    print(json.dumps(row(dict(answers())["fastsal triton"])))
+def cases(quick: bool = False) -> Iterator[Case]:
+    """One table."""
+    yield Case("edge", "awkward inputs", figures=record)

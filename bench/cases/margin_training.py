@@ -1,31 +1,26 @@
 """Digits with margin losses and without: how far images are from the decision boundary afterwards, and the accuracy.
 
-    python bench/cases/margin_training.py [--epochs N] [--seeds N] [--out FILE]
-
 The same CNN of the study, from the same seeds, on the same batches: with cross-entropy alone, and with
 `fastsal.losses.margin_loss`, hinged at a target, or `fastsal.losses.cross_lipschitz_loss` added to it. On test images, ρ̃ is the
 linearised robustness of `fastsal.analyze`, and ρ the smallest perturbation that any of six attacks finds.
 """
 
-import argparse
-import json
-import time
-from collections.abc import Callable
-from importlib.metadata import version
-from pathlib import Path
-from typing import Any
+import functools
+from collections.abc import Callable, Iterator
 
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
 import fastsal
+from bench.harness.case import Case
+from bench.harness.clock import timed
+from bench.harness.store import Record
 from fastsal import losses
 from fastsal.study.attacks import robustness
 from fastsal.study.data import Data, Held, load_digits
 from fastsal.study.models import cnn
 
-RESULTS = Path(__file__).resolve().parents[1] / "results" / "margin_training.json"
 BATCH, ATTACKED = 64, 100
 TARGET = 1.5  # of ρ̃, in units of a pixel's range
 
@@ -73,34 +68,22 @@ def measure(model: nn.Module, data: Data[Held]) -> dict[str, float]:
     return {"accuracy": round(accuracy, 4), "median ρ̃": round(rho_tilde, 4), "median ρ": round(rho, 4)}
 
 
-def main() -> None:
-    """The command line."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--epochs", type=int, default=40)
-    parser.add_argument("--seeds", type=int, default=2)
-    parser.add_argument("--out", type=Path, default=RESULTS, help="the file of figures")
-    arguments = parser.parse_args()
-    torch.set_num_threads(1)
-    data, records = load_digits(seed=0), []
-    print("| loss | seed | accuracy | median ρ̃ | median ρ | seconds |\n| --- | --- | --- | --- | --- | --- |")
-    for seed in range(arguments.seeds):
-        for name, added in VARIANTS.items():
-            start = time.perf_counter()
-            model = train(added, data, seed, arguments.epochs)
-            record: dict[str, Any] = {
-                "loss": name,
-                "seed": seed,
-                "training seconds": round(time.perf_counter() - start, 1),
-            }
-            records.append(record | measure(model, data))
-            cells = [
-                records[-1][key] for key in ("loss", "seed", "accuracy", "median ρ̃", "median ρ", "training seconds")
-            ]
-            print(f"| {' | '.join(map(str, cells))} |", flush=True)
-            head = {"epochs": arguments.epochs, "torch": version("torch"), "fastsal": version("fastsal")}
-            text = json.dumps(head | {"records": records}, indent=1, ensure_ascii=False)
-            arguments.out.write_text(text + "\n", encoding="utf-8")
+def record(variant: str, seed: int, epochs: int) -> Record:
+    """The figures of a network, trained now."""
+    data = load_digits(seed=0)
+    seconds, model = timed(train, VARIANTS[variant], data, seed, epochs)
+    return {
+        "loss": variant,
+        "seed": seed,
+        "epochs": epochs,
+        "training seconds": round(seconds, 1),
+        **measure(model, data),
+    }
 
 
-if __name__ == "__main__":
-    main()
+def cases(quick: bool = False) -> Iterator[Case]:
+    """Two seeds of 40 epochs each; with `quick` one of one epoch. On one thread."""
+    for seed in range(1 if quick else 2):
+        for variant in VARIANTS:
+            figures = functools.partial(record, variant, seed, 1 if quick else 40)
+            yield Case("margin_training", f"{variant}, seed {seed}", figures=figures, threads=(1,))

@@ -1,8 +1,8 @@
 """Model level: ρ̃ of a batch from the model, by fastsal, by a whole Jacobian and the eager formula, and by the peers.
 
-Beside the time stand the share of examples whose ρ̃ is wrong and the growth of the peak memory in a fresh process. Contestants
-that look at the highest logits only are right if they answer something between ρ̃ and the least ratio of the ten highest; the
-share of wrong answers says how often that is not ρ̃ itself.
+Beside the time stand the share of examples whose ρ̃ is wrong and the growth of the peak memory in a fresh process. What looks at
+the highest logits only is right if it answers something between ρ̃ and the least ratio of the ten highest; the share of wrong
+answers says how often that is not ρ̃ itself.
 """
 
 import functools
@@ -13,14 +13,14 @@ import torch
 from torch import Tensor, nn
 
 import fastsal
-from bench.contestants import formulas, models
-from bench.contestants.peers import PEERS, TEN
-from bench.suite.core import Case, Contestant, Work
+from bench.baselines import formulas, models
+from bench.baselines.peers import PEERS, TEN
+from bench.harness.case import QUICK, Case, Implementation, Work
 from fastsal.tensor import reference
 
 VALUE_LIMIT = 1e-3  # relative, of ρ̃: float32 gradients may fall on the other side of a ReLU than float64 ones
 STEP_LIMIT = 1e-2  # of the length of a step, read off float32 images
-QUICK = tuple(models.MODELS)[:2]
+QUICK_MODELS = tuple(models.MODELS)[:2]
 
 
 def class_rows(model: Callable[[Tensor], Tensor], x: Tensor) -> tuple[Tensor, Tensor]:
@@ -29,6 +29,14 @@ def class_rows(model: Callable[[Tensor], Tensor], x: Tensor) -> tuple[Tensor, Te
     logits = model(x)
     rows = [torch.autograd.grad(column.sum(), x, retain_graph=True)[0].flatten(1) for column in logits.unbind(1)]
     return logits.detach(), torch.stack(rows, 1)
+
+
+def one_pass(model: nn.Module, x: Tensor) -> Callable[[object], tuple[Tensor, ...]]:
+    """A backward pass of one class through a batch that is recorded beforehand: what the price of a pass is measured by."""
+    leaf = x.clone().requires_grad_()
+    logits = model(leaf)
+    cotangent = torch.zeros_like(logits).scatter_(1, logits.argmax(1, keepdim=True), 1.0)
+    return lambda _: torch.autograd.grad(logits, leaf, cotangent, retain_graph=True)
 
 
 class Truth:
@@ -89,16 +97,16 @@ METHODS: dict[str, tuple[Any, int | None]] = {
 
 
 def work(name: str, tiny: bool) -> Work:
-    """A model of bench/contestants/models.py with a batch of images, and everyone who works on it."""
+    """A model of bench/baselines/models.py with a batch of images, and the implementations that work on it."""
     model, x = models.tiny() if tiny else models.load(name)
-    truth, contestants, skipped = Truth(model, x), [], {}
+    truth, implementations, skipped = Truth(model, x), [], {}
 
     def add(name: str, run: Callable[[Tensor], Tensor], limit: float, classes: int | None, what: str) -> None:
         def check(robustness: Tensor) -> float:
             return truth.error(robustness, classes is not None)
 
         what += "" if classes is None else f", {classes} classes"
-        contestants.append(Contestant(name, run, check, limit, what, functools.partial(truth.wrong, limit)))
+        implementations.append(Implementation(name, run, check, limit, what, functools.partial(truth.wrong, limit)))
 
     def analyze(x: Tensor, method: Any) -> Tensor:
         return fastsal.analyze(model, x, method=method).linearized_robustness
@@ -112,19 +120,11 @@ def work(name: str, tiny: bool) -> Work:
             skipped[name] = reason
         else:
             add(name, functools.partial(peer.step, model), STEP_LIMIT, peer.classes, "one step")
-    return Work([x], contestants, skipped)
+    return Work([x], implementations, skipped)
 
 
-def cases() -> Iterator[Case]:
-    """The four models, with all threads, as one would run them."""
-    for name in models.MODELS:
-        for quick in (False, True) if name in QUICK else (False,):
-            yield Case(
-                "model",
-                name,
-                functools.partial(work, name),
-                quick,
-                every_thread_count=False,
-                budget=60.0,
-                memory=not quick,
-            )
+def cases(quick: bool = False) -> Iterator[Case]:
+    """The models, with all threads, as one would run them."""
+    for name in QUICK_MODELS if quick else models.MODELS:
+        budget = QUICK if quick else 60.0
+        yield Case("model", name, functools.partial(work, name), budget=budget, memory=not quick)

@@ -12,14 +12,15 @@ import torch
 from torch import Tensor
 
 import fastsal
-from bench.cases.tensor import LOOSE, draw
-from bench.contestants import backends, formulas
-from bench.suite.core import Case, Contestant, Work
+from bench.baselines import backends, formulas
+from bench.cases.tensor import LOOSE, draw, threads_on
+from bench.harness.case import QUICK, Case, Implementation, Work
+from bench.harness.clock import Clock, CudaEvents, wall
 from fastsal.tensor import reference
 from fastsal.tensor.tolerance import tolerance, worst
 
 SHAPES = ((8192, 10, 784), (128, 100, 3072), (1, 1000, 12288))
-QUICK = ((8, 100, 3072),)
+QUICK_SHAPES = ((8, 100, 3072),)
 ROWS = 8  # rows whose pairs are compared with float64
 NEAR = 1e-4  # relative distance of near-identical rows
 LARGEST = 2**33  # bytes: eager differences are left out where their backward pass would keep more than this
@@ -107,38 +108,42 @@ class Checks:
         return float(((found[examples][:, rows] - wanted).norm(dim=2) / both.abs().sum(2)).nan_to_num(torch.inf).max())
 
 
-def _near(n: int) -> tuple[Tensor, Tensor]:
+def _near(n: int, device: str) -> tuple[Tensor, Tensor]:
     generator = torch.Generator().manual_seed(1)
     base, noise = torch.randn(1, 1, 784, generator=generator), torch.randn(1, n, 784, generator=generator)
-    return torch.randn(1, n, generator=generator), base * (1 + NEAR * noise)
+    return torch.randn(1, n, generator=generator).to(device), (base * (1 + NEAR * noise)).to(device)
 
 
-def forward(shape: tuple[int, int, int], tiny: bool) -> Work:
+def forward(shape: tuple[int, int, int], tiny: bool, device: str = "cpu") -> Work:
     """All outputs but the alignment."""
-    inputs = [case[:2] for case in draw(shape, torch.float32, tiny)]
-    checks, near, contestants = Checks(*inputs[0]), _near(inputs[0][0].shape[1]), []
+    inputs = [case[:2] for case in draw(shape, torch.float32, tiny, device)]
+    checks, near, implementations = Checks(*inputs[0]), _near(inputs[0][0].shape[1], device), []
     near_checks = Checks(*near)
 
     def add(name: str, run: Callable[[Tensor, Tensor], Pairs], limit: float) -> None:
         def facts(_: Pairs) -> dict[str, float]:
             return {"error on near-identical rows": near_checks(run(*near))}
 
-        contestants.append(Contestant(name, lambda given: run(*given), checks, limit, facts=facts))
+        implementations.append(Implementation(name, lambda given: run(*given), checks, limit, facts=facts))
 
     names, skipped = backends.compiled(inputs[0][1])
     for name in names:
         add(f"fastsal {name}", functools.partial(ours, name), tolerance(torch.float32))
     for name, distances in DISTANCES.items():
         add(name, functools.partial(margins, distances), LOOSE)
-    return Work(inputs, contestants, skipped)
+    return Work(inputs, implementations, skipped, clock=_clock(inputs))
 
 
-def backward(shape: tuple[int, int, int], tiny: bool) -> Work:
+def _clock(inputs: list[tuple[Tensor, Tensor]]) -> Clock:
+    return CudaEvents(inputs[0][1].device) if inputs[0][1].is_cuda else wall
+
+
+def backward(shape: tuple[int, int, int], tiny: bool, device: str = "cpu") -> Work:
     """Σ w_ij ‖g_i − g_j‖ and its gradient in the Jacobian, forward included."""
-    inputs = [case[:2] for case in draw(shape, torch.float32, tiny)]
-    checks, contestants = Checks(*inputs[0]), []
+    inputs = [case[:2] for case in draw(shape, torch.float32, tiny, device)]
+    checks, implementations = Checks(*inputs[0]), []
     B, n, D = inputs[0][1].shape
-    weight = torch.randn(B, n, n, generator=torch.Generator().manual_seed(2))
+    weight = torch.randn(B, n, n, generator=torch.Generator().manual_seed(2)).to(device)
     weight.diagonal(dim1=1, dim2=2).zero_()
 
     def add(name: str, distances: Callable[[Tensor, Tensor], Tensor], limit: float) -> None:
@@ -147,7 +152,7 @@ def backward(shape: tuple[int, int, int], tiny: bool) -> Work:
             leaf = jacobian.detach().requires_grad_()
             return torch.autograd.grad((distances(logits, leaf) * weight).sum(), leaf)[0]
 
-        contestants.append(Contestant(name, run, functools.partial(checks.gradient, weight), limit))
+        implementations.append(Implementation(name, run, functools.partial(checks.gradient, weight), limit))
 
     names, skipped = backends.compiled(inputs[0][1])
     for name in names:
@@ -157,13 +162,17 @@ def backward(shape: tuple[int, int, int], tiny: bool) -> Work:
             skipped[name] = f"keeps {size / 1e9:.0f} GB of differences for its backward"
         else:
             add(name, lambda _, jacobian, distances=distances: distances(jacobian), LOOSE)
-    return Work(inputs, contestants, skipped)
+    return Work(inputs, implementations, skipped, clock=_clock(inputs))
 
 
-def cases() -> Iterator[Case]:
+def cases(quick: bool = False, device: str = "cpu") -> Iterator[Case]:
     """Forward, and forward and backward, on every shape."""
-    for quick, shapes in ((False, SHAPES), (True, QUICK)):
-        for shape in shapes:
-            text = f"({', '.join(map(str, shape))}) float32"
-            yield Case("pairs", f"{text}, forward", functools.partial(forward, shape), quick)
-            yield Case("pairs", f"{text}, forward and backward", functools.partial(backward, shape), quick)
+    for shape in QUICK_SHAPES if quick else SHAPES:
+        for name, make in (("forward", forward), ("forward and backward", backward)):
+            yield Case(
+                "pairs",
+                f"({', '.join(map(str, shape))}) float32, {name}",
+                functools.partial(make, shape, device=device),
+                threads=threads_on(device),
+                budget=QUICK if quick else 12.0,
+            )

@@ -1,7 +1,7 @@
 """Tensor level: all outputs of `fastsal.Geometry`, or ρ̃ alone, from a Jacobian that is given.
 
-The yardstick is a pure read of J and x, and beside it stands a read in the order of fastsal's kernel
-(bench/suite/read_bandwidth.py).
+The baseline is a pure read of J and x, and beside it stands a read in the order of fastsal's kernel
+(bench/baselines/read_bandwidth.py). On a GPU a CUDA graph of each backend is timed too.
 """
 
 import functools
@@ -13,33 +13,34 @@ import torch
 from torch import Tensor
 
 import fastsal
-from bench.contestants import backends, formulas
-from bench.suite.core import Case, Contestant, Work
-from bench.suite.read_bandwidth import pure_read, read_in_tiles
+from bench.baselines import backends, formulas
+from bench.baselines.read_bandwidth import pure_read, read_in_tiles
+from bench.harness.case import QUICK, Case, Implementation, Work
+from bench.harness.clock import Captured, CudaEvents, wall
 from fastsal.tensor import reference
 from fastsal.tensor.tolerance import scaled_errors, tolerance, worst
 
 Inputs = tuple[Tensor, Tensor, Tensor]
 CACHES = 1 << 28  # bytes: several times any last-level cache of one socket
-LOOSE = 1e-4  # the error that others may have, in units of a quantity's scale: they sum in plain float32
+LOOSE = 1e-4  # the error that baselines may have, in units of a quantity's scale: they sum in plain float32
 
 SHAPES = ((8, 10, 784), (65536, 10, 784), (1700, 100, 3072), (13, 1000, 37632), (1, 1000, 150528))
-QUICK = ((8, 10, 784), (200, 100, 3072))
+QUICK_SHAPES = ((8, 10, 784), (200, 100, 3072))
 TINY = (3, 30, 50)
 LARGEST_REFERENCE = 2**27  # numbers in J: above, the reference is left out
 CHECKED = 64  # examples compared with float64, fewer where they are large
 
 
-def draw(shape: tuple[int, int, int], dtype: torch.dtype, tiny: bool) -> list[Inputs]:
+def draw(shape: tuple[int, int, int], dtype: torch.dtype, tiny: bool = False, device: str = "cpu") -> list[Inputs]:
     """Random logits, Jacobians and x: as many as it takes to exceed every cache, or a small one if `tiny`."""
     B, n, D = (min(size, small) for size, small in zip(shape, TINY, strict=True)) if tiny else shape
-    generator = torch.Generator().manual_seed(0)
+    generator = torch.Generator(device).manual_seed(0)
     copies = 1 if tiny else max(1, CACHES // (B * n * D * dtype.itemsize))
     return [
         (
-            torch.randn(B, n, generator=generator),
-            torch.randn(B, n, D, generator=generator, dtype=dtype),
-            torch.randn(B, D, generator=generator, dtype=dtype),
+            torch.randn(B, n, generator=generator, device=device),
+            torch.randn(B, n, D, generator=generator, dtype=dtype, device=device),
+            torch.randn(B, D, generator=generator, dtype=dtype, device=device),
         )
         for _ in range(copies)
     ]
@@ -90,21 +91,26 @@ FORMULAS: dict[str, tuple[formulas.Formula, str]] = {
 }
 
 
-def work(shape: tuple[int, int, int], dtype: torch.dtype, tiny: bool) -> Work:
-    """Jacobians of this shape, and everyone who works on them."""
-    inputs = draw(shape, dtype, tiny)
+def work(shape: tuple[int, int, int], dtype: torch.dtype, tiny: bool, device: str = "cpu") -> Work:
+    """Jacobians of this shape, and the implementations that work on them."""
+    inputs = draw(shape, dtype, tiny, device)
     checks = Checks(inputs[0])
-    contestants = [
-        Contestant("pure read", pure_read, lambda _: 0.0, 0.0, "reads J and x"),
-        Contestant("read in tiles", read_in_tiles, lambda _: 0.0, 0.0, "reads J and x, row beside row"),
-    ]
+    implementations = [Implementation("pure read", pure_read, lambda _: 0.0, 0.0, "reads J and x")]
+    names, skipped = backends.compiled(inputs[0][1])
+    on_cpu = device == "cpu"
 
     def add(name: str, run: Callable[[Inputs], Any], limit: float, what: str = "", compiles: bool = False) -> None:
-        contestants.append(Contestant(name, run, functools.partial(checks, name), limit, what, compiles=compiles))
+        check = functools.partial(checks, name)
+        implementations.append(Implementation(name, run, check, limit, what, compiles=compiles))
 
-    names, skipped = backends.compiled(inputs[0][1])
+    if on_cpu:
+        what = "reads J and x, row beside row"
+        implementations.append(Implementation("read in tiles", read_in_tiles, lambda _: 0.0, 0.0, what))
     for name in names:
-        add(f"fastsal {name}", functools.partial(_fastsal, name), tolerance(dtype))
+        ours = functools.partial(_fastsal, name)
+        add(f"fastsal {name}", ours, tolerance(dtype))
+        if not on_cpu:
+            add(f"fastsal {name}, graph", Captured(ours), tolerance(dtype), compiles=True)
     torch._dynamo.reset()  # a shape beyond its limit of recompilations would run uncompiled
     # torch.compile fixes the number of threads and guards it, so that every number of threads gets code of its own.
     optimized = torch.compile(formulas.eager, dynamic=False)
@@ -112,22 +118,30 @@ def work(shape: tuple[int, int, int], dtype: torch.dtype, tiny: bool) -> Work:
     for name, (formula, what) in FORMULAS.items():
         if dtype == torch.bfloat16 and not name.startswith("eager"):
             skipped[name] = "float32 only"
-            continue
-        add(name, lambda given, formula=formula: formulas.in_parts(formula, *given), LOOSE, what)
+        elif name == "NumPy" and not on_cpu:
+            skipped[name] = "on the CPU only"
+        else:
+            add(name, lambda given, formula=formula: formulas.in_parts(formula, *given), LOOSE, what)
     if inputs[0][1].numel() > LARGEST_REFERENCE:
         skipped["fastsal reference"] = "float64 in pure torch takes minutes here"
     else:
         add("fastsal reference", lambda given: formulas.in_parts(_reference, *given), tolerance(dtype), "in float64")
     size = sum(tensor.numel() * tensor.element_size() for tensor in inputs[0][1:])
-    return Work(inputs, contestants, skipped, size)
+    clock = wall if on_cpu else CudaEvents(inputs[0][1].device)
+    return Work(inputs, implementations, skipped, size, clock)
 
 
-def cases() -> Iterator[Case]:
+def cases(quick: bool = False, device: str = "cpu") -> Iterator[Case]:
     """float32 and bfloat16; large Jacobians, and one so small that all of its time is overhead."""
-    for quick, shapes in ((False, SHAPES), (True, QUICK)):
-        for shape in shapes:
-            for dtype in (torch.float32, torch.bfloat16):
-                if dtype == torch.bfloat16 and (quick or shape in (SHAPES[0], SHAPES[-1])):
-                    continue
-                name = f"({', '.join(map(str, shape))}) {str(dtype).removeprefix('torch.')}"
-                yield Case("tensor", name, functools.partial(work, shape, dtype), quick)
+    for shape in QUICK_SHAPES if quick else SHAPES:
+        for dtype in (torch.float32, torch.bfloat16):
+            if dtype == torch.bfloat16 and (quick or shape in (SHAPES[0], SHAPES[-1])):
+                continue
+            name = f"({', '.join(map(str, shape))}) {str(dtype).removeprefix('torch.')}"
+            make = functools.partial(work, shape, dtype, device=device)
+            yield Case("tensor", name, make, threads=threads_on(device), budget=QUICK if quick else 12.0)
+
+
+def threads_on(device: str) -> tuple[int | None, ...]:
+    """On a CPU one thread and all of them; on a GPU their number does not matter."""
+    return (1, None) if device == "cpu" else (None,)

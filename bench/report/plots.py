@@ -1,12 +1,10 @@
 """Plots of figures, as PNG."""
 
-import json
 from pathlib import Path
 from typing import Any
 
-from bench.report.tables import LEVELS, of
+from bench.report.tables import SECTIONS
 from bench.report.words import Record, count, times
-from bench.suite.store import stores
 
 
 def _figure(width: float, height: float) -> Any:
@@ -16,29 +14,29 @@ def _figure(width: float, height: float) -> Any:
     return Figure(figsize=(width, height), layout="constrained")
 
 
-def every(results: Path) -> None:
-    """All plots of the figures in a folder, beside them; of cases that ran on several numbers of threads the highest."""
-    certified = results / "certified.json"
-    records = [record for store in stores(results) for record in store.records.values()]
-    for level in LEVELS:
-        if mine := of(level, records):
+def every(found: dict[str, list[Record]], folder: Path) -> None:
+    """All plots of figures by level, into a folder; of cases that ran on several numbers of threads the highest."""
+    for level in SECTIONS:
+        if mine := found.get(level):
             most = max(record["threads"] for record in mine)
-            bars(level, [record for record in mine if record["threads"] == most], results / f"{level}.png")
-    if certified.exists():
-        found = json.loads(certified.read_text(encoding="utf-8"))
-        growth(found["growth"], results / "certified_growth.png")
-        limits(found["limits"], results / "certified_limits.png")
+            bars(level, [record for record in mine if record["threads"] == most], folder / f"{level}.png")
+    parts = {record["case"]: record for record in found.get("certified", ())}
+    if parts:
+        growth(parts["p = 2, growth"]["rows"], folder / "certified_growth.png")
+        limits(parts["p = 2, limits"]["rows"], folder / "certified_limits.png")
 
 
 def bars(level: str, records: list[Record], path: Path) -> None:
-    """Times relative to the yardstick, one panel for each case."""
-    names = list(dict.fromkeys(row["contestant"] for record in records for row in record["results"] if "ratio" in row))
+    """Times relative to the baseline, one panel for each case."""
+    names = list(
+        dict.fromkeys(row["implementation"] for record in records for row in record["results"] if "ratio" in row)
+    )
     across = min(4, len(records))
     down = -(-len(records) // across)
     figure = _figure(2.2 + 2.6 * across, 0.7 + down * (0.7 + 0.22 * len(names)))
     grid = figure.subplots(down, across, squeeze=False, sharey=True)
     for axes, record in zip(grid.flat, records, strict=False):
-        found = {row["contestant"]: row for row in record["results"]}
+        found = {row["implementation"]: row for row in record["results"]}
         for place, name in enumerate(names):
             row = found.get(name, {"status": ""})
             if "ratio" in row:
@@ -58,7 +56,7 @@ def bars(level: str, records: list[Record], path: Path) -> None:
     for axes in grid.flat[len(records) :]:
         axes.axis("off")
     threads = count(records[0]["threads"])
-    figure.supxlabel(f"{LEVELS[level].axis}\n{threads}; log scale; lines join the quartiles", size=8)
+    figure.supxlabel(f"{SECTIONS[level].axis}\n{threads}; log scale; lines join the quartiles", size=8)
     figure.savefig(path, dpi=110)
 
 

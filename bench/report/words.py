@@ -1,5 +1,6 @@
 """Figures in words: machines, times, ratios, and tables in Markdown."""
 
+from collections.abc import Callable, Iterable
 from typing import Any
 
 Record = dict[str, Any]
@@ -8,10 +9,10 @@ Record = dict[str, Any]
 def where(environment: Record) -> str:
     """The machine and the versions, in a line."""
     machine, versions = environment["machine"], environment["versions"]
-    return (
-        f"{machine['processor']}, {machine['cores']} cores, {machine['memory in GiB']} GiB, SIMD {machine['SIMD']}, "
-        f"{machine['system']}; " + ", ".join(f"{name} {version}" for name, version in versions.items())
-    )
+    parts = [machine["processor"], f"{machine['cores']} cores", f"{machine['memory in GiB']} GiB"]
+    parts += [f"SIMD {machine['SIMD']}"] if "SIMD" in machine else []
+    parts += [machine["GPU"], f"driver {machine['driver']}"] if "GPU" in machine else []
+    return f"{', '.join([*parts, machine['system']])}; {', '.join(f'{name} {at}' for name, at in versions.items())}"
 
 
 def when(records: list[Record]) -> str:
@@ -37,6 +38,13 @@ def times(ratio: float) -> str:
 def count(threads: int) -> str:
     """A number of threads."""
     return f"{threads} thread" + "s" * (threads > 1)
+
+
+def span(values: Iterable[float], show: Callable[[float], str] = times) -> str:
+    """The least and the largest of some figures; one of them where they look alike."""
+    ordered = sorted(values)
+    least, most = show(ordered[0]), show(ordered[-1])
+    return least if least == most else f"{least} to {most}"
 
 
 def table(head: list[str], rows: list[list[str]]) -> str:

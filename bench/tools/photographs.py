@@ -4,7 +4,7 @@
 
 Draws bench/results/study/photographs.jpg: photographs with the names of both classes, beneath them g, the gradient of the
 predicted logit, and g†, that of its margin over the class that `method="certified"` finds nearest. Prints ρ̃, α, α†, the passes.
-Takes the packages that bench/contestants/imagenet.py names, and timm, which knows the classes' names.
+Takes the packages that bench/baselines/imagenet.py names, and timm, which knows the classes' names.
 """
 
 import argparse
@@ -29,7 +29,7 @@ def main() -> int:
     from matplotlib.figure import Figure
     from timm.data import ImageNetInfo
 
-    from bench.contestants.imagenet import images, network
+    from bench.baselines.imagenet import images, network
 
     names = ImageNetInfo()
     x = images()[list(SHOWN)]

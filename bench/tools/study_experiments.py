@@ -143,13 +143,13 @@ def row(result: Result) -> dict[str, Any]:
 def judged(study: Study) -> list[dict[str, Any]]:
     """A row for each claim, with black and with the mean image at 0."""
     return [
-        {"at 0": origin, "claim": claim.text, "came out": "yes" if found.held else "no", "found": found.evidence}
+        {"at 0": origin, "claim": claim.text, "confirmed": "yes" if found.held else "no", "found": found.evidence}
         for origin, one in {"black": study, "mean image": study.centred()}.items()
         for claim, found in verdicts(one)
     ]
 
 
-def put(path: Path, change: str, rows: list[dict[str, Any]]) -> None:
+def write_rows(path: Path, change: str, rows: list[dict[str, Any]]) -> None:
     """Writes rows into a table, in place of those of the same change that it holds."""
     table = []
     if path.exists():
@@ -175,6 +175,6 @@ def main() -> int:
         for name in arguments.changes or CHANGES:
             change = CHANGES[name]
             study = experiment(name, change, data, 100, arguments.models)
-            put(RESULTS / "study" / "experiments.csv", change.text, [row(result) for result in study.results])
-            put(RESULTS / "study" / "experiments_claims.csv", change.text, judged(study))
+            write_rows(RESULTS / "study" / "experiments.csv", change.text, [row(result) for result in study.results])
+            write_rows(RESULTS / "study" / "experiments_claims.csv", change.text, judged(study))
     return 0

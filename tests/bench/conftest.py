@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from bench.cases import tensor
-from bench.suite import core
+from bench.harness.case import Case
 
 
 @pytest.fixture(autouse=True)
@@ -14,17 +14,17 @@ def _no_compiler(monkeypatch):
 
 
 @pytest.fixture
-def measured():
+def measured(one_thread):
     """measured(work): its record, as the file of figures holds it."""
 
-    def measure(work):
-        case = core.Case("tensor", "tiny", lambda tiny: work)
-        return core.measure(case, work, 1, budget=0.0) | {"commit": "abc", "date": "2026-01-01"}
+    def measure(work, level="tensor", name="tiny"):
+        case = Case(level, name, lambda tiny: work, budget=0.0)
+        return case.record() | {"commit": "abc", "date": "2026-01-01"}
 
     return measure
 
 
 @pytest.fixture
 def work_on_a_jacobian():
-    """A maker of work for everyone of the tensor level."""
+    """A maker of work for every implementation of the tensor level."""
     return lambda: tensor.work((3, 30, 50), torch.float32, tiny=True)

@@ -5,7 +5,7 @@ import pytest
 import torch
 from certificates import problem, search
 
-from bench.contestants.jacobians import Matrices
+from bench.baselines.jacobians import Matrices
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from bench.contestants.jacobians import KINDS
+from bench.baselines.jacobians import KINDS
 from fastsal import Candidates, Certified, analyze
 
 pytestmark = pytest.mark.usefixtures("one_thread")

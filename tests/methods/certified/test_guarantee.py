@@ -9,7 +9,7 @@ import torch
 from certificates import search
 from chance import REJECT, chance_at_least
 
-from bench.contestants.jacobians import KINDS, Matrices, distances, fitting_weights
+from bench.baselines.jacobians import KINDS, Matrices, distances, fitting_weights
 from fastsal import Certified
 from fastsal.methods.base import Question
 from fastsal.methods.certified import certify, plan

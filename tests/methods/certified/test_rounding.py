@@ -6,7 +6,7 @@ import torch
 from certificates import problem, search
 from torch import nn
 
-from bench.contestants.jacobians import KINDS, Matrices, distances
+from bench.baselines.jacobians import KINDS, Matrices, distances
 from fastsal import Certified, Exact, analyze
 from fastsal.methods.base import Question
 from fastsal.methods.certified import certify, rounding

@@ -7,7 +7,7 @@ import pytest
 import torch
 from certificates import problem, search
 
-from bench.contestants.jacobians import KINDS, Matrices, distances
+from bench.baselines.jacobians import KINDS, Matrices, distances
 from fastsal import Certified
 from fastsal.methods.base import Question
 from fastsal.methods.certified import certify, plan

@@ -1,0 +1,1 @@
+"""What fastsal is compared with: plain formulas and peers; and the networks that they are given."""

@@ -1,0 +1,63 @@
+"""`python -m bench gpu`: what succeeded is not done again, and what is tested and measured."""
+
+import pytest
+from _pytest.mark.expression import Expression
+
+from bench import ROOT
+from bench.harness.store import Store
+from bench.tools import gpu
+
+
+@pytest.fixture
+def opened(tmp_path, monkeypatch):
+    """opened(): the store of outcomes, in a run of its own at a clean commit."""
+    monkeypatch.setattr("bench.harness.store.commit", lambda: "abc")
+    return lambda: Store(tmp_path / "gpu.json").begin()
+
+
+def test_what_succeeded_is_not_done_again(opened, capsys):
+    gpu.step(opened(), "build", lambda: {"code": 0, "tail": "much"})
+    gpu.step(opened(), "build", lambda: pytest.fail("done again"))
+    gpu.step(opened(), "test", lambda: {"code": 1})
+    gpu.step(opened(), "test", lambda: {"code": 0})
+    assert {name: found["code"] for name, found in opened().records.items()} == {"build": 0, "test": 0}
+    assert capsys.readouterr().out == "[build] code 0\n[build] code 0\n[test] code 1\n[test] code 0\n"
+
+
+def test_each_backend_has_its_own_tests(opened, monkeypatch):
+    """The name of a test of Triton on a GPU holds the word cuda too."""
+    chosen = []
+
+    def run(command, deadline, **environment):
+        expression = Expression.compile(command[command.index("-k") + 1])
+        names = (
+            "test_values[cuda-cuda-float32]",
+            "test_values[triton-cuda-float32]",
+            "test_streams[cuda-2.0]",
+            "test_simd",
+        )
+        chosen.append([name for name in names if expression.evaluate(lambda word, name=name, **_: word in name)])
+        return {"code": 0, "tail": ""}
+
+    monkeypatch.setattr(gpu, "run", run)
+    gpu.test(opened(), "cpu", 100)
+    assert chosen == [
+        ["test_values[cuda-cuda-float32]", "test_streams[cuda-2.0]"],
+        ["test_values[triton-cuda-float32]"],
+    ]
+
+
+def test_the_tests_that_every_backend_shares_are_there():
+    assert all((ROOT / path).is_file() for path in gpu.SHARED_TESTS)
+
+
+def test_the_small_run_calls_every_kernel(capsys):
+    gpu.small_run("cpu")
+    assert capsys.readouterr().out == "small run done\n"
+
+
+def test_what_is_measured_runs_in_a_process_of_its_own(opened, monkeypatch):
+    commands = []
+    monkeypatch.setattr(gpu, "run", lambda command, deadline: commands.append(command[1:]) or {"code": 0, "tail": ""})
+    gpu.bench(opened(), "cpu", 100)
+    assert commands[0][:5] == ["-m", "bench", "tensor", "pairs", "--quick"]
