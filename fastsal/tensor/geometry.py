@@ -146,7 +146,7 @@ def _geometry(logits: Tensor, jacobian: Tensor, x: Tensor, norm: float, backend:
         recomputed = reference.two_row_scalars(logits.gather(1, winners), rows, x, norm)
         scalars = _KernelValues.apply(values, *(recomputed[key] for key in reference.SCALARS))
     named = dict(zip(reference.SCALARS, scalars, strict=True))
-    none = torch.zeros_like(prediction)
+    none, robustness = torch.zeros_like(prediction), named["linearized_robustness"].detach()
     return Geometry(
         prediction=prediction,
         runner_up=runner_up,
@@ -157,7 +157,7 @@ def _geometry(logits: Tensor, jacobian: Tensor, x: Tensor, norm: float, backend:
         method="exact",
         vjps=none,
         jvps=none,
-        certified=~named["linearized_robustness"].detach().isnan(),
-        lower_bound=named["linearized_robustness"].detach(),
+        certified=robustness == robustness,  # but for NaN
+        lower_bound=robustness,
         failure_probability=0.0,
     )
