@@ -27,6 +27,7 @@ def launch(anchor: Tensor, rows: Tensor, norms: Tensor, q: int, index: Tensor | 
     segments = triton.cdiv(n_cols, SEGMENT_SIZE.value)
     (partials,) = launching.scratch(rows, norms.numel() * segments)
     row_blocks = triton.cdiv(n_rows, BLOCK_ROWS)
+    block_d = launching.block_size(n_cols, 128, 512 if rows.element_size() == 8 else 1024)  # part of the reduction tree
     launching.launch(
         row_distances_partials_kernel,
         n_examples * row_blocks * segments,
@@ -34,9 +35,7 @@ def launch(anchor: Tensor, rows: Tensor, norms: Tensor, q: int, index: Tensor | 
         *(n_rows, n_cols, segments, row_blocks),
         Q=q,
         BLOCK_ROWS=BLOCK_ROWS,
-        BLOCK_D=launching.block_size(
-            n_cols, 128, 512 if rows.element_size() == 8 else 1024
-        ),  # part of the reduction tree
+        BLOCK_D=block_d,
     )
     block_s = launching.block_size(segments, 1, 64)
     block_n = 256 // block_s
