@@ -5,7 +5,19 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
-from attacked import TWISTS, Twisted, assert_kept, assert_right, calibrated, dense, hooked, inputs, ratios, reported
+from attacked import (
+    TWISTS,
+    Scaled,
+    Twisted,
+    assert_kept,
+    assert_right,
+    calibrated,
+    dense,
+    hooked,
+    inputs,
+    ratios,
+    reported,
+)
 from torch import nn
 
 from fastsal import Certified, Exact, analyze
@@ -54,6 +66,24 @@ class LowRank(nn.Module):
         return torch.cat((logits[:, :-9], hooked(logits[:, -9:], self.times)), 1)
 
 
+class Sizes(nn.Module):
+    """A linear classifier at x = 1. Most rows are `big` times as large as those that matter, and their logits far below."""
+
+    def __init__(self, big, classes=600, few=70, entries=200, seed=0):
+        super().__init__()
+        torch.manual_seed(seed)
+        weight = torch.randn(classes, entries)
+        weight[few:-1] *= big
+        weight[-1] *= 0.01
+        logits = torch.cat((torch.zeros(1), -1 - 3 * torch.rand(classes - 2), torch.tensor([-1.6])))
+        logits[few:-1] *= 20 * big
+        self.weight, self.bias, self.part, self.times = nn.Parameter(weight), logits - weight.sum(1), 1, 1.0
+
+    def forward(self, x):
+        logits = F.linear(x, self.weight, self.bias)
+        return torch.cat((logits[:, :-1], Scaled.apply(logits[:, -1:], self.times)), 1)
+
+
 class TestForwardModeIsAnother:
     """Backward passes of classes that nobody evaluates give other gradients than forward mode."""
 
@@ -92,6 +122,15 @@ class TestForwardModeIsAnother:
         model, x = LowRank(times, norm, seed=seed), torch.ones(1, 60, dtype=torch.float64)
         found, _ = reported(assert_right, model, x, norm)
         assert found.runner_up[0] >= 141
+
+    @pytest.mark.parametrize("norm", [2.0, math.inf])
+    @pytest.mark.parametrize(("big", "gap", "seed"), [(1e5, 0.05, 0), (2e5, 0.3, 1), (1e5, 0.05, 3), (1e4, 0.01, 2)])
+    def test_a_small_gradient_among_large_ones(self, big, gap, seed, norm):
+        """What rounding may do to the others' products is no measure of what is wrong with those of one class."""
+        model, x = Sizes(big, seed=seed), torch.ones(1, 200)
+        calibrated(model, x, gap, norm)
+        found, _ = reported(assert_right, model, x, norm)
+        assert found.runner_up[0] == 599
 
     @pytest.mark.parametrize(("seed", "scale"), [(0, 100.0), (1, 200.0), (2, 100.0)])
     def test_a_few_shot_head_with_cosines(self, seed, scale):
