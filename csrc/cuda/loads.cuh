@@ -53,16 +53,6 @@ __device__ __forceinline__ Pack<T> load_pack(const T* from, int left) {
   return pack;
 }
 
-// Asks for `bytes`, a multiple of 16, that begin at a multiple of 16, and does not wait: they come to the second level
-// cache. It changes no value, and on devices before compute capability 9.0 it does nothing.
-__device__ __forceinline__ void prefetch(const void* from, int bytes) {
-#if !defined(__CUDACC__)
-  emulated_prefetch(from, bytes);  // tests/cuda_emulation
-#elif defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
-  asm volatile("cp.async.bulk.prefetch.L2.global [%0], %1;" ::"l"(__cvta_generic_to_global(from)), "r"(bytes));
-#endif
-}
-
 // x, which comes in the Jacobian's type T or in float32.
 template <class T>
 struct Input {

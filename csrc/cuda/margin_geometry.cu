@@ -129,9 +129,6 @@ struct Example {
   __device__ int64_t predict() const {
     return block_nearest(p.shape.n, [&](int64_t j) { return Candidate{-logit(j), 0, j}; }).index;
   }
-  __device__ void prefetch_rows(int half, int64_t task) const {
-    prefetch_half<T>(half, task, {rows, stride_n, p.shape.n}, p.shape.D);
-  }
   template <bool copied>
   __device__ __forceinline__ void fold_rows(int64_t task, int64_t i) const {
     fold_task<q, T, copied>(task, row(i), {rows, stride_n, p.shape.n}, i, p.shape.D, w.folds);
@@ -210,25 +207,20 @@ __global__ void __launch_bounds__(copied ? kCopyWarps * kWarpSize : kThreads, co
 
 template <int q, class T>
 __global__ void __launch_bounds__(kThreads) margin_geometry_predict_kernel(const __grid_constant__ Problem<T> p) {
-  let_next_kernel_start();
   const Example<q, T> example(p, blockIdx.x);
   const int64_t i = example.predict();
   if (threadIdx.x == 0) example.hand_on(i);
 }
 
 // `blocks` blocks for each example, each of whose warps takes `rounds` tasks. Where nobody has predicted yet, they all
-// do, and the first of them writes it down; the memory is busy with the first rows in the meantime.
+// do, and the first of them writes it down.
 template <int q, class T>
 __global__ void __launch_bounds__(kThreads, 2)
     margin_geometry_fold_kernel(const __grid_constant__ Problem<T> p, int64_t blocks, int rounds, bool predicted) {
-  wait_for_kernel_before();
-  let_next_kernel_start();
   const Example<q, T> example(p, blockIdx.x / blocks);
   const int64_t tasks = distance_tasks(p.shape.n, example.segment_count), warps = blockDim.x / kWarpSize;
   const int64_t part = blockIdx.x % blocks, first = part * rounds * warps + threadIdx.x / kWarpSize;
-  if (first < tasks) example.prefetch_rows(0, first);
   const int64_t i = predicted ? example.prediction() : example.predict();
-  if (first < tasks) example.prefetch_rows(1, first);
   if (!predicted && part == 0 && threadIdx.x == 0) example.hand_on(i);
   for (int round = 0; round < rounds; ++round) {
     const int64_t task = first + round * warps;
@@ -239,8 +231,6 @@ __global__ void __launch_bounds__(kThreads, 2)
 template <int q, class T>
 __global__ void __launch_bounds__(kThreads, 1)
     margin_geometry_join_kernel(const __grid_constant__ Problem<T> p, int lanes) {
-  wait_for_kernel_before();
-  let_next_kernel_start();
   const int64_t row = (blockIdx.x * static_cast<int64_t>(kThreads) + threadIdx.x) / lanes, b = row / p.shape.n;
   const bool real_row = b < p.shape.B;
   const Example<q, T> example(p, real_row ? b : 0);
@@ -251,8 +241,6 @@ __global__ void __launch_bounds__(kThreads, 1)
 template <int q, class T>
 __global__ void __launch_bounds__(kThreads, 1)
     margin_geometry_two_rows_kernel(const __grid_constant__ Problem<T> p, int64_t blocks) {
-  wait_for_kernel_before();
-  let_next_kernel_start();
   const Example<q, T> example(p, blockIdx.x / blocks);
   const int64_t i = example.prediction(), j = example.select(i);
   const int64_t index = blockIdx.x % blocks * kWarps + threadIdx.x / kWarpSize;
@@ -267,7 +255,6 @@ __global__ void __launch_bounds__(kThreads, 1)
 template <int q, class T>
 __global__ void __launch_bounds__(kThreads, 1)
     margin_geometry_gap_kernel(const __grid_constant__ Problem<T> p, int64_t blocks) {
-  wait_for_kernel_before();
   __shared__ TwoRowSums totals;
   __shared__ bool finalizes;
   const Example<q, T> example(p, blockIdx.x / blocks);
@@ -297,23 +284,23 @@ __global__ void __launch_bounds__(kThreads, 1)
 int balanced_warps(int64_t tasks, int64_t most) { return static_cast<int>(ceil_div(tasks, ceil_div(tasks, most))); }
 
 template <int q, class T, bool copied>
-void launch_fused(const Problem<T>& p, int64_t warps, int64_t shared_bytes, Chain& chain) {
-  chain.launch("margin_geometry_fused_kernel", margin_geometry_fused_kernel<q, T, copied>,
-               p.shape.B < INT32_MAX ? p.shape.B : INT32_MAX, static_cast<int>(warps * kWarpSize), shared_bytes, p);
+void launch_fused(const Problem<T>& p, int64_t warps, int64_t shared_bytes, const Stream& on) {
+  on.launch("margin_geometry_fused_kernel", margin_geometry_fused_kernel<q, T, copied>,
+            p.shape.B < INT32_MAX ? p.shape.B : INT32_MAX, static_cast<int>(warps * kWarpSize), shared_bytes, p);
 }
 
 template <int q, class T>
-void launch_steps(const Problem<T>& p, bool fused, Chain& chain) {
+void launch_steps(const Problem<T>& p, bool fused, const Stream& on) {
   const int64_t B = p.shape.B, n = p.shape.n, D = p.shape.D, tasks = distance_tasks(n, segments<T>(D));
   if (fused && copies_examples(p)) {
     // Few warps a block, for many blocks: while some wait for their copies, others compute.
     const int64_t copy_bytes = n * D * sizeof(T) + D * (p.x.is_float ? sizeof(float) : sizeof(T));
     launch_fused<q, T, true>(p, balanced_warps(tasks, tasks > 8 ? kCopyWarps : 2),
-                             Workspace<T>::bytes(n, D) + copy_bytes, chain);
+                             Workspace<T>::bytes(n, D) + copy_bytes, on);
     return;
   }
   if (fused) {
-    launch_fused<q, T, false>(p, balanced_warps(tasks, kWarps), Workspace<T>::bytes(n, D), chain);
+    launch_fused<q, T, false>(p, balanced_warps(tasks, kWarps), Workspace<T>::bytes(n, D), on);
     return;
   }
   const int64_t warps = warps_of_block(B * tasks, kWarps), spare = B * tasks / (kManyBlocks * kWarps);
@@ -323,16 +310,15 @@ void launch_steps(const Problem<T>& p, bool fused, Chain& chain) {
   const int64_t blocks = ceil_div(slices<T>(D), kWarps), gap_blocks = blocks < kGapBlocks ? blocks : kGapBlocks;
   const bool predicted = n >= kManyClasses;
   if (predicted) {
-    chain.launch("margin_geometry_predict_kernel", margin_geometry_predict_kernel<q, T>, B, kThreads, 0, p);
+    on.launch("margin_geometry_predict_kernel", margin_geometry_predict_kernel<q, T>, B, kThreads, 0, p);
   }
-  chain.launch("margin_geometry_fold_kernel", margin_geometry_fold_kernel<q, T>, B * fold_blocks,
-               static_cast<int>(warps * kWarpSize), 0, p, fold_blocks, static_cast<int>(rounds), predicted);
-  chain.launch("margin_geometry_join_kernel", margin_geometry_join_kernel<q, T>, ceil_div(B * n * lanes, kThreads),
-               kThreads, 0, p, lanes);
-  chain.launch("margin_geometry_two_rows_kernel", margin_geometry_two_rows_kernel<q, T>, B * blocks, kThreads, 0, p,
-               blocks);
-  chain.launch("margin_geometry_gap_kernel", margin_geometry_gap_kernel<q, T>, B * gap_blocks, kThreads, 0, p,
-               gap_blocks);
+  on.launch("margin_geometry_fold_kernel", margin_geometry_fold_kernel<q, T>, B * fold_blocks,
+            static_cast<int>(warps * kWarpSize), 0, p, fold_blocks, static_cast<int>(rounds), predicted);
+  on.launch("margin_geometry_join_kernel", margin_geometry_join_kernel<q, T>, ceil_div(B * n * lanes, kThreads),
+            kThreads, 0, p, lanes);
+  on.launch("margin_geometry_two_rows_kernel", margin_geometry_two_rows_kernel<q, T>, B * blocks, kThreads, 0, p,
+            blocks);
+  on.launch("margin_geometry_gap_kernel", margin_geometry_gap_kernel<q, T>, B * gap_blocks, kThreads, 0, p, gap_blocks);
 }
 
 template <class F>
@@ -377,8 +363,8 @@ void margin_geometry(int norm, int dtype, uintptr_t logits, RowsArgument jacobia
                             pointer<int64_t>(indices),
                             pointer<Real<T>>(distances),
                             pointer<char>(scratch)};
-      Chain chain(stream);
-      launch_steps<q.value, T>(p, fused, chain);
+      const Stream on(stream);
+      launch_steps<q.value, T>(p, fused, on);
     });
   });
 }

@@ -47,8 +47,8 @@ void pairwise_margins(int norm, int dtype, uintptr_t logits, RowsArgument jacobi
                       uintptr_t distance, uintptr_t margin, uintptr_t nearest_margin, uintptr_t nearest,
                       uintptr_t projection, bool split, uintptr_t scratch, uintptr_t stream);
 
-// From w, v (float64 [B, n, n]; v 0 is none), as fastsal.tensor.reference.pairwise_backward defines it. The gradients have the
-// types of the Jacobian and of x and are contiguous.
+// From w, v (float64 [B, n, n]; v 0 is none), as fastsal.tensor.reference.pairwise_backward defines it. The gradients
+// have the types of the Jacobian and of x and are contiguous.
 int64_t pairwise_backward_scratch(int norm, Shape shape);
 void pairwise_backward(int norm, int dtype, uintptr_t w, uintptr_t v, RowsArgument jacobian, InputArgument x,
                        Shape shape, uintptr_t grad_jacobian, uintptr_t grad_x, uintptr_t scratch, uintptr_t stream);

@@ -1,6 +1,6 @@
 // pairwise_backward: grad g_i = sum_j w_ij phi(g_i - g_j) + sum_j v_ij x, and grad x = sum_{i<j} v_ij (g_i - g_j), with
-// phi as in fastsal/tensor/reference.py. The sums are in float64, for the range of the weights. The differences are formed
-// again, entry by entry.
+// phi as in fastsal/tensor/reference.py. The sums are in float64, for the range of the weights. The differences are
+// formed again, entry by entry.
 #include "dispatch.cuh"
 #include "launch.cuh"
 #include "loads.cuh"
@@ -40,7 +40,6 @@ struct Problem {
 // A warp for each i.
 template <class T>
 __global__ void __launch_bounds__(kThreads) pairwise_backward_sum_weights_kernel(const __grid_constant__ Problem<T> p) {
-  let_next_kernel_start();
   const int64_t row = (blockIdx.x * static_cast<int64_t>(kThreads) + threadIdx.x) / kWarpSize;
   if (row >= p.shape.B * p.shape.n) return;
   double sum = 0;
@@ -52,8 +51,6 @@ __global__ void __launch_bounds__(kThreads) pairwise_backward_sum_weights_kernel
 // A warp for each pair i, j.
 template <class T>
 __global__ void __launch_bounds__(kThreads) pairwise_backward_tops_kernel(const __grid_constant__ Problem<T> p) {
-  wait_for_kernel_before();
-  let_next_kernel_start();
   const int64_t n = p.shape.n, pair = (blockIdx.x * static_cast<int64_t>(kThreads) + threadIdx.x) / kWarpSize;
   const int64_t b = pair / (n * n), i = pair / n % n, j = pair % n;
   if (b >= p.shape.B || i > j) return;
@@ -72,7 +69,6 @@ __global__ void __launch_bounds__(kThreads) pairwise_backward_tops_kernel(const 
 // A thread for entry k of kGroupRows rows.
 template <int q, class T>
 __global__ void __launch_bounds__(kThreads) pairwise_backward_rows_kernel(const __grid_constant__ Problem<T> p) {
-  wait_for_kernel_before();
   const int64_t n = p.shape.n, D = p.shape.D, groups = ceil_div(n, kGroupRows), tiles = ceil_div(D, kThreads);
   const int64_t b = blockIdx.x / (tiles * groups), first = blockIdx.x % groups * kGroupRows;
   const int64_t k = blockIdx.x / groups % tiles * kThreads + threadIdx.x;
@@ -103,8 +99,6 @@ __global__ void __launch_bounds__(kThreads) pairwise_backward_rows_kernel(const 
 // to 0.
 template <class T>
 __global__ void __launch_bounds__(kThreads) pairwise_backward_x_kernel(const __grid_constant__ Problem<T> p) {
-  wait_for_kernel_before();
-  let_next_kernel_start();
   const int64_t D = p.shape.D, tiles = ceil_div(D, kThreads), b = blockIdx.x / tiles;
   const int64_t k = blockIdx.x % tiles * kThreads + threadIdx.x;
   if (k >= D) return;
@@ -143,18 +137,18 @@ void pairwise_backward(int norm, int dtype, uintptr_t w, uintptr_t v, RowsArgume
                           pointer<void>(grad_x),
                           reinterpret_cast<double*>(pointer<Top>(scratch) + (norm == kMax ? pairs : 0)),
                           pointer<Top>(scratch)};
-    Chain chain(stream);
+    const Stream on(stream);
     if (v) {
-      chain.launch("pairwise_backward_sum_weights_kernel", pairwise_backward_sum_weights_kernel<T>,
-                   ceil_div(shape.B * shape.n * kWarpSize, kThreads), kThreads, 0, p);
-      chain.launch("pairwise_backward_x_kernel", pairwise_backward_x_kernel<T>, shape.B * tiles, kThreads, 0, p);
+      on.launch("pairwise_backward_sum_weights_kernel", pairwise_backward_sum_weights_kernel<T>,
+                ceil_div(shape.B * shape.n * kWarpSize, kThreads), kThreads, 0, p);
+      on.launch("pairwise_backward_x_kernel", pairwise_backward_x_kernel<T>, shape.B * tiles, kThreads, 0, p);
     }
     if (norm == kMax)
-      chain.launch("pairwise_backward_tops_kernel", pairwise_backward_tops_kernel<T>,
-                   ceil_div(pairs * kWarpSize, kThreads), kThreads, 0, p);
+      on.launch("pairwise_backward_tops_kernel", pairwise_backward_tops_kernel<T>,
+                ceil_div(pairs * kWarpSize, kThreads), kThreads, 0, p);
     with_norm(norm, [&](auto q) {
-      chain.launch("pairwise_backward_rows_kernel", pairwise_backward_rows_kernel<q.value, T>,
-                   shape.B * ceil_div(shape.n, kGroupRows) * tiles, kThreads, 0, p);
+      on.launch("pairwise_backward_rows_kernel", pairwise_backward_rows_kernel<q.value, T>,
+                shape.B * ceil_div(shape.n, kGroupRows) * tiles, kThreads, 0, p);
     });
   });
 }

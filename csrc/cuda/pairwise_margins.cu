@@ -105,8 +105,6 @@ struct TileInFlight {
 // The bounds promise ptxas one block a multiprocessor: told to make room for two, it spills.
 template <int kind, class T, class P>
 __global__ void __launch_bounds__(P::kThreads, 1) pairwise_margins_tile_kernel(const __grid_constant__ Problem<T> p) {
-  wait_for_kernel_before();
-  let_next_kernel_start();
   using R = Real<T>;
   constexpr int kWordEntries = Word<R>::kEntries, kWords = P::kDepth / kWordEntries;
   constexpr int kPitch = kWords + 1;  // the padding spreads rows over the banks
@@ -225,7 +223,6 @@ __device__ bool pair_in_range(double sum) {
 // summed again by the whole warp.
 template <int q, class T>
 __global__ void __launch_bounds__(kThreads, 1) pairwise_margins_finish_kernel(const __grid_constant__ Problem<T> p) {
-  wait_for_kernel_before();
   const int64_t n = p.shape.n, warp = (blockIdx.x * static_cast<int64_t>(kThreads) + threadIdx.x) / kWarpSize;
   const int64_t b = warp / n, i = warp % n;
   if (b >= p.shape.B) return;
@@ -278,14 +275,14 @@ __global__ void __launch_bounds__(kThreads, 1) pairwise_margins_finish_kernel(co
 }
 
 template <int kind, class T>
-void launch_tiles(const Problem<T>& p, Chain& chain) {
+void launch_tiles(const Problem<T>& p, const Stream& on) {
   const int64_t blocks = pairwise_margins_blocks(p.shape, p.split);
   if (tile_rows(p.shape.n) == SmallTile::kRows) {
-    chain.launch("pairwise_margins_tile_kernel", pairwise_margins_tile_kernel<kind, T, SmallTile>, blocks,
-                 SmallTile::kThreads, 0, p);
+    on.launch("pairwise_margins_tile_kernel", pairwise_margins_tile_kernel<kind, T, SmallTile>, blocks,
+              SmallTile::kThreads, 0, p);
   } else {
-    chain.launch("pairwise_margins_tile_kernel", pairwise_margins_tile_kernel<kind, T, LargeTile>, blocks,
-                 LargeTile::kThreads, 0, p);
+    on.launch("pairwise_margins_tile_kernel", pairwise_margins_tile_kernel<kind, T, LargeTile>, blocks,
+              LargeTile::kThreads, 0, p);
   }
 }
 
@@ -324,12 +321,12 @@ void pairwise_margins(int norm, int dtype, uintptr_t logits, RowsArgument jacobi
                           split,
                           pointer<double>(scratch),
                           pointer<double>(scratch) + sums_count(shape, split)};
-    Chain chain(stream);
-    if (x.data) launch_tiles<kDot>(p, chain);
+    const Stream on(stream);
+    if (x.data) launch_tiles<kDot>(p, on);
     with_norm(norm, [&](auto q) {
-      launch_tiles<q.value>(p, chain);
-      chain.launch("pairwise_margins_finish_kernel", pairwise_margins_finish_kernel<q.value, T>,
-                   ceil_div(shape.B * shape.n * kWarpSize, kThreads), kThreads, 0, p);
+      launch_tiles<q.value>(p, on);
+      on.launch("pairwise_margins_finish_kernel", pairwise_margins_finish_kernel<q.value, T>,
+                ceil_div(shape.B * shape.n * kWarpSize, kThreads), kThreads, 0, p);
     });
   });
 }

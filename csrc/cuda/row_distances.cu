@@ -13,7 +13,6 @@ template <int q, class T>
 __global__ void __launch_bounds__(kThreads, 2)
     row_distances_fold_kernel(const T* anchor_ptr, int64_t anchor_stride_b, const T* rows_ptr, int64_t stride_b,
                               int64_t stride_n, Shape shape, Fold<T>* folds) {
-  let_next_kernel_start();
   const int64_t tasks = distance_tasks(shape.n, segments<T>(shape.D));
   const int64_t task = (blockIdx.x * static_cast<int64_t>(blockDim.x) + threadIdx.x) / kWarpSize, b = task / tasks;
   if (b >= shape.B) return;
@@ -24,7 +23,6 @@ __global__ void __launch_bounds__(kThreads, 2)
 template <int q, class T>
 __global__ void __launch_bounds__(kThreads, 2)
     row_distances_join_kernel(const Fold<T>* folds, int64_t rows, int64_t segments, int lanes, double* out) {
-  wait_for_kernel_before();
   const int64_t row = (blockIdx.x * static_cast<int64_t>(kThreads) + threadIdx.x) / lanes;
   const double distance = join_segments<q, T>(folds, row < rows ? row : -1, segments, lanes);
   if (row < rows && lane_id() % lanes == 0) out[row] = distance;
@@ -47,14 +45,14 @@ void row_distances(int norm, int dtype, uintptr_t anchor, int64_t anchor_stride_
       Fold<T>* folds = pointer<Fold<T>>(scratch);
       const int64_t count = segments<T>(shape.D), tasks = shape.B * distance_tasks(shape.n, count);
       const int64_t warps = warps_of_block(tasks, kThreads / kWarpSize);
-      Chain chain(stream);
-      chain.launch("row_distances_fold_kernel", row_distances_fold_kernel<q.value, T>, ceil_div(tasks, warps),
-                   static_cast<int>(warps * kWarpSize), 0, pointer<const T>(anchor), anchor_stride_b,
-                   pointer<const T>(rows.data), rows.stride_b, rows.stride_n, shape, folds);
+      const Stream on(stream);
+      on.launch("row_distances_fold_kernel", row_distances_fold_kernel<q.value, T>, ceil_div(tasks, warps),
+                static_cast<int>(warps * kWarpSize), 0, pointer<const T>(anchor), anchor_stride_b,
+                pointer<const T>(rows.data), rows.stride_b, rows.stride_n, shape, folds);
       const int lanes = joining_lanes(count);
-      chain.launch("row_distances_join_kernel", row_distances_join_kernel<q.value, T>,
-                   ceil_div(shape.B * shape.n * lanes, kThreads), kThreads, 0, static_cast<const Fold<T>*>(folds),
-                   shape.B * shape.n, count, lanes, pointer<double>(out));
+      on.launch("row_distances_join_kernel", row_distances_join_kernel<q.value, T>,
+                ceil_div(shape.B * shape.n * lanes, kThreads), kThreads, 0, static_cast<const Fold<T>*>(folds),
+                shape.B * shape.n, count, lanes, pointer<double>(out));
     });
   });
 }

@@ -69,18 +69,6 @@ inline int64_t warps_of_block(int64_t tasks, int64_t most) {
   return enough < 1 ? 1 : enough < most ? enough : most;
 }
 
-// Asks for one half, 0 or 1, of what the warp of a task will load of its rows. It needs no anchor and no registers.
-template <class T>
-__device__ __forceinline__ void prefetch_half(int half, int64_t task, ExampleRows<T> rows, int64_t D) {
-  constexpr int kHalf = Layout<T>::kSegment / 2;
-  const int64_t groups = ceil_div(rows.count, kGroupRows), row = task % groups * kGroupRows + lane_id();
-  const int64_t start = task / groups * Layout<T>::kSegment + half * kHalf;
-  if (lane_id() >= kGroupRows || row >= rows.count || start >= D || D % Layout<T>::kPack != 0) return;
-  const T* from = rows.first + row * rows.stride + start;
-  const int length = part_length(start, D, kHalf);
-  if (is_aligned(reinterpret_cast<uintptr_t>(from))) prefetch(from, length * static_cast<int>(sizeof(T)));
-}
-
 // Task `task` of an example: one segment of one group, so folds[j * segments + segment] for each of its rows j. Row
 // `skip` is left out. `copied`: anchor and rows are aligned copies in shared memory.
 template <int q, class T, bool copied = false>

@@ -3,9 +3,8 @@
 //
 // The threads of a block are fibers of one system thread. A fiber runs until a barrier or a warp exchange, which it
 // leaves only when all the others have come. Unlike a GPU this also reports divergent barriers, exchanges that lack a
-// lane, misaligned loads and prefetches, and threads of a kernel launched before its turn that never wait for it or let
-// others start before they do; FASTSAL_EMULATION_REVERSE=1 runs blocks and threads in the opposite order, so that a
-// race shows.
+// lane and misaligned loads; FASTSAL_EMULATION_REVERSE=1 runs blocks and threads in the opposite order, so that a race
+// shows.
 #pragma once
 
 #include <setjmp.h>
@@ -34,15 +33,10 @@
 using cudaError_t = int;
 using cudaStream_t = void*;
 constexpr cudaError_t cudaSuccess = 0;
-struct cudaFuncAttributes {
-  int ptxVersion;
-};
+struct cudaFuncAttributes {};
 inline const char* cudaGetErrorString(cudaError_t) { return "emulated"; }
 inline cudaError_t cudaGetLastError() { return cudaSuccess; }
-inline cudaError_t cudaFuncGetAttributes(cudaFuncAttributes* of, const void*) {
-  return of->ptxVersion = 90, cudaSuccess;
-}
-inline cudaError_t cudaDriverGetVersion(int* version) { return *version = 13000, cudaSuccess; }
+inline cudaError_t cudaFuncGetAttributes(cudaFuncAttributes*, const void*) { return cudaSuccess; }
 inline cudaError_t cudaRuntimeGetVersion(int* version) { return *version = 0, cudaSuccess; }
 
 struct dim3 {
@@ -82,7 +76,6 @@ struct Fiber {
   jmp_buf state;
   std::unique_ptr<char[]> stack{new char[kStackBytes]};
   bool started = false, done = false;
-  bool its_turn = false;  // the kernel before has ended, as far as this thread knows
   const Barrier* waits_for = nullptr;
   unsigned generation = 0;
   std::vector<Copy> copies;  // begun, not yet waited for
@@ -99,7 +92,6 @@ struct Block {
   std::function<void()> body;
 };
 inline Block block;
-inline bool launched_early = false;
 inline std::vector<uint4> shared;
 
 inline void wait(Barrier& barrier, unsigned wanted) {
@@ -116,7 +108,6 @@ inline void wait(Barrier& barrier, unsigned wanted) {
 
 inline void enter() {
   block.body();
-  if (!block.fibers[block.current].its_turn) fail("a thread never waits for the kernel before");
   block.fibers[block.current].done = true;
   ++block.finished;
   _longjmp(block.scheduler, 1);
@@ -140,10 +131,7 @@ inline void resume(unsigned thread) {
 
 inline void run_block(unsigned threads, bool reverse) {
   if (block.fibers.size() < threads) block.fibers.resize(threads);
-  for (unsigned t = 0; t < threads; ++t) {
-    block.fibers[t].started = block.fibers[t].done = false;
-    block.fibers[t].its_turn = !launched_early;
-  }
+  for (unsigned t = 0; t < threads; ++t) block.fibers[t].started = block.fibers[t].done = false;
   block.warps.assign((threads + kWarp - 1) / kWarp, Barrier());
   block.slots.assign(2 * threads, 0);
   block.all = Barrier();
@@ -206,22 +194,7 @@ V __ldg(const V* from) {
   return *from;
 }
 
-// Reads what is asked for: a range that leaves the rows is caught where they end at a page that nobody may read.
-inline void emulated_prefetch(const void* from, int bytes) {
-  if (bytes <= 0 || (reinterpret_cast<uintptr_t>(from) | static_cast<unsigned>(bytes)) % 16) {
-    emulation::fail("a misaligned prefetch");
-  }
-  for (int k = 0; k < bytes; ++k) static_cast<void>(static_cast<const volatile char*>(from)[k]);
-}
-
 inline void __threadfence() {}
-
-inline void cudaGridDependencySynchronize() { emulation::block.fibers[emulation::block.current].its_turn = true; }
-inline void cudaTriggerProgrammaticLaunchCompletion() {
-  if (!emulation::block.fibers[emulation::block.current].its_turn) {
-    emulation::fail("a thread lets the next kernel start before it has waited for the one before");
-  }
-}
 
 template <class V>
 V atomicAdd(V* at, V value) {
@@ -243,19 +216,10 @@ inline void __pipeline_wait_prior(size_t) {
   copies.clear();
 }
 
-enum cudaLaunchAttributeID { cudaLaunchAttributeProgrammaticStreamSerialization = 6 };
-struct cudaLaunchAttribute {
-  cudaLaunchAttributeID id;
-  struct {
-    int programmaticStreamSerializationAllowed;
-  } val;
-};
 struct cudaLaunchConfig_t {
   dim3 gridDim, blockDim;
   size_t dynamicSmemBytes = 0;
   cudaStream_t stream = nullptr;
-  cudaLaunchAttribute* attrs = nullptr;
-  unsigned numAttrs = 0;
 };
 
 template <class... Parameters, class... Arguments>
@@ -263,7 +227,6 @@ cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t* config, void (*kernel)(
                                Arguments... arguments) {
   const char* order = std::getenv("FASTSAL_EMULATION_REVERSE");
   const bool reverse = order && *order == '1';
-  emulation::launched_early = config->numAttrs == 1 && config->attrs->val.programmaticStreamSerializationAllowed;
   gridDim = config->gridDim;
   blockDim = config->blockDim;
   emulation::block.body = [=] { kernel(arguments...); };

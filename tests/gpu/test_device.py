@@ -68,34 +68,6 @@ def test_one_launch_or_four_have_the_same_bits(backend, norm, dtype, D, monkeypa
 
 
 @each_backend
-@cases.each_norm
-@cases.each_dtype
-@pytest.mark.parametrize("shape", [(3, 10, 784), (1, 200, 40_000), (2, 4100, 600)])
-def test_kernels_before_their_turn_change_no_bit(backend, norm, dtype, shape, monkeypatch):
-    """Launches that overlap, many in a row and each on another Jacobian, against launches that do not."""
-    if backend != "cuda":
-        pytest.skip("the CUDA backend's launches")
-    monkeypatch.setattr(ops.BACKENDS["cuda"], "_fused", lambda *_: False)
-    logits, jacobian, x = inputs(*shape, dtype=dtype)
-    problems = [(logits.roll(shift, 1), jacobian.roll(shift, 1), x) for shift in range(3)]
-
-    def run():
-        return [
-            *(ops.margin_geometry(*problem, norm, backend) for problem in problems),
-            *((ops.row_distances(rows[:, 0], rows, norm, backend),) for _, rows, _ in problems),
-            *(ops.pairwise_margins(*problem, norm, backend) for problem in problems if shape[1] <= 200),
-        ]
-
-    monkeypatch.setenv("FASTSAL_DEPENDENT_LAUNCH", "0")
-    expected = run()
-    monkeypatch.setenv("FASTSAL_DEPENDENT_LAUNCH", "1")
-    for _ in range(10):
-        with cases.poisoned():
-            for one, other in zip(expected, run(), strict=True):
-                assert_all_same(one, other)
-
-
-@each_backend
 def test_another_stream(backend):
     """The kernels wait for what their stream does first: a long fill of their inputs."""
     arguments = inputs(2, 10, 100_000)
@@ -113,11 +85,9 @@ def test_another_stream(backend):
 
 
 @each_backend
-@pytest.mark.parametrize("early", ["0", "1"])
 @pytest.mark.parametrize("shape", [(3, 10, 784), (1, 10, 150_528)])
-def test_graph_capture(backend, early, shape, monkeypatch):
+def test_graph_capture(backend, shape):
     """A replay sees new inputs, and nothing in a capture may synchronise or allocate outside the graph's pool."""
-    monkeypatch.setenv("FASTSAL_DEPENDENT_LAUNCH", early)  # Triton's kernels do not look at it
     first, second = inputs(*shape), [2 * tensor for tensor in inputs(*shape)]
     static = [tensor.clone() for tensor in first]
     expected = run_all(backend, *second)

@@ -24,18 +24,9 @@ KERNELS = {
     *(f"pairwise_margins_{step}_kernel" for step in ("tile", "finish")),
     *(f"pairwise_backward_{step}_kernel" for step in ("sum_weights", "tops", "rows", "x")),
 }
-ALONE = {"probe_kernel", "margin_geometry_fused_kernel"}  # in no chain of csrc/cuda/launch.cuh
-FIRST = {"row_distances_fold_kernel", "margin_geometry_predict_kernel", "pairwise_backward_sum_weights_kernel"}
-LAST = {
-    *("row_distances_join_kernel", "margin_geometry_gap_kernel"),
-    *("pairwise_margins_finish_kernel", "pairwise_backward_rows_kernel"),
-}
 INSTRUCTION = re.compile(r"\s+/\*[0-9a-f]{4,5}\*/\s+(?:@\S+\s+)?([A-Z][\w.]+)")
 LOAD_OR_USE = re.compile(r"LDG\.E\.128|[FD]ADD|[FD]FMA|BRA|CALL")
 ANY_LOAD_OR_USE = re.compile(r"LDG|[FD]ADD|[FD]FMA|[FD]SETP|BRA|CALL")
-# Instructions that access memory other than constants, and those after which the next need not be the next to run.
-ACCESS_OR_BRANCH = re.compile("LD(?!C)|UBLK|ST|ATOM|RED|CCTL|MEMBAR|SYNCS|BAR|BRA|BRX|JMP|JMX|CALL|RET|EXIT|WARPSYNC")
-
 needs_module = pytest.mark.skipif(CUDA is None, reason="fastsal was installed without fastsal._cuda (no nvcc)")
 
 
@@ -111,21 +102,6 @@ def machine_code():
 
 
 @needs_module
-def test_no_kernel_touches_memory_before_its_turn(machine_code):
-    """A kernel that follows another may start before that one has ended: first of all it waits (csrc/cuda/launch.cuh).
-
-    ACQBULK is griddepcontrol.wait in machine code, PREEXIT griddepcontrol.launch_dependents.
-    """
-    for (name, _), words in machine_code:
-        assert ("ACQBULK" in words) == (name not in ALONE | FIRST), name
-        assert ("PREEXIT" in words) == (name not in ALONE | LAST), name
-        if "ACQBULK" in words:
-            before = words[: words.index("ACQBULK")]
-            assert not [word for word in before if ACCESS_OR_BRANCH.match(word)], (name, before)
-            assert "PREEXIT" not in before, name
-
-
-@needs_module
 def test_steps_on_their_way_at_once(machine_code):
     """The fold asks for rows of the last of several steps before it needs one of the first, and before any branch."""
     steps, rows = (
@@ -154,15 +130,6 @@ def test_batches_on_their_way_at_once(machine_code):
             ordered = "".join("L" if "LDG" in word else "+" for word in words if ANY_LOAD_OR_USE.match(word))
             runs = [len(run) for run in ordered.split("+") if run]
             assert runs[which] >= least, (name, of, runs)
-
-
-@needs_module
-def test_first_rows_are_asked_for_before_the_prediction(machine_code):
-    """UBLKPF is cp.async.bulk.prefetch in machine code. The logits, and all rows, are loaded after it."""
-    for (name, of), words in machine_code:
-        assert ("UBLKPF.L2" in words) == (name == "margin_geometry_fold_kernel"), (name, of)
-        if "UBLKPF.L2" in words:
-            assert not [word for word in words[: words.index("UBLKPF.L2")] if word.startswith("LDG")], (name, of)
 
 
 @needs_module

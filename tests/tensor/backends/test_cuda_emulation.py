@@ -5,7 +5,6 @@ What this cannot show: hardware (warps in lockstep, memory ordering), speed, and
 
 import contextlib
 import math
-import os
 import subprocess
 import sys
 from pathlib import Path
@@ -128,11 +127,7 @@ def test_alignment_changes_no_bit(kernels, dtype, D, offset):
 
 @pytest.mark.parametrize(("dtype", "D"), [(torch.float32, 1152), (torch.bfloat16, 3328)])
 def test_nothing_is_read_behind_the_rows(module_path, run_python, dtype, D):
-    """Rows that end at a page which nobody may read: a load or a prefetch behind them ends the process.
-
-    Their last segment ends in the half that is prefetched first or in the other one, and there are no rows for all lanes that
-    prefetch.
-    """
+    """Rows that end at a page which nobody may read: a load behind them ends the process."""
     code = f"""
 import ctypes, mmap, sys, torch
 from cuda_emulation import emulated
@@ -275,22 +270,18 @@ def test_row_distances(kernels, D):
         torch.testing.assert_close(got, reference.row_distances(jacobian[:, 1], jacobian, norm), rtol=1e-6, atol=0)
 
 
-def emulated_program(folder, kernel, **environment):
-    """Runs a chain of two launches of a kernel with this body on the emulation."""
+def emulated_program(folder, kernel):
+    """Runs a kernel with this body on the emulation."""
     source = folder / "program.cpp"
     source.write_text(
-        f"""#include "device.cu"
+        f"""#include "launch.cuh"
         __global__ void kernel() {{ {kernel} }}
-        int main() {{
-          fastsal::Chain chain(0);
-          chain.launch("first", kernel, 1, 32, 0);
-          chain.launch("second", kernel, 1, 32, 0);
-        }}"""
+        int main() {{ fastsal::Stream(0).launch("kernel", kernel, 1, 32, 0); }}"""
     )
     includes = [f"-I{path}" for path in (TESTS / "cuda_emulation", TESTS.parent / "csrc/cuda")]
     program = str(folder / "program")
     subprocess.run([emulated.COMPILER, "-std=c++17", *includes, str(source), "-o", program], check=True)
-    return subprocess.run([program], capture_output=True, text=True, env={**os.environ, **environment})
+    return subprocess.run([program], capture_output=True, text=True)
 
 
 def test_a_divergent_barrier_is_reported(tmp_path):
@@ -298,17 +289,3 @@ def test_a_divergent_barrier_is_reported(tmp_path):
     result = emulated_program(tmp_path, "if (threadIdx.x < 16) __ballot_sync(~0u, 1);")
     assert result.returncode != 0
     assert "CUDA emulation: threads wait for others" in result.stderr
-
-
-WAIT, ADMIT = "fastsal::wait_for_kernel_before();", "fastsal::let_next_kernel_start();"
-
-
-@pytest.mark.parametrize(
-    ("kernel", "report"),
-    [(WAIT + ADMIT, ""), (ADMIT + WAIT, "lets the next kernel start"), ("", "a thread never waits")],
-)
-def test_a_kernel_before_its_turn_is_reported(tmp_path, kernel, report):
-    """The second of a chain is launched before its turn, unless FASTSAL_DEPENDENT_LAUNCH is 0."""
-    result = emulated_program(tmp_path, kernel, FASTSAL_DEPENDENT_LAUNCH="1")
-    assert (result.returncode != 0, report in result.stderr) == (bool(report), True), result.stderr
-    assert emulated_program(tmp_path, kernel, FASTSAL_DEPENDENT_LAUNCH="0").returncode == 0
