@@ -29,23 +29,17 @@ PYBIND11_MODULE(_cuda, m) {
       },
       release);
 
-  m.def("margin_geometry_fits", [](int dtype, int64_t B, int64_t n, int64_t D) {
-    return fastsal::margin_geometry_fits(dtype, Shape{B, n, D});
-  });
-  m.def("margin_geometry_tasks", [](int dtype, int64_t B, int64_t n, int64_t D) {
-    return fastsal::margin_geometry_tasks(dtype, Shape{B, n, D});
-  });
-  m.def("margin_geometry_scratch", [](int dtype, int64_t B, int64_t n, int64_t D, bool fused) {
-    return fastsal::margin_geometry_scratch(dtype, Shape{B, n, D}, fused);
+  m.def("margin_geometry_scratch", [](int dtype, int64_t B, int64_t n, int64_t D) {
+    return fastsal::margin_geometry_scratch(dtype, Shape{B, n, D});
   });
   m.def(
       "margin_geometry",
       [](int norm, int dtype, uintptr_t logits, uintptr_t jacobian, int64_t stride_b, int64_t stride_n, uintptr_t x,
          int64_t x_dtype, int64_t x_stride_b, int64_t B, int64_t n, int64_t D, uintptr_t scalars, uintptr_t indices,
-         uintptr_t distances, bool fused, uintptr_t scratch, uintptr_t stream) {
+         uintptr_t distances, bool is_short, uintptr_t scratch, uintptr_t stream) {
         fastsal::margin_geometry(norm, dtype, logits, RowsArgument{jacobian, stride_b, stride_n},
                                  InputArgument{x, x_dtype, x_stride_b}, Shape{B, n, D}, scalars, indices, distances,
-                                 fused, scratch, stream);
+                                 is_short, scratch, stream);
       },
       release);
 

@@ -14,19 +14,23 @@ struct Type {
   using type = T;
 };
 
+// The types whose sums float64 holds without scaling.
 template <class F>
-auto with_type(int dtype, F f) {
+auto with_narrow_type(int dtype, F f) {
   switch (dtype) {
     case kFloat32:
       return f(Type<float>{});
-    case kFloat64:
-      return f(Type<double>{});
     case kFloat16:
       return f(Type<Half>{});
     case kBFloat16:
       return f(Type<BFloat16>{});
   }
   throw std::runtime_error("dtype: got code " + std::to_string(dtype) + ", wants 0 to 3");
+}
+
+template <class F>
+auto with_type(int dtype, F f) {
+  return dtype == kFloat64 ? f(Type<double>{}) : with_narrow_type(dtype, f);
 }
 
 template <class F>

@@ -15,14 +15,13 @@ class Stream {
   explicit Stream(uintptr_t stream) : stream_(reinterpret_cast<cudaStream_t>(stream)) {}
 
   template <class... Parameters>
-  void launch(const char* name, void (*kernel)(Parameters...), int64_t blocks, int threads, int64_t shared_bytes,
+  void launch(const char* name, void (*kernel)(Parameters...), int64_t blocks, int threads,
               Parameters... arguments) const {
     if (blocks == 0) return;
     if (blocks > 2147483647) throw std::runtime_error(std::string(name) + ": the problem is too large for one grid");
     cudaLaunchConfig_t config = {};
     config.gridDim = dim3(static_cast<unsigned>(blocks));
     config.blockDim = dim3(static_cast<unsigned>(threads));
-    config.dynamicSmemBytes = static_cast<size_t>(shared_bytes);
     config.stream = stream_;
     const cudaError_t code = cudaLaunchKernelEx(&config, kernel, arguments...);
     if (code != cudaSuccess) throw std::runtime_error(std::string(name) + ": " + cudaGetErrorString(code));

@@ -30,14 +30,11 @@ int64_t row_distances_scratch(int dtype, Shape shape);
 void row_distances(int norm, int dtype, uintptr_t anchor, int64_t anchor_stride_b, RowsArgument rows, Shape shape,
                    uintptr_t out, uintptr_t scratch, uintptr_t stream);
 
-// `fused`: one block does a whole example in its shared memory, which the example must fit into; otherwise four kernels
-// spread it over the device.
-int64_t margin_geometry_bytes(int dtype, Shape shape);  // of memory for one example
-bool margin_geometry_fits(int dtype, Shape shape);
-int64_t margin_geometry_tasks(int dtype, Shape shape);  // warps that one example keeps busy
-int64_t margin_geometry_scratch(int dtype, Shape shape, bool fused);
+// `indices` [2, B] holds the predictions already. `is_short`: one thread finishes an example of short rows, not a
+// block.
+int64_t margin_geometry_scratch(int dtype, Shape shape);
 void margin_geometry(int norm, int dtype, uintptr_t logits, RowsArgument jacobian, InputArgument x, Shape shape,
-                     uintptr_t scalars, uintptr_t indices, uintptr_t distances, bool fused, uintptr_t scratch,
+                     uintptr_t scalars, uintptr_t indices, uintptr_t distances, bool is_short, uintptr_t scratch,
                      uintptr_t stream);
 
 // `split`: every segment of D has a block of its own, for problems that would not fill the device otherwise.

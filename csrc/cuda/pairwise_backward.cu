@@ -24,8 +24,7 @@ struct Problem {
   const double* v_ptr;  // [B, n, n] or null
   const T* jacobian_ptr;
   int64_t stride_b, stride_n;
-  const void* x_ptr;
-  bool x_is_float;
+  Entries x_entries;
   int64_t x_stride_b;
   Shape shape;
   T* grad_jacobian_ptr;  // [B, n, D]
@@ -34,7 +33,7 @@ struct Problem {
   Top* tops_ptr;         // [B, n, n], for q = infinity
 
   __device__ const T* row(int64_t b, int64_t j) const { return jacobian_ptr + b * stride_b + j * stride_n; }
-  __device__ double x(int64_t b, int64_t k) const { return Input<T>{x_ptr, x_is_float}(b * x_stride_b + k); }
+  __device__ double x(int64_t b, int64_t k) const { return x_entries(b * x_stride_b + k); }
 };
 
 // A warp for each i.
@@ -105,7 +104,7 @@ __global__ void __launch_bounds__(kThreads) pairwise_backward_x_kernel(const __g
   const double g = real(p.row(b, 0)[k]);
   double sum = 0;
   for (int64_t i = 1; i < p.shape.n; ++i) sum = fma(p.sums_ptr[b * p.shape.n + i], real(p.row(b, i)[k]) - g, sum);
-  if (p.x_is_float) {
+  if (p.x_entries.dtype == kFloat32) {
     store(static_cast<float*>(p.grad_x_ptr) + b * D + k, sum);
   } else {
     store(static_cast<T*>(p.grad_x_ptr) + b * D + k, sum);
@@ -129,8 +128,7 @@ void pairwise_backward(int norm, int dtype, uintptr_t w, uintptr_t v, RowsArgume
                           pointer<const T>(jacobian.data),
                           jacobian.stride_b,
                           jacobian.stride_n,
-                          pointer<const void>(x.data),
-                          x.dtype == kFloat32,
+                          {pointer<const void>(x.data), x.dtype},
                           x.stride_b,
                           shape,
                           pointer<T>(grad_jacobian),
@@ -140,15 +138,15 @@ void pairwise_backward(int norm, int dtype, uintptr_t w, uintptr_t v, RowsArgume
     const Stream on(stream);
     if (v) {
       on.launch("pairwise_backward_sum_weights_kernel", pairwise_backward_sum_weights_kernel<T>,
-                ceil_div(shape.B * shape.n * kWarpSize, kThreads), kThreads, 0, p);
-      on.launch("pairwise_backward_x_kernel", pairwise_backward_x_kernel<T>, shape.B * tiles, kThreads, 0, p);
+                ceil_div(shape.B * shape.n * kWarpSize, kThreads), kThreads, p);
+      on.launch("pairwise_backward_x_kernel", pairwise_backward_x_kernel<T>, shape.B * tiles, kThreads, p);
     }
     if (norm == kMax)
       on.launch("pairwise_backward_tops_kernel", pairwise_backward_tops_kernel<T>,
-                ceil_div(pairs * kWarpSize, kThreads), kThreads, 0, p);
+                ceil_div(pairs * kWarpSize, kThreads), kThreads, p);
     with_norm(norm, [&](auto q) {
       on.launch("pairwise_backward_rows_kernel", pairwise_backward_rows_kernel<q.value, T>,
-                shape.B * ceil_div(shape.n, kGroupRows) * tiles, kThreads, 0, p);
+                shape.B * ceil_div(shape.n, kGroupRows) * tiles, kThreads, p);
     });
   });
 }

@@ -8,7 +8,7 @@
 #include "launch.cuh"
 #include "loads.cuh"
 #include "ops.h"
-#include "scaled_folds.cuh"
+#include "scaled.cuh"
 
 namespace fastsal {
 namespace {
@@ -24,8 +24,7 @@ struct Problem {
   const Out* logits_ptr;  // [B, n]
   const T* jacobian_ptr;
   int64_t stride_b, stride_n;
-  const void* x_ptr;  // or null
-  bool x_is_float;
+  Entries x_entries;  // [B, D], or null
   int64_t x_stride_b;
   Shape shape;
   Out *distance_ptr, *margin_ptr;  // [B, n, n]
@@ -38,10 +37,8 @@ struct Problem {
 
   __host__ __device__ int64_t segments() const { return ceil_div(shape.D, kSegment); }
   __device__ const T* row(int64_t b, int64_t j) const { return jacobian_ptr + b * stride_b + j * stride_n; }
-  __device__ Input<T> x(int64_t b) const {
-    const int64_t offset = b * x_stride_b * static_cast<int64_t>(x_is_float ? sizeof(float) : sizeof(T));
-    return {static_cast<const char*>(x_ptr) + offset, x_is_float};
-  }
+  __device__ bool with_x() const { return x_entries.first; }
+  __device__ Entries x(int64_t b) const { return x_entries.from(b * x_stride_b); }
 };
 
 // kSide x kSide threads, each with kEdge x kEdge pairs. Of every row kDepth entries at a time are in shared memory.
@@ -87,8 +84,7 @@ struct TileInFlight {
       const int i = threadIdx.x + c * P::kThreads, row = i / kPacks, column = i % kPacks * kPack;
       const int64_t left = first + row < p.shape.n ? p.shape.D - k - column : 0;
       const T* from = left > 0 ? p.row(b, first + row) + k + column : p.jacobian_ptr;
-      packs[c] =
-          load_pack<aligned ? Loads::kReadOnly : Loads::kEntries>(from, left < kPack ? static_cast<int>(left) : kPack);
+      packs[c] = load_pack<aligned>(from, left < kPack ? static_cast<int>(left) : kPack);
     }
   }
   __device__ __forceinline__ void store(uint4* tile, int pitch) const {
@@ -211,7 +207,7 @@ __device__ double join_segments(const Problem<T>& p, const double* sums_ptr, int
   return sum.total();
 }
 
-// Whether a sum made in Real<T> lost nothing that counts to overflow or underflow; as in_range, but for a pair.
+// Whether a sum made in Real<T> lost nothing that counts to overflow or underflow.
 template <int kind, class T>
 __device__ bool pair_in_range(double sum) {
   constexpr bool is_double = sizeof(T) == sizeof(double);
@@ -233,14 +229,14 @@ __global__ void __launch_bounds__(kThreads, 1) pairwise_margins_finish_kernel(co
     const int64_t j = base + lane_id(), low = i < j ? i : j, high = i < j ? j : i;
     const bool is_pair = j < n && j != i;
     double norm = is_pair ? join_segments<q>(p, p.norm_ptr, b, low, high) : 0;
-    double dot = is_pair && p.x_ptr ? join_segments<kDot>(p, p.dot_ptr, b, low, high) : 0;
-    if (x_is_zero < 0 && __ballot_sync(kAllLanes, is_pair && p.x_ptr && dot == 0) != 0) {
+    double dot = is_pair && p.with_x() ? join_segments<kDot>(p, p.dot_ptr, b, low, high) : 0;
+    if (x_is_zero < 0 && __ballot_sync(kAllLanes, is_pair && p.with_x() && dot == 0) != 0) {
       double size = 0;
       for (int64_t k = lane_id(); k < p.shape.D; k += kWarpSize) size = fold<kMax>(size, p.x(b)(k));
       x_is_zero = join_lanes<kMax>(size) == 0;
     }
-    const bool safe = pair_in_range<q, T>(norm) && (!p.x_ptr || x_is_zero == 1 || pair_in_range<kDot, T>(dot));
-    Scaled distance = root<q>(Scaled{norm, 0}), projection = {i < j ? dot : -dot, 0};
+    const bool safe = pair_in_range<q, T>(norm) && (!p.with_x() || x_is_zero == 1 || pair_in_range<kDot, T>(dot));
+    Scaled distance = {root<q>(norm), 0}, projection = {i < j ? dot : -dot, 0};
     unsigned unsafe = __ballot_sync(kAllLanes, is_pair && !safe);
     for (int lane = 0; unsafe != 0; ++lane, unsafe >>= 1) {
       if (!(unsafe & 1u)) continue;
@@ -248,9 +244,9 @@ __global__ void __launch_bounds__(kThreads, 1) pairwise_margins_finish_kernel(co
       const auto d = [=](int64_t k) {
         return static_cast<double>(real(row_i[k])) - static_cast<double>(real(row_j[k]));
       };
-      const Scaled norm_again = scaled_fold<q, T>(p.shape.D, d);
-      const Scaled dot_again = p.x_ptr ? scaled_dot(p.shape.D, p.x(b), d) : Scaled{0, 0};
-      if (lane_id() == lane) distance = root<q>(norm_again), projection = dot_again;
+      const Scaled norm_again = scaled_norm<q, Warp>(p.shape.D, d);
+      const Scaled dot_again = p.with_x() ? scaled_dot<Warp>(p.shape.D, p.x(b), d) : Scaled{0, 0};
+      if (lane_id() == lane) distance = norm_again, projection = dot_again;
     }
     if (j >= n) continue;
     const double length = j == i ? 0 : to_double(distance), difference = psi - p.logits_ptr[b * n + j];
@@ -258,7 +254,7 @@ __global__ void __launch_bounds__(kThreads, 1) pairwise_margins_finish_kernel(co
     const int64_t at = (b * n + i) * n + j;
     store(&p.distance_ptr[at], length);
     store(&p.margin_ptr[at], candidate.ratio);
-    if (p.x_ptr) {
+    if (p.with_x()) {
       const Scaled quotient = {projection.value / distance.value, projection.exponent - distance.exponent};
       store(&p.projection_ptr[at], j == i ? NAN : to_double(quotient));
     }
@@ -279,10 +275,10 @@ void launch_tiles(const Problem<T>& p, const Stream& on) {
   const int64_t blocks = pairwise_margins_blocks(p.shape, p.split);
   if (tile_rows(p.shape.n) == SmallTile::kRows) {
     on.launch("pairwise_margins_tile_kernel", pairwise_margins_tile_kernel<kind, T, SmallTile>, blocks,
-              SmallTile::kThreads, 0, p);
+              SmallTile::kThreads, p);
   } else {
     on.launch("pairwise_margins_tile_kernel", pairwise_margins_tile_kernel<kind, T, LargeTile>, blocks,
-              LargeTile::kThreads, 0, p);
+              LargeTile::kThreads, p);
   }
 }
 
@@ -309,8 +305,7 @@ void pairwise_margins(int norm, int dtype, uintptr_t logits, RowsArgument jacobi
                           pointer<const T>(jacobian.data),
                           jacobian.stride_b,
                           jacobian.stride_n,
-                          pointer<const void>(x.data),
-                          x.dtype == kFloat32,
+                          {pointer<const void>(x.data), x.dtype},
                           x.stride_b,
                           shape,
                           pointer<Real<T>>(distance),
@@ -326,7 +321,7 @@ void pairwise_margins(int norm, int dtype, uintptr_t logits, RowsArgument jacobi
     with_norm(norm, [&](auto q) {
       launch_tiles<q.value>(p, on);
       on.launch("pairwise_margins_finish_kernel", pairwise_margins_finish_kernel<q.value, T>,
-                ceil_div(shape.B * shape.n * kWarpSize, kThreads), kThreads, 0, p);
+                ceil_div(shape.B * shape.n * kWarpSize, kThreads), kThreads, p);
     });
   });
 }

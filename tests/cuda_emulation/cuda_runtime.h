@@ -65,12 +65,6 @@ struct Barrier {
   unsigned arrived = 0, generation = 0;
 };
 
-struct Copy {
-  void* to;
-  const void* from;
-  size_t bytes;
-};
-
 struct Fiber {
   ucontext_t start;
   jmp_buf state;
@@ -78,7 +72,6 @@ struct Fiber {
   bool started = false, done = false;
   const Barrier* waits_for = nullptr;
   unsigned generation = 0;
-  std::vector<Copy> copies;  // begun, not yet waited for
 };
 
 struct Block {
@@ -92,7 +85,6 @@ struct Block {
   std::function<void()> body;
 };
 inline Block block;
-inline std::vector<uint4> shared;
 
 inline void wait(Barrier& barrier, unsigned wanted) {
   Fiber& fiber = block.fibers[block.current];
@@ -164,8 +156,6 @@ inline const uint64_t* exchange(uint64_t value) {
 
 }  // namespace emulation
 
-inline char* emulated_shared() { return reinterpret_cast<char*>(emulation::shared.data()); }
-
 inline void __syncthreads() {
   if (emulation::block.finished) emulation::fail("a barrier after a thread has left");
   emulation::wait(emulation::block.all, blockDim.x);
@@ -177,6 +167,16 @@ V __shfl_xor_sync(unsigned, V value, int distance) {
   uint64_t bits;
   std::memcpy(&bits, &value, sizeof(bits));
   bits = emulation::exchange(bits)[(threadIdx.x % emulation::kWarp) ^ static_cast<unsigned>(distance)];
+  std::memcpy(&value, &bits, sizeof(bits));
+  return value;
+}
+
+template <class V>
+V __shfl_sync(unsigned, V value, int lane) {
+  static_assert(sizeof(V) == sizeof(uint64_t), "the emulation exchanges 64 bits");
+  uint64_t bits;
+  std::memcpy(&bits, &value, sizeof(bits));
+  bits = emulation::exchange(bits)[lane];
   std::memcpy(&value, &bits, sizeof(bits));
   return value;
 }
@@ -203,22 +203,8 @@ V atomicAdd(V* at, V value) {
   return before;
 }
 
-// A copy arrives when its thread waits for it, and no earlier.
-inline void __pipeline_memcpy_async(void* to, const void* from, size_t bytes) {
-  if ((reinterpret_cast<uintptr_t>(to) | reinterpret_cast<uintptr_t>(from)) % bytes)
-    emulation::fail("a misaligned copy");
-  emulation::block.fibers[emulation::block.current].copies.push_back({to, from, bytes});
-}
-inline void __pipeline_commit() {}
-inline void __pipeline_wait_prior(size_t) {
-  auto& copies = emulation::block.fibers[emulation::block.current].copies;
-  for (const emulation::Copy& copy : copies) std::memcpy(copy.to, copy.from, copy.bytes);
-  copies.clear();
-}
-
 struct cudaLaunchConfig_t {
   dim3 gridDim, blockDim;
-  size_t dynamicSmemBytes = 0;
   cudaStream_t stream = nullptr;
 };
 
@@ -232,7 +218,6 @@ cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t* config, void (*kernel)(
   emulation::block.body = [=] { kernel(arguments...); };
   for (unsigned i = 0; i < gridDim.x; ++i) {
     blockIdx = dim3(reverse ? gridDim.x - 1 - i : i);
-    emulation::shared.assign(config->dynamicSmemBytes / sizeof(uint4) + 1, uint4{~0u, ~0u, ~0u, ~0u});
     emulation::run_block(blockDim.x, reverse);
   }
   return cudaSuccess;

@@ -12,8 +12,8 @@ from torch import Tensor
 
 from fastsal.tensor.backends import layout
 
-_FUSED_BLOCKS = 8  # examples for every multiprocessor from which on one block an example fills the device
-_FUSED_TASKS = 16  # warps: an example with no more work than this is one block's in any case
+_MANY_EXAMPLES = 1024  # from which on one thread finishes an example of few and short rows
+_FEW_ROWS, _SHORT_BYTES = 64, 16384
 _SPLIT_BLOCKS = 2  # blocks for every multiprocessor below which pairwise_margins gives each segment of D its own
 
 _cuda, _reason = layout.imported("fastsal._cuda", "the native module fastsal._cuda")
@@ -73,24 +73,20 @@ def row_distances(anchor: Tensor, rows: Tensor, norm: float) -> Tensor:
     return out
 
 
-def _fused(jacobian: Tensor) -> bool:
-    """Whether margin_geometry gives each example to one block, in one launch, or spreads it over four or five."""
-    problem = (layout.DTYPE_CODES[jacobian.dtype], *jacobian.shape)
-    if not _cuda.margin_geometry_fits(*problem):
-        return False
-    few_tasks: bool = _cuda.margin_geometry_tasks(*problem) <= _FUSED_TASKS
-    return few_tasks or len(jacobian) >= _FUSED_BLOCKS * _multiprocessors(jacobian.device)
+def _short(jacobian: Tensor) -> bool:
+    """Whether one thread finishes an example of margin_geometry, rather than a block."""
+    B, n, D = jacobian.shape
+    return B >= _MANY_EXAMPLES and n <= _FEW_ROWS and D * jacobian.element_size() <= _SHORT_BYTES
 
 
 def margin_geometry(logits: Tensor, jacobian: Tensor, x: Tensor, norm: float) -> tuple[Tensor, Tensor, Tensor]:
     with _launching(jacobian) as stream:
         scores = layout.scores(logits, jacobian)
         outputs = layout.empty_geometry(jacobian)
+        torch.argmax(scores, 1, out=outputs[1][0])
         arguments = layout.native_arguments(norm, jacobian, (scores.data_ptr(),), layout.x_arguments(x))
-        fused = _fused(jacobian)
-        dtype = layout.DTYPE_CODES[jacobian.dtype]
-        scratch = _scratch(jacobian, _cuda.margin_geometry_scratch(dtype, *jacobian.shape, fused))
-        _cuda.margin_geometry(*arguments, *map(Tensor.data_ptr, outputs), fused, scratch.data_ptr(), stream)
+        scratch = _scratch(jacobian, _cuda.margin_geometry_scratch(layout.DTYPE_CODES[jacobian.dtype], *jacobian.shape))
+        _cuda.margin_geometry(*arguments, *map(Tensor.data_ptr, outputs), _short(jacobian), scratch.data_ptr(), stream)
     return outputs
 
 

@@ -64,21 +64,75 @@ def test_values_of_every_backend(module_path, run_python):
 
 @each_norm
 @each_dtype
-@pytest.mark.parametrize(("B", "n", "D"), [(2, 10, 784), (3, 5, 5003), (1, 33, 40)])
-def test_one_block_and_four_kernels_agree(kernels, monkeypatch, norm, dtype, B, n, D):
-    arguments = (*cases.inputs(B, n, D, dtype), norm)
+@pytest.mark.parametrize(("B", "n", "D"), [(2, 10, 784), (35, 5, 2003), (1, 33, 40)])
+def test_a_thread_and_a_block_for_each_example_agree(kernels, monkeypatch, norm, dtype, B, n, D):
+    logits, jacobian, x = cases.inputs(B, n, D, dtype)
+    jacobian[0, 1:] = -jacobian[0, :1]  # whichever wins, the direction gap is 0 and takes another reading
     results = []
-    for fused in (True, False):
-        monkeypatch.setattr(cuda, "_fused", lambda *_, fused=fused: fused)
-        results.append(run_poisoned(kernels.margin_geometry, *arguments))
+    for short in (True, False):
+        monkeypatch.setattr(cuda, "_short", lambda *_, short=short: short)
+        results.append(run_poisoned(kernels.margin_geometry, logits, jacobian, x, norm))
     assert_all_same(*results)
 
 
-@pytest.mark.parametrize(("B", "n"), [(34, 4000), (1, 4100)])
-def test_many_classes(kernels, monkeypatch, B, n):
-    """So many tasks that a warp of the fold kernel takes two; so many classes that they are predicted beforehand."""
-    monkeypatch.setattr(cuda, "_fused", lambda *_: False)
-    logits, jacobian, x = cases.inputs(B, n, 4, torch.float32)
+EMULATED = cases.Target("cuda", "cpu")
+
+
+@cases.long_double
+@each_norm
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("short", [True, False])
+def test_segments_of_zeros(kernels, monkeypatch, norm, dtype, short):
+    """Padding: x, or all differences, are 0 over whole segments; infinities there make NaN."""
+    monkeypatch.setattr(cuda, "_short", lambda *_: short)
+    logits, jacobian, x = cases.inputs(4, 5, 6000, dtype)
+    jacobian[:, :, 2000:4200] = jacobian[:, :1, 2000:4200]
+    x[1:, 4000:] = 0
+    x[2, 2500] = math.inf
+    jacobian[3, :, 2500] = math.inf
+    cases.check_geometry(EMULATED, logits, jacobian, x, norm)
+
+
+@cases.long_double
+@each_norm
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("x_scale", [1e-38, 1e-25, 1, 1e25, 1e38])
+@pytest.mark.parametrize("scale", [1e-38, 1e-25, 1e-14, 1e25, 1e38])
+def test_products_at_both_ends_of_the_range(kernels, norm, dtype, scale, x_scale):
+    """What float32 squares or products would lose is summed in float64; differences may overflow float32 too."""
+    logits, jacobian, x = cases.inputs(1, 4, 1100, torch.float64)
+    jacobian, x = ((scale * v.clamp(-3, 3)).to(dtype) for v, scale in ((jacobian, scale), (x, x_scale)))
+    cases.check_geometry(EMULATED, logits.float(), jacobian, x, norm)
+
+
+@cases.long_double
+@each_norm
+@each_dtype
+@pytest.mark.parametrize("seed", range(4))
+def test_constant_rows(kernels, norm, dtype, seed):
+    """Every addition of a lane rounds alike: the largest error that its float32 sums can have."""
+    constants = cases.inputs(1, 3, 1, torch.float64, seed)
+    logits, jacobian, x = (v.to(dtype) for v in constants)
+    cases.check_geometry(EMULATED, logits, jacobian.repeat(1, 1, 9000), x.repeat(1, 9000), norm)
+
+
+@cases.long_double
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("angle", [0.05, 0.3, 0.49, 0.51, 0.8, 1.5])
+def test_direction_gaps_with_and_without_another_reading(kernels, dtype, angle):
+    """Gaps on both sides of the limit below which <g, g†> would not do."""
+    logits, jacobian, x = cases.inputs(1, 2, 5000, torch.float64)
+    g, other = jacobian[0] / jacobian[0].norm(dim=1, keepdim=True)
+    rows = torch.stack((g, g - math.cos(angle) * g - math.sin(angle) * (other - (other @ g) * g)))
+    rows = rows[[0, 1]] if logits[0, 0] > logits[0, 1] else rows[[1, 0]]
+    result = cases.check_geometry(EMULATED, logits.float(), rows[None].to(dtype), x.to(dtype))
+    assert abs(result.direction_gap - 2 * math.sin(angle / 2)) < 0.02
+
+
+@pytest.mark.parametrize(("B", "n", "D"), [(3, 4000, 4), (1, 40, 40000)])
+def test_many_blocks_for_an_example(kernels, B, n, D):
+    """The last of them to arrive selects the runner-up among what all have joined."""
+    logits, jacobian, x = cases.inputs(B, n, D, torch.float32)
     scalars, indices, distances = run_poisoned(kernels.margin_geometry, logits, jacobian, x, 2.0)
     truth, prediction, runner_up, want = reference.margin_geometry(logits, jacobian, x, 2.0)
     assert torch.equal(indices, torch.stack((prediction, runner_up)))
@@ -108,7 +162,7 @@ def test_pairs_do_not_depend_on_the_tile(kernels, norm):
 
 
 @each_dtype
-@pytest.mark.parametrize("D", [256, 4096])  # the rows fit into a block's shared memory, or do not
+@pytest.mark.parametrize("D", [256, 4096])
 @pytest.mark.parametrize("offset", [0, 1, 3])
 def test_alignment_changes_no_bit(kernels, dtype, D, offset):
     """Rows and x that start anywhere, among NaN that must not be read."""
@@ -134,7 +188,6 @@ from cuda_emulation import emulated
 from fastsal.tensor.backends import cuda
 for name, value in emulated.replacements(emulated.load(sys.argv[1])).items():
     setattr(cuda, name, value)
-cuda._fused = lambda *_: False
 rows = torch.randn(1, 6, {D}).to({dtype})
 size, page = rows.nbytes, mmap.PAGESIZE
 pages = mmap.mmap(-1, (size // page + 2) * page)
@@ -172,10 +225,8 @@ class NothingIsRead(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-@pytest.mark.parametrize("fused", [True, False])
-def test_nothing_is_read_back(kernels, monkeypatch, fused):
+def test_nothing_is_read_back(kernels):
     """A GPU would stop for it, and a CUDA graph could not be captured."""
-    monkeypatch.setattr(cuda, "_fused", lambda *_: fused)
     with NothingIsRead():
         everything(kernels, torch.bfloat16, 2.0)
         with pytest.raises(AssertionError, match="_local_scalar_dense"):
@@ -205,10 +256,10 @@ def everything(kernels, dtype, norm):
 
 @each_norm
 @each_dtype
-@pytest.mark.parametrize("fused", [True, False])
-def test_order_of_threads_changes_no_bit(kernels, monkeypatch, norm, dtype, fused):
+@pytest.mark.parametrize("short", [True, False])
+def test_order_of_threads_changes_no_bit(kernels, monkeypatch, norm, dtype, short):
     """A missing barrier shows when the last thread and the last block go first."""
-    monkeypatch.setattr(cuda, "_fused", lambda *_: fused)
+    monkeypatch.setattr(cuda, "_short", lambda *_: short)
     monkeypatch.delenv("FASTSAL_EMULATION_REVERSE", raising=False)
     forward = run_poisoned(everything, kernels, dtype, norm)
     monkeypatch.setenv("FASTSAL_EMULATION_REVERSE", "1")
@@ -276,7 +327,7 @@ def emulated_program(folder, kernel):
     source.write_text(
         f"""#include "launch.cuh"
         __global__ void kernel() {{ {kernel} }}
-        int main() {{ fastsal::Stream(0).launch("kernel", kernel, 1, 32, 0); }}"""
+        int main() {{ fastsal::Stream(0).launch("kernel", kernel, 1, 32); }}"""
     )
     includes = [f"-I{path}" for path in (TESTS / "cuda_emulation", TESTS.parent / "csrc/cuda")]
     program = str(folder / "program")
