@@ -43,21 +43,21 @@ PYBIND11_MODULE(_cuda, m) {
       },
       release);
 
-  m.def("pairwise_margins_blocks", [](int64_t B, int64_t n, int64_t D, bool split) {
-    return fastsal::pairwise_margins_blocks(Shape{B, n, D}, split);
+  m.def("pairwise_margins_blocks", [](int dtype, int64_t B, int64_t n, int64_t D, bool by_segment) {
+    return fastsal::pairwise_margins_blocks(dtype, Shape{B, n, D}, by_segment);
   });
-  m.def("pairwise_margins_scratch", [](int64_t B, int64_t n, int64_t D, bool with_x, bool split) {
-    return fastsal::pairwise_margins_scratch(Shape{B, n, D}, with_x, split);
+  m.def("pairwise_margins_scratch", [](int64_t B, int64_t n, int64_t D, bool by_segment) {
+    return fastsal::pairwise_margins_scratch(Shape{B, n, D}, by_segment);
   });
   m.def(
       "pairwise_margins",
       [](int norm, int dtype, uintptr_t logits, uintptr_t jacobian, int64_t stride_b, int64_t stride_n, uintptr_t x,
          int64_t x_dtype, int64_t x_stride_b, int64_t B, int64_t n, int64_t D, uintptr_t distance, uintptr_t margin,
-         uintptr_t nearest_margin, uintptr_t nearest, uintptr_t projection, bool split, uintptr_t scratch,
+         uintptr_t nearest_margin, uintptr_t nearest, uintptr_t projection, bool by_segment, uintptr_t scratch,
          uintptr_t stream) {
         fastsal::pairwise_margins(norm, dtype, logits, RowsArgument{jacobian, stride_b, stride_n},
                                   InputArgument{x, x_dtype, x_stride_b}, Shape{B, n, D}, distance, margin,
-                                  nearest_margin, nearest, projection, split, scratch, stream);
+                                  nearest_margin, nearest, projection, by_segment, scratch, stream);
       },
       release);
 

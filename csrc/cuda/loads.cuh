@@ -52,4 +52,18 @@ struct Entries {
   __device__ Entries from(int64_t k) const { return {static_cast<const char*>(first) + k * entry_bytes(dtype), dtype}; }
 };
 
+// Stores an entry k of a tensor of any dtype, rounded to nearest even.
+__device__ inline void store(void* to, int64_t dtype, int64_t k, double v) {
+  switch (dtype) {
+    case kFloat32:
+      return store(static_cast<float*>(to) + k, v);
+    case kFloat64:
+      return store(static_cast<double*>(to) + k, v);
+    case kFloat16:
+      return store(static_cast<Half*>(to) + k, v);
+    default:
+      return store(static_cast<BFloat16*>(to) + k, v);
+  }
+}
+
 }  // namespace fastsal

@@ -99,6 +99,8 @@ __global__ void __launch_bounds__(kThreads)
     margin_geometry_finish_kernel(const __grid_constant__ Narrow p, int blocks, int lanes) {
   __shared__ bool is_last;
   __shared__ double gap_parts[kParts];
+  begin_unwritten(is_last);
+  begin_unwritten(gap_parts);
   const int64_t n = p.shape.n, b = blockIdx.x / static_cast<unsigned>(blocks), i = p.indices_ptr[b];
   const int block = static_cast<int>(blockIdx.x % static_cast<unsigned>(blocks)), rows = kThreads / lanes;
   Candidate best = no_candidate();

@@ -37,12 +37,13 @@ void margin_geometry(int norm, int dtype, uintptr_t logits, RowsArgument jacobia
                      uintptr_t scalars, uintptr_t indices, uintptr_t distances, bool is_short, uintptr_t scratch,
                      uintptr_t stream);
 
-// `split`: every segment of D has a block of its own, for problems that would not fill the device otherwise.
-int64_t pairwise_margins_blocks(Shape shape, bool split);
-int64_t pairwise_margins_scratch(Shape shape, bool with_x, bool split);
+// `by_segment`: a block takes one segment of D and not 16 of them, for problems that would not fill the device
+// otherwise.
+int64_t pairwise_margins_blocks(int dtype, Shape shape, bool by_segment);
+int64_t pairwise_margins_scratch(Shape shape, bool by_segment);
 void pairwise_margins(int norm, int dtype, uintptr_t logits, RowsArgument jacobian, InputArgument x, Shape shape,
                       uintptr_t distance, uintptr_t margin, uintptr_t nearest_margin, uintptr_t nearest,
-                      uintptr_t projection, bool split, uintptr_t scratch, uintptr_t stream);
+                      uintptr_t projection, bool by_segment, uintptr_t scratch, uintptr_t stream);
 
 // From w, v (float64 [B, n, n]; v 0 is none), as fastsal.tensor.reference.pairwise_backward defines it. The gradients
 // have the types of the Jacobian and of x and are contiguous.

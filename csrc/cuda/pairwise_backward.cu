@@ -18,27 +18,25 @@ struct Top {
   double value, count;
 };
 
-template <class T>
 struct Problem {
   const double* w_ptr;  // [B, n, n]
   const double* v_ptr;  // [B, n, n] or null
-  const T* jacobian_ptr;
+  Entries jacobian;
   int64_t stride_b, stride_n;
   Entries x_entries;
   int64_t x_stride_b;
   Shape shape;
-  T* grad_jacobian_ptr;  // [B, n, D]
-  void* grad_x_ptr;      // [B, D]
-  double* sums_ptr;      // [B, n], sum_j v_ij
-  Top* tops_ptr;         // [B, n, n], for q = infinity
+  void* grad_jacobian_ptr;  // [B, n, D], of the Jacobian's dtype
+  void* grad_x_ptr;         // [B, D], of the dtype of x
+  double* sums_ptr;         // [B, n], sum_j v_ij
+  Top* tops_ptr;            // [B, n, n], for q = infinity
 
-  __device__ const T* row(int64_t b, int64_t j) const { return jacobian_ptr + b * stride_b + j * stride_n; }
+  __device__ Entries row(int64_t b, int64_t j) const { return jacobian.from(b * stride_b + j * stride_n); }
   __device__ double x(int64_t b, int64_t k) const { return x_entries(b * x_stride_b + k); }
 };
 
 // A warp for each i.
-template <class T>
-__global__ void __launch_bounds__(kThreads) pairwise_backward_sum_weights_kernel(const __grid_constant__ Problem<T> p) {
+__global__ void __launch_bounds__(kThreads) pairwise_backward_sum_weights_kernel(const __grid_constant__ Problem p) {
   const int64_t row = (blockIdx.x * static_cast<int64_t>(kThreads) + threadIdx.x) / kWarpSize;
   if (row >= p.shape.B * p.shape.n) return;
   double sum = 0;
@@ -48,15 +46,12 @@ __global__ void __launch_bounds__(kThreads) pairwise_backward_sum_weights_kernel
 }
 
 // A warp for each pair i, j.
-template <class T>
-__global__ void __launch_bounds__(kThreads) pairwise_backward_tops_kernel(const __grid_constant__ Problem<T> p) {
+__global__ void __launch_bounds__(kThreads) pairwise_backward_tops_kernel(const __grid_constant__ Problem p) {
   const int64_t n = p.shape.n, pair = (blockIdx.x * static_cast<int64_t>(kThreads) + threadIdx.x) / kWarpSize;
   const int64_t b = pair / (n * n), i = pair / n % n, j = pair % n;
   if (b >= p.shape.B || i > j) return;
-  const T *row_i = p.row(b, i), *row_j = p.row(b, j);
-  const auto size = [=](int64_t k) {
-    return magnitude(static_cast<double>(real(row_i[k])) - static_cast<double>(real(row_j[k])));
-  };
+  const Entries row_i = p.row(b, i), row_j = p.row(b, j);
+  const auto size = [=](int64_t k) { return magnitude(row_i(k) - row_j(k)); };
   double top = 0, count = 0;
   for (int64_t k = lane_id(); k < p.shape.D; k += kWarpSize) top = larger(top, size(k));
   top = join_lanes<kMax>(top);
@@ -66,17 +61,17 @@ __global__ void __launch_bounds__(kThreads) pairwise_backward_tops_kernel(const 
 }
 
 // A thread for entry k of kGroupRows rows.
-template <int q, class T>
-__global__ void __launch_bounds__(kThreads) pairwise_backward_rows_kernel(const __grid_constant__ Problem<T> p) {
+template <int q>
+__global__ void __launch_bounds__(kThreads) pairwise_backward_rows_kernel(const __grid_constant__ Problem p) {
   const int64_t n = p.shape.n, D = p.shape.D, groups = ceil_div(n, kGroupRows), tiles = ceil_div(D, kThreads);
   const int64_t b = blockIdx.x / (tiles * groups), first = blockIdx.x % groups * kGroupRows;
   const int64_t k = blockIdx.x / groups % tiles * kThreads + threadIdx.x;
   if (k >= D) return;
   double g[kGroupRows], sums[kGroupRows] = {};
 #pragma unroll
-  for (int r = 0; r < kGroupRows; ++r) g[r] = real(p.row(b, first + r < n ? first + r : first)[k]);
+  for (int r = 0; r < kGroupRows; ++r) g[r] = p.row(b, first + r < n ? first + r : first)(k);
   for (int64_t j = 0; j < n; ++j) {
-    const double other = real(p.row(b, j)[k]);
+    const double other = p.row(b, j)(k);
 #pragma unroll
     for (int r = 0; r < kGroupRows; ++r) {
       const int64_t at = (b * n + (first + r < n ? first + r : first)) * n + j;
@@ -90,25 +85,21 @@ __global__ void __launch_bounds__(kThreads) pairwise_backward_rows_kernel(const 
   for (int r = 0; r < kGroupRows; ++r) {
     if (first + r >= n) break;
     const int64_t row = b * n + first + r;
-    store(&p.grad_jacobian_ptr[row * D + k], p.v_ptr ? fma(p.sums_ptr[row], p.x(b, k), sums[r]) : sums[r]);
+    const double gradient = p.v_ptr ? fma(p.sums_ptr[row], p.x(b, k), sums[r]) : sums[r];
+    store(p.grad_jacobian_ptr, p.jacobian.dtype, row * D + k, gradient);
   }
 }
 
 // sum_{i<j} v_ij (g_i - g_j) = sum_i s_i (g_i - g_0) with s_i = sum_j v_ij, since v is antisymmetric and so the s_i add
 // to 0.
-template <class T>
-__global__ void __launch_bounds__(kThreads) pairwise_backward_x_kernel(const __grid_constant__ Problem<T> p) {
+__global__ void __launch_bounds__(kThreads) pairwise_backward_x_kernel(const __grid_constant__ Problem p) {
   const int64_t D = p.shape.D, tiles = ceil_div(D, kThreads), b = blockIdx.x / tiles;
   const int64_t k = blockIdx.x % tiles * kThreads + threadIdx.x;
   if (k >= D) return;
-  const double g = real(p.row(b, 0)[k]);
+  const double g = p.row(b, 0)(k);
   double sum = 0;
-  for (int64_t i = 1; i < p.shape.n; ++i) sum = fma(p.sums_ptr[b * p.shape.n + i], real(p.row(b, i)[k]) - g, sum);
-  if (p.x_entries.dtype == kFloat32) {
-    store(static_cast<float*>(p.grad_x_ptr) + b * D + k, sum);
-  } else {
-    store(static_cast<T*>(p.grad_x_ptr) + b * D + k, sum);
-  }
+  for (int64_t i = 1; i < p.shape.n; ++i) sum = fma(p.sums_ptr[b * p.shape.n + i], p.row(b, i)(k) - g, sum);
+  store(p.grad_x_ptr, p.x_entries.dtype, b * D + k, sum);
 }
 
 }  // namespace
@@ -120,34 +111,32 @@ int64_t pairwise_backward_scratch(int norm, Shape shape) {
 
 void pairwise_backward(int norm, int dtype, uintptr_t w, uintptr_t v, RowsArgument jacobian, InputArgument x,
                        Shape shape, uintptr_t grad_jacobian, uintptr_t grad_x, uintptr_t scratch, uintptr_t stream) {
-  with_type(dtype, [&](auto type) {
-    using T = typename decltype(type)::type;
-    const int64_t pairs = shape.B * shape.n * shape.n, tiles = ceil_div(shape.D, kThreads);
-    const Problem<T> p = {pointer<const double>(w),
-                          pointer<const double>(v),
-                          pointer<const T>(jacobian.data),
-                          jacobian.stride_b,
-                          jacobian.stride_n,
-                          {pointer<const void>(x.data), x.dtype},
-                          x.stride_b,
-                          shape,
-                          pointer<T>(grad_jacobian),
-                          pointer<void>(grad_x),
-                          reinterpret_cast<double*>(pointer<Top>(scratch) + (norm == kMax ? pairs : 0)),
-                          pointer<Top>(scratch)};
-    const Stream on(stream);
-    if (v) {
-      on.launch("pairwise_backward_sum_weights_kernel", pairwise_backward_sum_weights_kernel<T>,
-                ceil_div(shape.B * shape.n * kWarpSize, kThreads), kThreads, p);
-      on.launch("pairwise_backward_x_kernel", pairwise_backward_x_kernel<T>, shape.B * tiles, kThreads, p);
-    }
-    if (norm == kMax)
-      on.launch("pairwise_backward_tops_kernel", pairwise_backward_tops_kernel<T>,
-                ceil_div(pairs * kWarpSize, kThreads), kThreads, p);
-    with_norm(norm, [&](auto q) {
-      on.launch("pairwise_backward_rows_kernel", pairwise_backward_rows_kernel<q.value, T>,
-                shape.B * ceil_div(shape.n, kGroupRows) * tiles, kThreads, p);
-    });
+  const int64_t pairs = shape.B * shape.n * shape.n, tiles = ceil_div(shape.D, kThreads);
+  const Problem p = {pointer<const double>(w),
+                     pointer<const double>(v),
+                     {pointer<const void>(jacobian.data), dtype},
+                     jacobian.stride_b,
+                     jacobian.stride_n,
+                     {pointer<const void>(x.data), x.dtype},
+                     x.stride_b,
+                     shape,
+                     pointer<void>(grad_jacobian),
+                     pointer<void>(grad_x),
+                     reinterpret_cast<double*>(pointer<Top>(scratch) + (norm == kMax ? pairs : 0)),
+                     pointer<Top>(scratch)};
+  const Stream on(stream);
+  if (v) {
+    on.launch("pairwise_backward_sum_weights_kernel", pairwise_backward_sum_weights_kernel,
+              ceil_div(shape.B * shape.n * kWarpSize, kThreads), kThreads, p);
+    on.launch("pairwise_backward_x_kernel", pairwise_backward_x_kernel, shape.B * tiles, kThreads, p);
+  }
+  if (norm == kMax) {
+    on.launch("pairwise_backward_tops_kernel", pairwise_backward_tops_kernel, ceil_div(pairs * kWarpSize, kThreads),
+              kThreads, p);
+  }
+  with_norm(norm, [&](auto q) {
+    on.launch("pairwise_backward_rows_kernel", pairwise_backward_rows_kernel<q.value>,
+              shape.B * ceil_div(shape.n, kGroupRows) * tiles, kThreads, p);
   });
 }
 

@@ -57,10 +57,19 @@ __device__ __forceinline__ int row_of_lane(int lane) {
   return lane / (kWarpSize / count);
 }
 
+// Shared memory begins with any bits; in tests/cuda_emulation, with NaN.
+template <class V>
+__device__ __forceinline__ void begin_unwritten(V& shared) {
+#if !defined(__CUDACC__)
+  emulated_unwritten(&shared, sizeof(shared));
+#endif
+}
+
 // Joins the folds of all threads of the block; each has the result.
 template <int q>
 __device__ double join_block(double fold) {
   __shared__ double of_warp[kWarpSize];
+  begin_unwritten(of_warp);
   fold = join_lanes<q>(fold);
   if (lane_id() == 0) of_warp[warp_id()] = fold;
   __syncthreads();
@@ -83,6 +92,7 @@ __device__ __forceinline__ Candidate nearest_of_warp(Candidate best) {
 // The nearest of the candidates of all threads of the block; each has the result.
 __device__ inline Candidate nearest_of_block(Candidate best) {
   __shared__ Candidate of_warp[kWarpSize];
+  begin_unwritten(of_warp);
   best = nearest_of_warp(best);
   if (lane_id() == 0) of_warp[warp_id()] = best;
   __syncthreads();

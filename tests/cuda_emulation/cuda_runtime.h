@@ -3,8 +3,8 @@
 //
 // The threads of a block are fibers of one system thread. A fiber runs until a barrier or a warp exchange, which it
 // leaves only when all the others have come. Unlike a GPU this also reports divergent barriers, exchanges that lack a
-// lane and misaligned loads; FASTSAL_EMULATION_REVERSE=1 runs blocks and threads in the opposite order, so that a race
-// shows.
+// lane and misaligned loads, and shared memory begins with NaN in every block; FASTSAL_EMULATION_REVERSE=1 runs blocks
+// and threads in the opposite order, so that a race shows.
 #pragma once
 
 #include <setjmp.h>
@@ -18,6 +18,7 @@
 #include <cstring>
 #include <functional>
 #include <memory>
+#include <set>
 #include <type_traits>
 #include <vector>
 
@@ -83,6 +84,7 @@ struct Block {
   ucontext_t scheduler_context;
   unsigned current = 0, finished = 0;
   std::function<void()> body;
+  std::set<void*> begun;  // shared memory that has its NaN
 };
 inline Block block;
 
@@ -128,6 +130,7 @@ inline void run_block(unsigned threads, bool reverse) {
   block.slots.assign(2 * threads, 0);
   block.all = Barrier();
   block.finished = 0;
+  block.begun.clear();
   while (block.finished < threads) {
     bool moved = false;
     for (unsigned i = 0; i < threads; ++i) {
@@ -155,6 +158,11 @@ inline const uint64_t* exchange(uint64_t value) {
 }
 
 }  // namespace emulation
+
+// A block's first thread that comes to this shared memory fills it with NaN.
+inline void emulated_unwritten(void* shared, size_t bytes) {
+  if (emulation::block.begun.insert(shared).second) std::memset(shared, 0xff, bytes);
+}
 
 inline void __syncthreads() {
   if (emulation::block.finished) emulation::fail("a barrier after a thread has left");

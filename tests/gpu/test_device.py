@@ -1,6 +1,7 @@
 """What only a GPU can show: streams, graphs, devices, no synchronisation, and more than 2³¹ elements for real."""
 
 import math
+from concurrent.futures import ThreadPoolExecutor
 
 import cases
 import pytest
@@ -56,14 +57,14 @@ def test_repeats_have_the_same_bits(backend, norm, dtype, shape):
 @cases.each_dtype
 @pytest.mark.parametrize("D", [784, 5003])
 def test_forms_have_the_same_bits(backend, norm, dtype, D, monkeypatch):
-    """A thread or a block finishes an example; a block takes all segments of its pairs, or one."""
+    """A thread or a block finishes an example; a block takes 16 segments of its pairs, or one."""
     if backend != "cuda":
         pytest.skip("the CUDA backend's choice")
     arguments = inputs(4, 10, D, dtype=dtype)
     results = []
     for choice in (True, False):
         monkeypatch.setattr(ops.BACKENDS["cuda"], "_short", lambda *_, choice=choice: choice)
-        monkeypatch.setattr(ops.BACKENDS["cuda"], "_split", lambda *_, choice=choice: choice)
+        monkeypatch.setattr(ops.BACKENDS["cuda"], "_by_segment", lambda *_, choice=choice: choice)
         results.append(run_all(backend, *arguments, norm))
     assert_all_same(*results)
 
@@ -83,6 +84,35 @@ def test_another_stream(backend):
         got = run_all(backend, *late)
     stream.synchronize()
     assert_all_same(expected, got)
+
+
+@each_backend
+def test_two_streams_at_once(backend):
+    """Each has its own scratch memory, and the kernels of one run between those of the other."""
+    problems = [inputs(2, 10, 40_000), inputs(1, 40, 20_000)]
+    expected = [run_all(backend, *problem) for problem in problems]
+    streams = [torch.cuda.Stream() for _ in problems]
+    torch.cuda.synchronize()
+    got = []
+    for _ in range(20):
+        for stream, problem in zip(streams, problems, strict=True):
+            with torch.cuda.stream(stream), cases.poisoned():
+                got.append(run_all(backend, *problem))
+    torch.cuda.synchronize()
+    for k, results in enumerate(got):
+        assert_all_same(expected[k % 2], results)
+
+
+@each_backend
+def test_two_threads_on_one_stream(backend):
+    """A kernel of the other thread may run between two of one operation."""
+    problems = [inputs(2, 10, 40_000), inputs(1, 40, 20_000)]
+    expected = [run_all(backend, *problem) for problem in problems]
+    with ThreadPoolExecutor(2) as pool:
+        got = pool.map(lambda problem: [run_all(backend, *problem) for _ in range(20)], problems)
+    for want, runs in zip(expected, got, strict=True):
+        for results in runs:
+            assert_all_same(want, results)
 
 
 @each_backend

@@ -21,6 +21,7 @@ from fastsal.tensor import reference
 from fastsal.tensor.backends import cuda
 
 TESTS = Path(__file__).resolve().parents[2]
+CSRC = TESTS.parent / "csrc"
 pytestmark = [
     pytest.mark.skipif(emulated.COMPILER is None, reason="needs a C++ compiler"),
     pytest.mark.skipif(sys.platform != "linux", reason="the emulation needs glibc's contexts"),
@@ -142,11 +143,11 @@ def test_many_blocks_for_an_example(kernels, B, n, D):
 
 @each_norm
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_segments_split_or_not_agree(kernels, monkeypatch, norm, dtype):
-    arguments = (*cases.inputs(1, 5, 4100, dtype), norm)
+def test_a_block_for_a_segment_or_for_a_part_agree(kernels, monkeypatch, norm, dtype):
+    arguments = (*cases.inputs(1, 5, 70_000, dtype), norm)
     results = []
-    for split in (True, False):
-        monkeypatch.setattr(cuda, "_split", lambda *_, split=split: split)
+    for by_segment in (True, False):
+        monkeypatch.setattr(cuda, "_by_segment", lambda *_, by_segment=by_segment: by_segment)
         results.append(run_poisoned(kernels.pairwise_margins, *arguments))
     assert_all_same(*results)
 
@@ -326,10 +327,11 @@ def emulated_program(folder, kernel):
     source = folder / "program.cpp"
     source.write_text(
         f"""#include "launch.cuh"
+        #include "warp.cuh"
         __global__ void kernel() {{ {kernel} }}
-        int main() {{ fastsal::Stream(0).launch("kernel", kernel, 1, 32); }}"""
+        int main() {{ fastsal::Stream(0).launch("kernel", kernel, 2, 32); }}"""
     )
-    includes = [f"-I{path}" for path in (TESTS / "cuda_emulation", TESTS.parent / "csrc/cuda")]
+    includes = [f"-I{path}" for path in (TESTS / "cuda_emulation", CSRC / "cuda", CSRC / "include")]
     program = str(folder / "program")
     subprocess.run([emulated.COMPILER, "-std=c++17", *includes, str(source), "-o", program], check=True)
     return subprocess.run([program], capture_output=True, text=True)
@@ -340,3 +342,30 @@ def test_a_divergent_barrier_is_reported(tmp_path):
     result = emulated_program(tmp_path, "if (threadIdx.x < 16) __ballot_sync(~0u, 1);")
     assert result.returncode != 0
     assert "CUDA emulation: threads wait for others" in result.stderr
+
+
+def test_shared_memory_that_nobody_wrote_is_reported(tmp_path):
+    """What the block before left in it is not there."""
+    kernel = """
+    __shared__ double value;
+    fastsal::begin_unwritten(value);
+    if (threadIdx.x == 0 && blockIdx.x == 0) value = 1;
+    __syncthreads();
+    if (!(value == 1)) emulation::fail("NaN");
+    """
+    result = emulated_program(tmp_path, kernel)
+    assert result.returncode != 0
+    assert "CUDA emulation: NaN (block 1, " in result.stderr
+
+
+@cases.long_double
+@each_norm
+@each_dtype
+def test_products_with_x_that_cancel(kernels, norm, dtype):
+    """Rows that are nearly the same, or the same: <x, g_i> and <x, g_j> share the digits that matter."""
+    logits, jacobian, x = cases.inputs(2, 4, 500, torch.float64)
+    jacobian = jacobian[:, :1] + 2e-3 * jacobian
+    jacobian[:, 3] = jacobian[:, 2]
+    x = x + 100 * jacobian[:, 0].sign()
+    x[1] = 0
+    cases.check_pairwise(EMULATED, *(v.to(dtype) for v in (logits, jacobian, x)), norm)
