@@ -1,4 +1,4 @@
-// From the codes of the Python side to template arguments: the Jacobian's type and the norm, and nothing else.
+// From the codes of the Python side to template arguments and pointers.
 #pragma once
 
 #include <stdexcept>
@@ -16,7 +16,7 @@ struct Type {
 
 // The types whose sums float64 holds without scaling.
 template <class F>
-auto with_narrow_type(int dtype, F f) {
+void with_narrow_type(int dtype, F f) {
   switch (dtype) {
     case kFloat32:
       return f(Type<float>{});
@@ -26,11 +26,6 @@ auto with_narrow_type(int dtype, F f) {
       return f(Type<BFloat16>{});
   }
   throw std::runtime_error("dtype: got code " + std::to_string(dtype) + ", wants 0 to 3");
-}
-
-template <class F>
-auto with_type(int dtype, F f) {
-  return dtype == kFloat64 ? f(Type<double>{}) : with_narrow_type(dtype, f);
 }
 
 template <class F>

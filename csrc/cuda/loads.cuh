@@ -52,6 +52,27 @@ struct Entries {
   __device__ Entries from(int64_t k) const { return {static_cast<const char*>(first) + k * entry_bytes(dtype), dtype}; }
 };
 
+struct Shape {
+  int64_t B, n, D;
+};
+
+// [B, n, D] with unit stride along D.
+struct Rows {
+  Entries entries;
+  int64_t stride_b, stride_n;
+
+  __device__ Entries operator()(int64_t b, int64_t j) const { return entries.from(b * stride_b + j * stride_n); }
+};
+
+// [B, D] with unit stride along D; null entries are none.
+struct Vectors {
+  Entries entries;
+  int64_t stride_b;
+
+  __host__ __device__ explicit operator bool() const { return entries.first; }
+  __device__ Entries operator()(int64_t b) const { return entries.from(b * stride_b); }
+};
+
 // Stores an entry k of a tensor of any dtype, rounded to nearest even.
 __device__ inline void store(void* to, int64_t dtype, int64_t k, double v) {
   switch (dtype) {

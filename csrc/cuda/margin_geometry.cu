@@ -4,6 +4,7 @@
 
 #include "dispatch.cuh"
 #include "fastsal/scalars.h"
+#include "ops.h"
 #include "row_sums.cuh"
 #include "scaled.cuh"
 
@@ -22,17 +23,14 @@ constexpr double kSmallSquaredGap = 0.25, kSmallNorm = 0x1p-50;
 template <class Out>
 struct Problem {
   const Out* logits_ptr;  // [B, n]
-  Entries jacobian;
-  int64_t stride_b, stride_n;
-  Entries x;
-  int64_t x_stride_b;
+  Rows rows;
+  Vectors x;
   Shape shape;
   Out* scalars_ptr;      // [kScalars, B]
   int64_t* indices_ptr;  // prediction and runner_up [2, B]
   Out* distances_ptr;    // [B, n]
 
   __device__ double logit(int64_t b, int64_t j) const { return logits_ptr[b * shape.n + j]; }
-  __device__ Entries row(int64_t b, int64_t j) const { return jacobian.from(b * stride_b + j * stride_n); }
   // Of class j with this ‖Δ_j‖; its ratio is stored.
   __device__ Candidate candidate(int64_t b, int64_t i, int64_t j, double distance) const {
     const double margin = logit(b, i) - logit(b, j), ratio_j = j == i ? INFINITY : ratio(margin, distance);
@@ -81,7 +79,7 @@ struct Winners {
 // Part `part` of the fold of d/‖d‖ - g/‖g‖, by one warp: of every kParts steps of the warp along D, one.
 template <int q>
 __device__ double gap_part(int part, const Narrow& p, int64_t b, int64_t i, int64_t j, double norm_g, double norm_d) {
-  const Entries row_g = p.row(b, i), row_j = p.row(b, j);
+  const Entries row_g = p.rows(b, i), row_j = p.rows(b, j);
   const double g_inverse = 1 / norm_g, d_inverse = 1 / norm_d;
   double sum = 0;
 #pragma unroll 4
@@ -176,9 +174,9 @@ __global__ void __launch_bounds__(kThreads)
     if (is_nearer(other, best)) best = other;
   }
   best = nearest_of_block(best);
-  const double* row_g = static_cast<const double*>(p.row(b, i).first);
-  const double* row_j = static_cast<const double*>(p.row(b, best.index).first);
-  const double* row_x = static_cast<const double*>(p.x.first) + b * p.x_stride_b;
+  const double* row_g = static_cast<const double*>(p.rows(b, i).first);
+  const double* row_j = static_cast<const double*>(p.rows(b, best.index).first);
+  const double* row_x = static_cast<const double*>(p.x(b).first);
   const auto x = [=](int64_t k) { return row_x[k]; };
   const auto g = [=](int64_t k) { return row_g[k]; };
   const auto d = [=](int64_t k) { return row_g[k] - row_j[k]; };
@@ -198,73 +196,51 @@ __global__ void __launch_bounds__(kThreads)
 }
 
 // The blocks of an example, whose threads join the segments of one row each or, `lanes` together, of fewer.
-int finish_blocks(int dtype, Shape shape) {
-  const int rows = kThreads / joining_lanes(segments(shape.D, entry_bytes(dtype)));
-  return static_cast<int>(std::min<int64_t>(ceil_div(shape.n, rows), kMostBlocks));
+int finish_blocks(int64_t n, int segments) {
+  return static_cast<int>(std::min<int64_t>(ceil_div(n, kThreads / joining_lanes(segments)), kMostBlocks));
 }
 
 }  // namespace
 
-int64_t margin_geometry_scratch(int dtype, Shape shape) {
-  if (dtype == kFloat64) return shape.B * shape.n * static_cast<int64_t>(sizeof(double));
-  const int64_t of_example = shape.n * segments(shape.D, entry_bytes(dtype)) * sizeof(RowSums) +
-                             finish_blocks(dtype, shape) * sizeof(Candidate) + sizeof(int);
-  return shape.B * of_example;
+int64_t margin_geometry_scratch(int dtype, int64_t B, int64_t n, int64_t D) {
+  if (dtype == kFloat64) return B * n * static_cast<int64_t>(sizeof(double));
+  const int count = segments(D, entry_bytes(dtype));
+  return B * (n * count * sizeof(RowSums) + finish_blocks(n, count) * sizeof(Candidate) + sizeof(int));
 }
 
-void margin_geometry(int norm, int dtype, uintptr_t logits, RowsArgument jacobian, InputArgument x, Shape shape,
+void margin_geometry(int norm, int dtype, uintptr_t logits, uintptr_t jacobian, int64_t stride_b, int64_t stride_n,
+                     uintptr_t x, int64_t x_dtype, int64_t x_stride_b, int64_t B, int64_t n, int64_t D,
                      uintptr_t scalars, uintptr_t indices, uintptr_t distances, bool is_short, uintptr_t scratch,
                      uintptr_t stream) {
   const Stream on(stream);
-  const Entries rows = {pointer<const void>(jacobian.data), dtype}, x_entries = {pointer<const void>(x.data), x.dtype};
-  RowSumsProblem sums = {nullptr,
-                         0,
-                         pointer<const int64_t>(indices),
-                         rows.first,
-                         jacobian.stride_b,
-                         jacobian.stride_n,
-                         x_entries,
-                         x.stride_b,
-                         shape,
-                         nullptr,
-                         nullptr};
+  const Rows rows = {{pointer<const void>(jacobian), dtype}, stride_b, stride_n};
+  const Vectors inputs = {{pointer<const void>(x), x_dtype}, x_stride_b};
+  const Shape shape = {B, n, D};
+  int64_t* classes = pointer<int64_t>(indices);
   if (dtype == kFloat64) {
-    const Problem<double> p = {pointer<const double>(logits),
-                               rows,
-                               jacobian.stride_b,
-                               jacobian.stride_n,
-                               x_entries,
-                               x.stride_b,
-                               shape,
-                               pointer<double>(scalars),
-                               pointer<int64_t>(indices),
+    launch_row_norms_double(on, norm, {{}, classes, rows, inputs, shape, nullptr, nullptr}, pointer<double>(scratch));
+    const Problem<double> p = {pointer<const double>(logits), rows, inputs, shape, pointer<double>(scalars), classes,
                                pointer<double>(distances)};
-    double* norms = pointer<double>(scratch);
-    launch_row_norms_double(on, norm, sums, norms);
     with_norm(norm, [&](auto q) {
-      on.launch("margin_geometry_double_kernel", margin_geometry_double_kernel<q.value>, shape.B, kThreads, p,
-                static_cast<const double*>(norms));
+      on.launch("margin_geometry_double_kernel", margin_geometry_double_kernel<q.value>, B, kThreads, p,
+                pointer<const double>(scratch));
     });
     return;
   }
-  const int count = segments(shape.D, entry_bytes(dtype));
-  const int blocks = finish_blocks(dtype, shape), lanes = joining_lanes(count);
-  sums.sums_ptr = pointer<RowSums>(scratch);
-  Candidate* candidates = reinterpret_cast<Candidate*>(sums.sums_ptr + shape.B * shape.n * count);
-  sums.arrived_ptr = reinterpret_cast<int*>(candidates + shape.B * blocks);
-  launch_row_sums(on, norm, dtype, sums);
-  const Narrow p = {{pointer<const float>(logits), rows, jacobian.stride_b, jacobian.stride_n, x_entries, x.stride_b,
-                     shape, pointer<float>(scalars), pointer<int64_t>(indices), pointer<float>(distances)},
-                    sums.sums_ptr,
-                    candidates,
-                    sums.arrived_ptr,
-                    count};
+  const int count = segments(D, entry_bytes(dtype)), blocks = finish_blocks(n, count), lanes = joining_lanes(count);
+  RowSums* sums = pointer<RowSums>(scratch);
+  Candidate* candidates = reinterpret_cast<Candidate*>(sums + B * n * count);
+  int* arrived = reinterpret_cast<int*>(candidates + B * blocks);
+  launch_row_sums(on, norm, dtype, {{}, classes, rows, inputs, shape, sums, arrived});
+  const Problem<float> results = {pointer<const float>(logits), rows, inputs, shape, pointer<float>(scalars), classes,
+                                  pointer<float>(distances)};
+  const Narrow p = {results, sums, candidates, arrived, count};
   with_norm(norm, [&](auto q) {
     if (is_short && lanes == 1) {
       on.launch("margin_geometry_finish_short_kernel", margin_geometry_finish_short_kernel<q.value>,
-                ceil_div(shape.B, kShortThreads), kShortThreads, p);
+                ceil_div(B, kShortThreads), kShortThreads, p);
     } else {
-      on.launch("margin_geometry_finish_kernel", margin_geometry_finish_kernel<q.value>, shape.B * blocks, kThreads, p,
+      on.launch("margin_geometry_finish_kernel", margin_geometry_finish_kernel<q.value>, B * blocks, kThreads, p,
                 blocks, lanes);
     }
   });

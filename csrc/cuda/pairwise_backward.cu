@@ -21,18 +21,13 @@ struct Top {
 struct Problem {
   const double* w_ptr;  // [B, n, n]
   const double* v_ptr;  // [B, n, n] or null
-  Entries jacobian;
-  int64_t stride_b, stride_n;
-  Entries x_entries;
-  int64_t x_stride_b;
+  Rows rows;
+  Vectors x;
   Shape shape;
   void* grad_jacobian_ptr;  // [B, n, D], of the Jacobian's dtype
   void* grad_x_ptr;         // [B, D], of the dtype of x
   double* sums_ptr;         // [B, n], sum_j v_ij
   Top* tops_ptr;            // [B, n, n], for q = infinity
-
-  __device__ Entries row(int64_t b, int64_t j) const { return jacobian.from(b * stride_b + j * stride_n); }
-  __device__ double x(int64_t b, int64_t k) const { return x_entries(b * x_stride_b + k); }
 };
 
 // A warp for each i.
@@ -50,7 +45,7 @@ __global__ void __launch_bounds__(kThreads) pairwise_backward_tops_kernel(const 
   const int64_t n = p.shape.n, pair = (blockIdx.x * static_cast<int64_t>(kThreads) + threadIdx.x) / kWarpSize;
   const int64_t b = pair / (n * n), i = pair / n % n, j = pair % n;
   if (b >= p.shape.B || i > j) return;
-  const Entries row_i = p.row(b, i), row_j = p.row(b, j);
+  const Entries row_i = p.rows(b, i), row_j = p.rows(b, j);
   const auto size = [=](int64_t k) { return magnitude(row_i(k) - row_j(k)); };
   double top = 0, count = 0;
   for (int64_t k = lane_id(); k < p.shape.D; k += kWarpSize) top = larger(top, size(k));
@@ -69,9 +64,9 @@ __global__ void __launch_bounds__(kThreads) pairwise_backward_rows_kernel(const 
   if (k >= D) return;
   double g[kGroupRows], sums[kGroupRows] = {};
 #pragma unroll
-  for (int r = 0; r < kGroupRows; ++r) g[r] = p.row(b, first + r < n ? first + r : first)(k);
+  for (int r = 0; r < kGroupRows; ++r) g[r] = p.rows(b, first + r < n ? first + r : first)(k);
   for (int64_t j = 0; j < n; ++j) {
-    const double other = p.row(b, j)(k);
+    const double other = p.rows(b, j)(k);
 #pragma unroll
     for (int r = 0; r < kGroupRows; ++r) {
       const int64_t at = (b * n + (first + r < n ? first + r : first)) * n + j;
@@ -85,8 +80,8 @@ __global__ void __launch_bounds__(kThreads) pairwise_backward_rows_kernel(const 
   for (int r = 0; r < kGroupRows; ++r) {
     if (first + r >= n) break;
     const int64_t row = b * n + first + r;
-    const double gradient = p.v_ptr ? fma(p.sums_ptr[row], p.x(b, k), sums[r]) : sums[r];
-    store(p.grad_jacobian_ptr, p.jacobian.dtype, row * D + k, gradient);
+    const double gradient = p.v_ptr ? fma(p.sums_ptr[row], p.x(b)(k), sums[r]) : sums[r];
+    store(p.grad_jacobian_ptr, p.rows.entries.dtype, row * D + k, gradient);
   }
 }
 
@@ -96,39 +91,37 @@ __global__ void __launch_bounds__(kThreads) pairwise_backward_x_kernel(const __g
   const int64_t D = p.shape.D, tiles = ceil_div(D, kThreads), b = blockIdx.x / tiles;
   const int64_t k = blockIdx.x % tiles * kThreads + threadIdx.x;
   if (k >= D) return;
-  const double g = p.row(b, 0)(k);
+  const double g = p.rows(b, 0)(k);
   double sum = 0;
-  for (int64_t i = 1; i < p.shape.n; ++i) sum = fma(p.sums_ptr[b * p.shape.n + i], p.row(b, i)(k) - g, sum);
-  store(p.grad_x_ptr, p.x_entries.dtype, b * D + k, sum);
+  for (int64_t i = 1; i < p.shape.n; ++i) sum = fma(p.sums_ptr[b * p.shape.n + i], p.rows(b, i)(k) - g, sum);
+  store(p.grad_x_ptr, p.x.entries.dtype, b * D + k, sum);
 }
 
 }  // namespace
 
-int64_t pairwise_backward_scratch(int norm, Shape shape) {
-  const int64_t tops = norm == kMax ? shape.B * shape.n * shape.n * static_cast<int64_t>(sizeof(Top)) : 0;
-  return tops + shape.B * shape.n * static_cast<int64_t>(sizeof(double));
+int64_t pairwise_backward_scratch(int norm, int64_t B, int64_t n, int64_t) {
+  return B * n * (norm == kMax ? n * sizeof(Top) : 0) + B * n * sizeof(double);
 }
 
-void pairwise_backward(int norm, int dtype, uintptr_t w, uintptr_t v, RowsArgument jacobian, InputArgument x,
-                       Shape shape, uintptr_t grad_jacobian, uintptr_t grad_x, uintptr_t scratch, uintptr_t stream) {
-  const int64_t pairs = shape.B * shape.n * shape.n, tiles = ceil_div(shape.D, kThreads);
+void pairwise_backward(int norm, int dtype, uintptr_t w, uintptr_t v, uintptr_t jacobian, int64_t stride_b,
+                       int64_t stride_n, uintptr_t x, int64_t x_dtype, int64_t x_stride_b, int64_t B, int64_t n,
+                       int64_t D, uintptr_t grad_jacobian, uintptr_t grad_x, uintptr_t scratch, uintptr_t stream) {
+  const int64_t pairs = B * n * n, tiles = ceil_div(D, kThreads);
+  Top* tops = pointer<Top>(scratch);
   const Problem p = {pointer<const double>(w),
                      pointer<const double>(v),
-                     {pointer<const void>(jacobian.data), dtype},
-                     jacobian.stride_b,
-                     jacobian.stride_n,
-                     {pointer<const void>(x.data), x.dtype},
-                     x.stride_b,
-                     shape,
+                     {{pointer<const void>(jacobian), dtype}, stride_b, stride_n},
+                     {{pointer<const void>(x), x_dtype}, x_stride_b},
+                     {B, n, D},
                      pointer<void>(grad_jacobian),
                      pointer<void>(grad_x),
-                     reinterpret_cast<double*>(pointer<Top>(scratch) + (norm == kMax ? pairs : 0)),
-                     pointer<Top>(scratch)};
+                     reinterpret_cast<double*>(tops + (norm == kMax ? pairs : 0)),
+                     tops};
   const Stream on(stream);
   if (v) {
     on.launch("pairwise_backward_sum_weights_kernel", pairwise_backward_sum_weights_kernel,
-              ceil_div(shape.B * shape.n * kWarpSize, kThreads), kThreads, p);
-    on.launch("pairwise_backward_x_kernel", pairwise_backward_x_kernel, shape.B * tiles, kThreads, p);
+              ceil_div(B * n * kWarpSize, kThreads), kThreads, p);
+    on.launch("pairwise_backward_x_kernel", pairwise_backward_x_kernel, B * tiles, kThreads, p);
   }
   if (norm == kMax) {
     on.launch("pairwise_backward_tops_kernel", pairwise_backward_tops_kernel, ceil_div(pairs * kWarpSize, kThreads),
@@ -136,7 +129,7 @@ void pairwise_backward(int norm, int dtype, uintptr_t w, uintptr_t v, RowsArgume
   }
   with_norm(norm, [&](auto q) {
     on.launch("pairwise_backward_rows_kernel", pairwise_backward_rows_kernel<q.value>,
-              shape.B * ceil_div(shape.n, kGroupRows) * tiles, kThreads, p);
+              B * ceil_div(n, kGroupRows) * tiles, kThreads, p);
   });
 }
 

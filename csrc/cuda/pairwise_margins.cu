@@ -28,10 +28,8 @@ int64_t blocks_along(int64_t D, bool by_segment) { return ceil_div(D, by_segment
 
 struct Problem {
   const void* logits_ptr;  // [B, n], of the dtype of results
-  Entries jacobian;
-  int64_t stride_b, stride_n;
-  Entries x;  // [B, D], or null
-  int64_t x_stride_b;
+  Rows rows;
+  Vectors x;
   Shape shape;
   void *distance_ptr, *margin_ptr;  // [B, n, n]
   void* nearest_margin_ptr;         // [B, n]
@@ -46,7 +44,6 @@ struct Problem {
   __device__ double& sum(int64_t b, int64_t block, int64_t i, int64_t j) const {
     return sums_ptr[(b * blocks_along_D + block) * pairs_of(shape.n) + i * (2 * shape.n - i - 1) / 2 + j - i - 1];
   }
-  __device__ Entries row(int64_t b, int64_t j) const { return jacobian.from(b * stride_b + j * stride_n); }
 };
 
 // kSide x kSide threads, each with kEdge x kEdge pairs. Of every row kDepth entries at a time are in shared memory.
@@ -89,8 +86,8 @@ struct TileInFlight {
     for (int c = 0; c < kCount; ++c) {
       const int i = threadIdx.x + c * P::kThreads, row = i / kPacks, column = i % kPacks * kPack;
       const int64_t left = first + row < p.shape.n ? p.shape.D - k - column : 0;
-      const int64_t at = left > 0 ? b * p.stride_b + (first + row) * p.stride_n + k + column : 0;
-      packs[c] = load_pack<aligned>(static_cast<const T*>(p.jacobian.first) + at,
+      const int64_t at = left > 0 ? b * p.rows.stride_b + (first + row) * p.rows.stride_n + k + column : 0;
+      packs[c] = load_pack<aligned>(static_cast<const T*>(p.rows.entries.first) + at,
                                     left < kPack ? static_cast<int>(left) : kPack);
     }
   }
@@ -122,9 +119,9 @@ __global__ void __launch_bounds__(P::kThreads, 1) pairwise_margins_tile_kernel(c
   const int64_t first_i = tile_i * P::kRows, first_j = (tile_i + pair) * P::kRows;
   const int ty = threadIdx.x / P::kSide, tx = threadIdx.x % P::kSide;
   const uintptr_t address =
-      reinterpret_cast<uintptr_t>(p.jacobian.first) | (p.stride_b * sizeof(T)) | (p.stride_n * sizeof(T));
+      reinterpret_cast<uintptr_t>(p.rows.entries.first) | (p.rows.stride_b * sizeof(T)) | (p.rows.stride_n * sizeof(T));
   const bool aligned = is_aligned(address) && p.shape.D % Layout<T>::kPack == 0;
-  const bool one_side = first_i == first_j, is_half = p.jacobian.dtype == kFloat16;
+  const bool one_side = first_i == first_j, is_half = p.rows.entries.dtype == kFloat16;
 
   TileInFlight<P, T> next_i, next_j;
   const auto load = [&](int64_t k) {
@@ -189,7 +186,7 @@ __global__ void __launch_bounds__(P::kThreads, 1) pairwise_margins_tile_kernel(c
 // A block for each row: <x, g_i>. Products that underflow still have a size.
 __global__ void __launch_bounds__(kThreads) pairwise_margins_project_kernel(const __grid_constant__ Problem p) {
   const int64_t b = blockIdx.x / p.shape.n;
-  const Entries row = p.row(b, blockIdx.x % p.shape.n), x = p.x.from(b * p.x_stride_b);
+  const Entries row = p.rows(b, blockIdx.x % p.shape.n), x = p.x(b);
   Running<kL1, double> sum;
   double size = 0;
   for (int64_t k = threadIdx.x; k < p.shape.D; k += kThreads) {
@@ -248,20 +245,20 @@ __global__ void __launch_bounds__(kThreads, 1) pairwise_margins_finish_kernel(co
   if (b >= p.shape.B) return;
   const Out* logits = static_cast<const Out*>(p.logits_ptr) + b * n;
   const double psi = logits[i];
-  const Projection zero = {}, product = p.x.first ? p.products_ptr[b * n + i] : zero;
+  const Projection zero = {}, product = p.x ? p.products_ptr[b * n + i] : zero;
   Candidate best = no_candidate();
   for (int64_t base = 0; base < n; base += kWarpSize) {
     const int64_t j = base + lane_id();
     const bool is_pair = j < n && j != i;
     const double norm = is_pair ? join_segments<q>(p, b, i < j ? i : j, i < j ? j : i) : 0;
-    const Projection other = is_pair && p.x.first ? p.products_ptr[b * n + j] : zero;
+    const Projection other = is_pair && p.x ? p.products_ptr[b * n + j] : zero;
     const double dot = (product.hi - other.hi) + (product.lo - other.lo);
     const bool safe = pair_in_range<q, Out>(norm) && is_exact(dot, product.size + other.size);
     Scaled distance = {root<q>(norm), 0}, projection = {dot, 0};
     unsigned unsafe = __ballot_sync(kAllLanes, is_pair && !safe);
     for (int lane = 0; unsafe != 0; ++lane, unsafe >>= 1) {
       if (!(unsafe & 1u)) continue;
-      const Entries row_i = p.row(b, i), row_j = p.row(b, base + lane), x = p.x.from(b * p.x_stride_b);
+      const Entries row_i = p.rows(b, i), row_j = p.rows(b, base + lane), x = p.x(b);
       const auto d = [=](int64_t k) { return row_i(k) - row_j(k); };
       const Scaled norm_again = scaled_norm<q, Warp>(p.shape.D, d);
       const Scaled dot_again = x.first ? scaled_dot<Warp>(p.shape.D, x, d) : Scaled{0, 0};
@@ -273,7 +270,7 @@ __global__ void __launch_bounds__(kThreads, 1) pairwise_margins_finish_kernel(co
     const int64_t at = (b * n + i) * n + j;
     static_cast<Out*>(p.distance_ptr)[at] = static_cast<Out>(length);
     static_cast<Out*>(p.margin_ptr)[at] = static_cast<Out>(candidate.ratio);
-    if (p.x.first) {
+    if (p.x) {
       const Scaled quotient = {projection.value / distance.value, projection.exponent - distance.exponent};
       static_cast<Out*>(p.projection_ptr)[at] = static_cast<Out>(j == i ? NAN : to_double(quotient));
     }
@@ -288,52 +285,47 @@ __global__ void __launch_bounds__(kThreads, 1) pairwise_margins_finish_kernel(co
 
 }  // namespace
 
-int64_t pairwise_margins_blocks(int dtype, Shape shape, bool by_segment) {
-  return shape.B * tile_pairs(dtype, shape.n) * blocks_along(shape.D, by_segment);
+int64_t pairwise_margins_blocks(int dtype, int64_t B, int64_t n, int64_t D, bool by_segment) {
+  return B * tile_pairs(dtype, n) * blocks_along(D, by_segment);
 }
 
-int64_t pairwise_margins_scratch(Shape shape, bool by_segment) {
-  const int64_t sums = blocks_along(shape.D, by_segment) * pairs_of(shape.n);
-  return shape.B * (shape.n * sizeof(Projection) + sums * sizeof(double));
+int64_t pairwise_margins_scratch(int64_t B, int64_t n, int64_t D, bool by_segment) {
+  return B * (n * sizeof(Projection) + blocks_along(D, by_segment) * pairs_of(n) * sizeof(double));
 }
 
-void pairwise_margins(int norm, int dtype, uintptr_t logits, RowsArgument jacobian, InputArgument x, Shape shape,
+void pairwise_margins(int norm, int dtype, uintptr_t logits, uintptr_t jacobian, int64_t stride_b, int64_t stride_n,
+                      uintptr_t x, int64_t x_dtype, int64_t x_stride_b, int64_t B, int64_t n, int64_t D,
                       uintptr_t distance, uintptr_t margin, uintptr_t nearest_margin, uintptr_t nearest,
                       uintptr_t projection, bool by_segment, uintptr_t scratch, uintptr_t stream) {
+  Projection* products = pointer<Projection>(scratch);
   const Problem p = {pointer<const void>(logits),
-                     {pointer<const void>(jacobian.data), dtype},
-                     jacobian.stride_b,
-                     jacobian.stride_n,
-                     {pointer<const void>(x.data), x.dtype},
-                     x.stride_b,
-                     shape,
+                     {{pointer<const void>(jacobian), dtype}, stride_b, stride_n},
+                     {{pointer<const void>(x), x_dtype}, x_stride_b},
+                     {B, n, D},
                      pointer<void>(distance),
                      pointer<void>(margin),
                      pointer<void>(nearest_margin),
                      pointer<int64_t>(nearest),
                      pointer<void>(projection),
                      by_segment ? 1 : kPart,
-                     blocks_along(shape.D, by_segment),
-                     pointer<Projection>(scratch),
-                     reinterpret_cast<double*>(pointer<Projection>(scratch) + shape.B * shape.n)};
+                     blocks_along(D, by_segment),
+                     products,
+                     reinterpret_cast<double*>(products + B * n)};
   const Stream on(stream);
-  const int64_t blocks = pairwise_margins_blocks(dtype, shape, by_segment);
-  const int64_t finish_blocks = ceil_div(shape.B * shape.n * kWarpSize, kThreads);
-  if (x.data) {
-    on.launch("pairwise_margins_project_kernel", pairwise_margins_project_kernel, shape.B * shape.n, kThreads, p);
-  }
+  if (x) on.launch("pairwise_margins_project_kernel", pairwise_margins_project_kernel, B * n, kThreads, p);
   with_norm(norm, [&](auto q) {
     constexpr int kNorm = q.value;
     const auto launch = [&](auto tile, auto kernel) {
-      on.launch("pairwise_margins_tile_kernel", kernel, blocks, decltype(tile)::kThreads, p);
+      on.launch("pairwise_margins_tile_kernel", kernel, pairwise_margins_blocks(dtype, B, n, D, by_segment),
+                decltype(tile)::kThreads, p);
     };
     if (dtype == kFloat64) {
       launch(SmallTile(), pairwise_margins_tile_kernel<kNorm, double, SmallTile>);
-    } else if (dtype == kFloat32 && shape.n <= SmallTile::kRows) {
+    } else if (dtype == kFloat32 && n <= SmallTile::kRows) {
       launch(SmallTile(), pairwise_margins_tile_kernel<kNorm, float, SmallTile>);
     } else if (dtype == kFloat32) {
       launch(LargeTile(), pairwise_margins_tile_kernel<kNorm, float, LargeTile>);
-    } else if (shape.n <= SmallTile::kRows) {
+    } else if (n <= SmallTile::kRows) {
       launch(SmallTile(), pairwise_margins_tile_kernel<kNorm, Bits16, SmallTile>);
     } else {
       launch(LargeTile(), pairwise_margins_tile_kernel<kNorm, Bits16, LargeTile>);
@@ -341,7 +333,7 @@ void pairwise_margins(int norm, int dtype, uintptr_t logits, RowsArgument jacobi
     on.launch("pairwise_margins_finish_kernel",
               dtype == kFloat64 ? pairwise_margins_finish_kernel<kNorm, double>
                                 : pairwise_margins_finish_kernel<kNorm, float>,
-              finish_blocks, kThreads, p);
+              ceil_div(B * n * kWarpSize, kThreads), kThreads, p);
   });
 }
 

@@ -134,17 +134,17 @@ __global__ void __launch_bounds__(kMostWarps* kWarpSize, 2)
   const unsigned task = blockIdx.x % blocks * (blockDim.x / kWarpSize) + warp_id(), segment = task / groups;
   const int64_t start = segment * static_cast<int64_t>(L::kSegment), first = task % groups * kGroupRows;
   if (start >= D) return;
-  const T* rows = static_cast<const T*>(p.rows_ptr) + b * p.stride_b + start;
+  const T* rows = static_cast<const T*>(p.rows(b, 0).first) + start;
   const int64_t own = p.own_ptr ? p.own_ptr[b] : -1;
   Segment<T> s;
   s.length = static_cast<int>(D - start < L::kSegment ? D - start : L::kSegment);
-  s.anchor = p.own_ptr ? rows + own * p.stride_n : static_cast<const T*>(p.anchors_ptr) + b * p.anchor_stride_b + start;
-  s.x = p.x.from(b * p.x_stride_b + start).first;
-  s.x_is_float = sizeof(T) == sizeof(float) || p.x.dtype == kFloat32;
+  s.anchor = static_cast<const T*>(p.anchor(b).first) + start;
+  s.x = p.x(b).from(start).first;
+  s.x_is_float = sizeof(T) == sizeof(float) || p.x.entries.dtype == kFloat32;
   uintptr_t addresses = reinterpret_cast<uintptr_t>(s.anchor) | reinterpret_cast<uintptr_t>(s.x);
-  const T* row = rows + first * p.stride_n;
+  const T* row = rows + first * p.rows.stride_n;
 #pragma unroll
-  for (int r = 0; r < kGroupRows; ++r, row += p.stride_n) {
+  for (int r = 0; r < kGroupRows; ++r, row += p.rows.stride_n) {
     s.rows[r] = first + r < n ? row : s.anchor;
     addresses |= reinterpret_cast<uintptr_t>(s.rows[r]);
   }
@@ -163,15 +163,16 @@ __global__ void __launch_bounds__(kMostWarps* kWarpSize, 2)
   if (unsafe != 0 && all_zero(s.length, [&](int k) { return s.x_at(k) == 0; })) {
     unsafe = __ballot_sync(kAllLanes, is_other && !norm_in_range<q>(sums.norm));  // <x, Δ> is what it should be
   }
+  const unsigned again = unsafe | __ballot_sync(kAllLanes, first + r == own);
 #pragma unroll 1
-  for (int other = 0; other < kGroupRows; ++other) {
+  for (int other = 0; other < kGroupRows && again >> (other * (kWarpSize / kGroupRows)) != 0; ++other) {
+    if (!(again >> (other * (kWarpSize / kGroupRows)) & 1u)) continue;
     const bool is_own = first + other == own;
-    if (!is_own && !(unsafe >> (other * (kWarpSize / kGroupRows)) & 1u)) continue;
-    const T* row = is_own ? nullptr : rows + (first + other) * p.stride_n;
+    const T* row = is_own ? nullptr : rows + (first + other) * p.rows.stride_n;
     // Where all differences are 0, as in padding, the sums are what they should be.
     if (!is_own && all_zero(s.length, [&](int k) { return real(s.anchor[k]) - real(row[k]) == 0; })) continue;
-    const RowSums again = sum_in_float64<q>(s, row);
-    if (r == other) sums = again;
+    const RowSums exact = sum_in_float64<q>(s, row);
+    if (r == other) sums = exact;
   }
   if (first + r < n && lane_id() % (kWarpSize / kGroupRows) == 0) {
     p.sums_ptr[(b * n + first + r) * segments(D, sizeof(T)) + segment] = sums;
@@ -185,10 +186,8 @@ template <int q>
 __global__ void __launch_bounds__(kDoubleThreads)
     row_norms_double_kernel(const __grid_constant__ RowSumsProblem p, double* norms_ptr) {
   const int64_t b = blockIdx.x / p.shape.n, j = blockIdx.x % p.shape.n;
-  const double* rows = static_cast<const double*>(p.rows_ptr) + b * p.stride_b;
-  const double* anchor =
-      p.own_ptr ? rows + p.own_ptr[b] * p.stride_n : static_cast<const double*>(p.anchors_ptr) + b * p.anchor_stride_b;
-  const double* row = rows + j * p.stride_n;
+  const double* anchor = static_cast<const double*>(p.anchor(b).first);
+  const double* row = static_cast<const double*>(p.rows(b, j).first);
   const Scaled norm = scaled_norm<q, Block>(p.shape.D, [=](int64_t k) { return anchor[k] - row[k]; });
   if (threadIdx.x == 0) norms_ptr[blockIdx.x] = to_double(norm);
 }

@@ -3,7 +3,6 @@
 
 #include "launch.cuh"
 #include "loads.cuh"
-#include "ops.h"
 #include "warp.cuh"
 
 namespace fastsal {
@@ -15,19 +14,17 @@ struct RowSums {
   double last;  // of other rows <g, Δ_j>, for q = 2 only; of the anchor's own the fold of x, whose root is its p-norm
 };
 
-// The rows, and what they are subtracted from: row own[b] of each example, or where there is none, anchors + b *
-// stride.
+// The rows, and what they are subtracted from: row own[b] of each example, or, where `own` is null, an anchor.
 struct RowSumsProblem {
-  const void* anchors_ptr;
-  int64_t anchor_stride_b;
-  const int64_t* own_ptr;  // [B] or null
-  const void* rows_ptr;
-  int64_t stride_b, stride_n;
-  Entries x;
-  int64_t x_stride_b;
+  Vectors anchors;
+  const int64_t* own_ptr;  // [B]
+  Rows rows;
+  Vectors x;
   Shape shape;
   RowSums* sums_ptr;  // [B, n, segments]
   int* arrived_ptr;   // [B], set to 0; or null
+
+  __device__ Entries anchor(int64_t b) const { return own_ptr ? rows(b, own_ptr[b]) : anchors(b); }
 };
 
 // For rows of float16, bfloat16 and float32.

@@ -82,6 +82,7 @@ __device__ double join_block(double fold) {
 __device__ __forceinline__ Candidate no_candidate() { return {INFINITY, INFINITY, INT64_MAX}; }
 
 __device__ __forceinline__ Candidate nearest_of_warp(Candidate best) {
+#pragma unroll 1  // these instructions run once and cold
   for (int distance = kWarpSize / 2; distance > 0; distance /= 2) {
     const Candidate other = exchange(best, distance);
     if (is_nearer(other, best)) best = other;

@@ -6,6 +6,7 @@ import re
 import shutil
 import subprocess
 from pathlib import Path
+from typing import NamedTuple
 
 import pytest
 import torch
@@ -13,14 +14,41 @@ import torch
 ROOT = Path(__file__).resolve().parents[3]
 SOURCES = sorted((ROOT / "csrc/cuda").glob("*.cu"))
 CUDA = importlib.util.find_spec("fastsal._cuda")
-KERNELS = {
-    *("probe_kernel", "row_sums_kernel", "row_norms_double_kernel", "row_distances_join_kernel"),
-    *(f"margin_geometry_{step}_kernel" for step in ("finish", "finish_short", "double")),
-    *(f"pairwise_margins_{step}_kernel" for step in ("tile", "project", "finish")),
-    *(f"pairwise_backward_{step}_kernel" for step in ("sum_weights", "tops", "rows", "x")),
-}
-INSTRUCTION = re.compile(r"\s+/\*[0-9a-f]{4,5}\*/\s+(?:@\S+\s+)?([A-Z][\w.]+)")
+
+
+class Instruction(NamedTuple):
+    """One of a kernel's machine code; `target` is where a branch goes."""
+
+    address: int
+    word: str
+    target: int | None
+
+
+INSTRUCTION = re.compile(r"\s+/\*([0-9a-f]{4,5})\*/\s+(?:@\S+\s+)?([A-Z][\w.]+)(.*?);")
 LOAD_OR_USE = re.compile(r"LDG|[FD]ADD|[FD]FMA|[FD]SETP|BRA|CALL")
+# Instructions at most, of sm_90: entry functions of each kernel, of one of them as it stands, and of its innermost loop that
+# loads most. They are what nvcc 13.0 made, and a little more.
+BUDGETS = {
+    "row_sums_kernel": (9, 3300, 470),
+    "row_norms_double_kernel": (3, 900, None),
+    "row_distances_join_kernel": (3, 350, None),
+    "margin_geometry_finish_kernel": (3, 2150, None),
+    "margin_geometry_finish_short_kernel": (3, 2250, None),
+    "margin_geometry_double_kernel": (3, 5000, None),
+    "pairwise_margins_tile_kernel": (15, 3000, None),
+    "pairwise_margins_project_kernel": (1, 1000, None),
+    "pairwise_margins_finish_kernel": (6, 3100, None),
+    "pairwise_backward_sum_weights_kernel": (1, 300, None),
+    "pairwise_backward_x_kernel": (1, 700, None),
+    "pairwise_backward_tops_kernel": (1, 1500, None),
+    "pairwise_backward_rows_kernel": (3, 1900, None),
+    "probe_kernel": (1, 20, None),
+}
+KERNELS = set(BUDGETS)
+FLOAT32_LOOP = 175  # of the pass over rows in float32: two steps of four rows
+REGISTERS = {"row_sums_kernel": 128, "margin_geometry_finish_kernel": 128}  # of the 65536 of a multiprocessor
+H200 = 132  # multiprocessors
+
 needs_module = pytest.mark.skipif(CUDA is None, reason="fastsal was installed without fastsal._cuda (no nvcc)")
 
 
@@ -67,6 +95,9 @@ def test_registers_and_spills(record_property):
     names = {re.search(r"\d([a-z_]+_kernel)", row[0]).group(1) for row in kernels}
     assert names == KERNELS
     assert max(int(shared) for _, _, _, shared, _ in kernels) <= 49 * 1024
+    for name, registers, *_ in kernels:
+        kernel = re.search(r"\d([a-z_]+_kernel)", name)[1]
+        assert int(registers) <= REGISTERS.get(kernel, 255), name
     lines = [f"{name} {registers} {stack} {local}" for name, registers, stack, _, local in kernels]
     record_property("kernel registers stack local", "\n".join(lines))
     print(*lines, sep="\n")
@@ -86,16 +117,71 @@ def machine_code():
                 words = []
                 functions.append((re.search(r"\d([a-z_]+_kernel)(\w*)", line).groups(), words))
             elif instruction := INSTRUCTION.match(line):
-                words.append(instruction.group(1))
+                address, word, operands = instruction.groups()
+                target = re.search(r"0x([0-9a-f]+)\s*$", operands) if word == "BRA" else None
+                words.append(Instruction(int(address, 16), word, int(target[1], 16) if target else None))
     assert process.returncode == 0
     assert {name for (name, _), _ in functions} == KERNELS
     return functions
 
 
-def most_loads_in_flight(words):
+def most_loads_in_flight(code):
     """The longest run of loads from global memory before anything needs one of them, or branches."""
-    ordered = "".join("L" if "LDG" in word else "+" for word in words if LOAD_OR_USE.match(word))
+    ordered = "".join("L" if "LDG" in word else "+" for _, word, _ in code if LOAD_OR_USE.match(word))
     return max(map(len, ordered.split("+")))
+
+
+def hot_loop(code):
+    """The instructions of the innermost loop with most loads of 16 bytes."""
+    loops = [
+        [one for one in code if end.target <= one.address <= end.address] for end in code if end.target is not None
+    ]
+    inner = [loop for loop in loops if loop and sum(one.target is not None for one in loop) == 1]
+    return max(inner, key=lambda loop: sum("LDG.E.128" in one.word for one in loop))
+
+
+@needs_module
+def test_budgets(machine_code, record_property):
+    """Entry functions and instructions of every kernel, and of the loop that reads the Jacobian."""
+    sizes = {name: [] for name in KERNELS}
+    for (name, of), code in machine_code:
+        sizes[name].append(len(code))
+        if BUDGETS[name][2] is not None:
+            loop = len(hot_loop(code))
+            record_property(f"hot loop of {name}{of}", loop)
+            assert loop <= (FLOAT32_LOOP if re.match(r"ILi\dEf", of) else BUDGETS[name][2]), (name, of, loop)
+    for name, found in sizes.items():
+        entries, instructions, _ = BUDGETS[name]
+        assert len(found) <= entries, name
+        assert max(found) <= instructions, (name, found)
+    assert sum(map(len, sizes.values())) <= 60
+
+
+@needs_module
+@pytest.mark.parametrize(
+    ("B", "n", "D"), [(65536, 10, 784), (1700, 100, 3072), (13, 1000, 37632), (1, 1000, 150_528), (8, 10, 784)]
+)
+@pytest.mark.parametrize("size", [4, 2])
+def test_waves_of_the_pass_over_rows(B, n, D, size):
+    """Its blocks fill the multiprocessors several times, or the problem is small. 128 registers leave 16 warps."""
+    tasks = -(-n // 4) * -(-D * size // 4096)
+    warps = min(max(-(-B * tasks // 264), 1), tasks, 8)
+    waves = B * -(-tasks // warps) / (H200 * (16 // warps))
+    assert waves > 4 or B * tasks < 264
+
+
+@needs_module
+@pytest.mark.parametrize(
+    ("B", "n", "D"), [(1, 1000, 150_528), (2, 1000, 150_528), (2, 1000, 3072), (13, 1000, 37_632), (1, 100, 150_528)]
+)
+def test_waves_and_memory_of_pairs(B, n, D):
+    """A block takes one segment of D where 16 would leave less than four waves; sums take less than half a GiB."""
+    from fastsal import _cuda
+
+    by_segment = _cuda.pairwise_margins_blocks(0, B, n, D, False) < 4 * H200
+    waves = _cuda.pairwise_margins_blocks(0, B, n, D, by_segment) / H200
+    assert waves > (1.5 if n == 100 else 4)
+    assert _cuda.pairwise_margins_scratch(B, n, D, by_segment) < 2**29
 
 
 @needs_module
