@@ -78,7 +78,7 @@ struct Fiber {
 struct Block {
   std::vector<Fiber> fibers;
   std::vector<Barrier> warps;
-  std::vector<uint64_t> slots;  // [2, threads]: what the lanes exchange, in turns
+  std::vector<uint64_t> slots;  // [2, threads]: what the lanes exchange, alternately
   Barrier all;
   jmp_buf scheduler;
   ucontext_t scheduler_context;
@@ -144,7 +144,7 @@ inline void run_block(unsigned threads, bool reverse) {
   }
 }
 
-// Every lane of the warp gives a value and sees everybody's.
+// Every lane of the warp gives a value and sees those of all.
 inline const uint64_t* exchange(uint64_t value) {
   const unsigned thread = block.current, warp = thread / kWarp, first = warp * kWarp;
   if (first + kWarp > blockDim.x) fail("an exchange in a warp that is not full");
