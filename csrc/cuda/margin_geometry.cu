@@ -11,7 +11,7 @@
 namespace fastsal {
 namespace {
 
-constexpr int kThreads = 512;
+constexpr int kThreads = 512;                 // promised one block a multiprocessor, ptxas spills for no architecture
 constexpr int kParts = kThreads / kWarpSize;  // of the direction gap's sum, one for each warp of a block
 constexpr int kShortThreads = 64;             // where each has an example of its own
 constexpr int kMostBlocks = 256;              // of an example
@@ -93,7 +93,7 @@ __device__ double gap_part(int part, const Narrow& p, int64_t b, int64_t i, int6
 // `blocks` blocks for each example join its rows' sums, `lanes` threads those of a row. The last of them to arrive
 // selects the runner-up.
 template <int q>
-__global__ void __launch_bounds__(kThreads)
+__global__ void __launch_bounds__(kThreads, 1)
     margin_geometry_finish_kernel(const __grid_constant__ Narrow p, int blocks, int lanes) {
   __shared__ bool is_last;
   __shared__ double gap_parts[kParts];
@@ -137,10 +137,11 @@ __global__ void __launch_bounds__(kThreads)
 
 // A thread for each example, for many examples of few and short rows. A warp reads the rows of those whose gap cancels.
 template <int q>
-__global__ void __launch_bounds__(kShortThreads) margin_geometry_finish_short_kernel(const __grid_constant__ Narrow p) {
+__global__ void __launch_bounds__(kShortThreads, 1)
+    margin_geometry_finish_short_kernel(const __grid_constant__ Narrow p) {
   const int64_t index = blockIdx.x * static_cast<int64_t>(kShortThreads) + threadIdx.x;
-  const int64_t b = index < p.shape.B ? index : p.shape.B - 1,
-                i = p.indices_ptr[b];  // surplus threads do the last again
+  const int64_t b = index < p.shape.B ? index : p.shape.B - 1;  // surplus threads do the last again
+  const int64_t i = p.indices_ptr[b];
   Candidate best = no_candidate();
   for (int64_t j = 0; j < p.shape.n; ++j) {
     const RowSums all = join_segments<q, 1>(&p.sums(b, j), p.segment_count, 1);
@@ -156,8 +157,9 @@ __global__ void __launch_bounds__(kShortThreads) margin_geometry_finish_short_ke
     const int64_t b_of = from_lane(b, lane), i_of = from_lane(i, lane), j_of = from_lane(best.index, lane);
     const double norm_g = from_lane(winners.norm_g, lane), norm_d = from_lane(winners.norm_d, lane);
     double sum = 0;
-    for (int part = 0; part < kParts; ++part)
+    for (int part = 0; part < kParts; ++part) {
       sum = join<q>(sum, gap_part<q>(part, p, b_of, i_of, j_of, norm_g, norm_d));
+    }
     if (lane_id() == lane) gap = root<q>(sum);
   }
   winners.store(p, b, best, i, gap);
@@ -165,7 +167,7 @@ __global__ void __launch_bounds__(kShortThreads) margin_geometry_finish_short_ke
 
 // A block for each example of float64, whose sums have exponents of their own.
 template <int q>
-__global__ void __launch_bounds__(kThreads)
+__global__ void __launch_bounds__(kThreads, 1)
     margin_geometry_double_kernel(const __grid_constant__ Problem<double> p, const double* norms_ptr) {
   const int64_t n = p.shape.n, D = p.shape.D, b = blockIdx.x, i = p.indices_ptr[b];
   Candidate best = no_candidate();

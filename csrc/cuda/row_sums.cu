@@ -39,8 +39,8 @@ struct LaneSums {
   float norms[kGroupRows][kAccumulators] = {}, dots[kGroupRows][kAccumulators] = {},
         lasts[kGroupRows][kAccumulators] = {};
 
-  // Adds `steps` steps of the warp from entry k on, whose loads are all in flight at once. X is the type of x. Entries
-  // from s.length on, which are there where `whole` is not said, count as 0; `aligned`: as load_pack has it.
+  // Adds `steps` steps of the warp from entry k on, whose loads are all in flight at once. X is the type of x. `whole`:
+  // all entries are below s.length, from which on they count as 0. `aligned`: as in load_pack.
   template <int steps, bool whole, bool aligned, class X>
   __device__ __forceinline__ void add(const Segment<T>& s, int k) {
     constexpr int kXPack = Layout<X>::kPack, kXPacks = L::kPack / kXPack;
