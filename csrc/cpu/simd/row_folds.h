@@ -1,6 +1,6 @@
-// Stage 1: one segment of anchor - row for a group of rows, which share the loads of the anchor. Rows below float64 are
-// folded in float, and flushed to double before rounding errors add up. With x it also forms <x, anchor - row>, which
-// pairwise_margins asks for.
+// Row folds: one segment of anchor - row for a group of rows, which share the loads of the anchor. Rows below float64
+// are folded in float, and flushed to double before rounding errors add up. With x it also forms <x, anchor - row>,
+// which pairwise_margins asks for.
 #pragma once
 
 #include "folds.h"
