@@ -4,6 +4,7 @@
 
 #include <stdint.h>
 
+#include "fastsal/half.h"
 #include "fastsal/scalars.h"
 #include "fastsal/types.h"
 
