@@ -19,7 +19,6 @@ class RowNorms {
         row_bytes_(rows.D * kElementSize[rows.dtype]) {
     if (!reads_few_streams() || is_small()) return;
     one_stream_ = row_bytes_ <= kLongRow;
-    if (one_stream_) fold_rows_ = kernels().fold_rows_in_turn[q][rows.dtype];
     const bool few_rows = row_bytes_ > 2 * kLongRow;
     if (few_rows && group_rows_ > kFewRows) group_rows_ = kFewRows;
     // In a stream of two-byte elements the processor sees too little ahead of itself, between short rows too.
@@ -44,7 +43,7 @@ class RowNorms {
       ahead[r] = next(b, first + r, n_rows, total, skip, row[r]);
     }
     Scaled sums[kMaxRows];
-    fold_rows_(&a, 1, row, n_rows, nullptr, length, prefetch_ ? ahead : nullptr, sums, nullptr, {0, 1});
+    fold_rows_(&a, 1, row, n_rows, one_stream_, nullptr, length, prefetch_ ? ahead : nullptr, sums, nullptr, {0, 1});
     for (int r = 0; r < n_rows; ++r) partial[index(first + r, skip) * count_ + segment] = sums[r];
   }
 

@@ -24,10 +24,10 @@ struct Strides {
 // The rows of a group share the loads of an anchor. For one segment of every pair (anchor, row), the fold of
 // anchor - row goes to norm[a * out.anchor + r * out.row] and, where x is given (as float, or as double for double
 // rows), <x, anchor - row> to the same place in dot. `ahead` says for each row where data that is needed soon lies; it
-// may be null.
+// may be null. `one_stream`, with one anchor and without x, reads row after row and not all rows side by side.
 using FoldRowsFn = void (*)(const void* const* anchors, int n_anchors, const void* const* rows, int n_rows,
-                            const void* x, int64_t len, const void* const* ahead, Scaled* norm, Scaled* dot,
-                            Strides out);
+                            bool one_stream, const void* x, int64_t len, const void* const* ahead, Scaled* norm,
+                            Scaled* dot, Strides out);
 // One segment of the winner sums; the norms are still folds, that of x with the perturbation's p. `ahead` says where
 // data that is needed soon begins, and may be null: up to kRowsAhead times the bytes of a row are prefetched.
 using WinnerSumsFn = void (*)(const void* g, const void* row, const void* x, int64_t len, const char* ahead,
@@ -45,8 +45,7 @@ struct Kernels {
   int group_rows;  // rows that are read together: as many as the registers hold, for streams of memory in flight
   int64_t columns;
   FoldRowsFn fold_rows[3][kDtypes];
-  FoldRowsFn fold_rows_in_turn[3][kDtypes];  // row after row, so one stream of memory; takes one anchor and no x
-  WinnerSumsFn winner_sums[3][kDtypes][2];   // [..][1]: x is float32
+  WinnerSumsFn winner_sums[3][kDtypes][2];  // [..][1]: x is float32
   GapFn gap[3][kDtypes];
   UpcastFn upcast[kDtypes];
   GradRowFn grad_row[3];  // null at kMax, where a strip of columns is not enough to know phi

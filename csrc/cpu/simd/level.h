@@ -24,8 +24,6 @@ static constexpr Kernels kTable = {
     kGroupRows,
     kColumns,
     {FASTSAL_TYPES(fold_rows, kMax), FASTSAL_TYPES(fold_rows, kL1), FASTSAL_TYPES(fold_rows, kL2)},
-    {FASTSAL_TYPES(fold_rows_in_turn, kMax), FASTSAL_TYPES(fold_rows_in_turn, kL1),
-     FASTSAL_TYPES(fold_rows_in_turn, kL2)},
     {FASTSAL_WINNER_SUMS(kMax), FASTSAL_WINNER_SUMS(kL1), FASTSAL_WINNER_SUMS(kL2)},
     {FASTSAL_TYPES(gap, kMax), FASTSAL_TYPES(gap, kL1), FASTSAL_TYPES(gap, kL2)},
     {upcast<float>, upcast<double>, upcast<Half>, upcast<BFloat16>},
