@@ -211,9 +211,9 @@ def small_run(device: torch.device) -> None:
     from fastsal.tensor import ops
 
     for dtype in (torch.float32, torch.float64, torch.bfloat16):
-        for B, n, D in ((2, 10, 133), (2, 10, 160), (1, 20, 2500), (1, 40, 40_000), (1, 4100, 24), (1100, 10, 24)):
+        for B, n, D in ((2, 10, 133), (2, 10, 160), (1, 20, 2500), (1, 4100, 24)):
             logits, jacobian, x = inputs(B, n, D, dtype, device)
-            if max(B, n) > 100:
+            if n > 100:
                 ops.margin_geometry(logits, jacobian, x, 2.0, "cuda" if device.type == "cuda" else "auto")
                 continue
             w = torch.ones(B, n, n, dtype=torch.float64, device=device)
