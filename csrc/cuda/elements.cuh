@@ -1,4 +1,4 @@
-// Entries in registers: the type that differences are formed in, widening to it, and rounding on the way back.
+// Entries in registers: the type that differences are formed in, and widening to it.
 #pragma once
 
 #include "fastsal/half.h"
@@ -31,11 +31,5 @@ FASTSAL_HD inline Real<T> real(T v, bool) {
   return real(v);
 }
 FASTSAL_HD inline float real(Bits16 v, bool is_half) { return is_half ? real(Half{v.bits}) : real(BFloat16{v.bits}); }
-
-// A value of a result or a gradient, rounded to nearest even.
-FASTSAL_HD inline void store(double* to, double v) { *to = v; }
-FASTSAL_HD inline void store(float* to, double v) { *to = static_cast<float>(v); }
-FASTSAL_HD inline void store(Half* to, double v) { *to = to_float16(static_cast<float>(v)); }
-FASTSAL_HD inline void store(BFloat16* to, double v) { *to = to_bfloat16(static_cast<float>(v)); }
 
 }  // namespace fastsal

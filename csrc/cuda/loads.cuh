@@ -10,23 +10,30 @@ namespace fastsal {
 
 FASTSAL_HD inline bool is_aligned(uintptr_t addresses) { return addresses % kPackBytes == 0; }
 
-// The adjacent entries that a lane loads at once; those from `left` on count as 0. `aligned`: they begin at a multiple
-// of 16 bytes, in memory that this kernel does not write, and the row's length is a multiple of a pack.
+// Adjacent entries, 16 bytes.
 template <class T>
 struct Pack {
   T entries[Layout<T>::kPack];
 };
+template <class T>
+__device__ __forceinline__ Pack<T> pack_of(const uint4& words) {
+  Pack<T> pack;
+  memcpy(&pack, &words, sizeof(pack));
+  return pack;
+}
+
+// What a lane loads at once; entries from `left` on count as 0. `aligned`: it begins at a multiple of 16 bytes, in
+// memory that this kernel does not write, and the row's length is a multiple of a pack.
 template <bool aligned, class T>
 __device__ __forceinline__ Pack<T> load_pack(const T* from, int left) {
-  Pack<T> pack;
   if constexpr (aligned) {
-    const uint4 words = left > 0 ? __ldg(reinterpret_cast<const uint4*>(from)) : make_uint4(0, 0, 0, 0);
-    memcpy(&pack, &words, sizeof(pack));
+    return pack_of<T>(left > 0 ? __ldg(reinterpret_cast<const uint4*>(from)) : make_uint4(0, 0, 0, 0));
   } else {
+    Pack<T> pack;
 #pragma unroll
     for (int c = 0; c < Layout<T>::kPack; ++c) pack.entries[c] = c < left ? from[c] : T{};
+    return pack;
   }
-  return pack;
 }
 
 FASTSAL_HD inline int entry_bytes(int64_t dtype) { return dtype == kFloat64 ? 8 : dtype == kFloat32 ? 4 : 2; }
@@ -73,17 +80,20 @@ struct Vectors {
   __device__ Entries operator()(int64_t b) const { return entries.from(b * stride_b); }
 };
 
-// Stores an entry k of a tensor of any dtype, rounded to nearest even.
+// Stores entry k of a tensor of any dtype, rounded to nearest even.
 __device__ inline void store(void* to, int64_t dtype, int64_t k, double v) {
   switch (dtype) {
     case kFloat32:
-      return store(static_cast<float*>(to) + k, v);
+      static_cast<float*>(to)[k] = static_cast<float>(v);
+      break;
     case kFloat64:
-      return store(static_cast<double*>(to) + k, v);
+      static_cast<double*>(to)[k] = v;
+      break;
     case kFloat16:
-      return store(static_cast<Half*>(to) + k, v);
+      static_cast<Half*>(to)[k] = to_float16(static_cast<float>(v));
+      break;
     default:
-      return store(static_cast<BFloat16*>(to) + k, v);
+      static_cast<BFloat16*>(to)[k] = to_bfloat16(static_cast<float>(v));
   }
 }
 

@@ -60,19 +60,6 @@ int64_t tile_pairs(int dtype, int64_t n) {
   return tiles * (tiles + 1) / 2;
 }
 
-// 16 bytes of a row in shared memory.
-template <class R>
-struct Word {
-  static constexpr int kEntries = kPackBytes / sizeof(R);
-  R entries[kEntries];
-};
-template <class R>
-__device__ __forceinline__ Word<R> word_of(const uint4& words) {
-  Word<R> word;
-  memcpy(&word, &words, sizeof(word));
-  return word;
-}
-
 // A tile in flight from the Jacobian to shared memory: rows first to first + kRows - 1, entries k to k + kDepth - 1.
 // What lies outside the Jacobian is 0.
 template <class P, class T>
@@ -106,7 +93,7 @@ struct TileInFlight {
 template <int q, class T, class P>
 __global__ void __launch_bounds__(P::kThreads, 1) pairwise_margins_tile_kernel(const __grid_constant__ Problem p) {
   using R = Real<T>;
-  constexpr int kWordEntries = Word<R>::kEntries, kWords = P::kDepth / kWordEntries;
+  constexpr int kWordEntries = Layout<R>::kPack, kWords = P::kDepth / kWordEntries;
   constexpr int kPitch = kWords + 1;  // the padding spreads rows over the banks
   __shared__ uint4 tiles[2][P::kRows * kPitch];
   begin_unwritten(tiles);
@@ -152,11 +139,11 @@ __global__ void __launch_bounds__(P::kThreads, 1) pairwise_margins_tile_kernel(c
         R partials[P::kEdge][P::kEdge] = {};
 #pragma unroll 4
         for (int w = first; w < first + kAdditions / kWordEntries; ++w) {
-          Word<R> a[P::kEdge], c[P::kEdge];
+          Pack<R> a[P::kEdge], c[P::kEdge];
 #pragma unroll
           for (int e = 0; e < P::kEdge; ++e) {
-            a[e] = word_of<R>(rows_i[e * P::kSide * kPitch + w]);
-            c[e] = word_of<R>(rows_j[e * P::kSide * kPitch + w]);
+            a[e] = pack_of<R>(rows_i[e * P::kSide * kPitch + w]);
+            c[e] = pack_of<R>(rows_j[e * P::kSide * kPitch + w]);
           }
 #pragma unroll
           for (int e = 0; e < P::kEdge * P::kEdge; ++e) {
