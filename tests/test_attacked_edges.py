@@ -252,7 +252,7 @@ class TestNumbers:
         assert (found.vjps + found.jvps < 150).all()
         assert_kept(found, torch.where(mask.isfinite(), ratios(*dense(net, x)), math.inf))
 
-    @pytest.mark.parametrize("method", [Certified(), Certified(max_passes=30), Exact(memory_limit=0), Exact()], ids=str)
+    @pytest.mark.parametrize("method", [Certified(), Certified(max_passes=30)], ids=str)
     def test_bounds_are_rounded_down(self, method):
         """Of a linear classifier, whose rows are its weights, to the last bit."""
         torch.manual_seed(0)
