@@ -100,7 +100,7 @@ class Search:
             inside, outside = basis.parts(active)
         e = e[counts[e] > 0]
         counts[e[~rounding.trust(e)]] = 0
-        rounding.compare(e[counts[e] > 0], self.normals.seed)
+        rounding.compare(e[counts[e] > 0])
         return counts
 
     def probe(self, first: np.ndarray) -> None:
