@@ -9,13 +9,14 @@ import torch
 import torch.nn.functional as F
 from networks import MODELS, LargestTensor, dense, make
 from torch import nn
+from truth import geometry_truth
 
 from fastsal import Candidates, Exact, analyze
 from fastsal.tensor import reference
 
 
 def compare(result, logits, jacobian, x, norm, tolerance):
-    truth = cases.geometry_truth(logits, jacobian, x.flatten(1), norm)
+    truth = geometry_truth(logits, jacobian, x.flatten(1), norm)
     for name in ("prediction", "runner_up"):
         assert getattr(result, name).tolist() == truth.values[name].tolist()
     for name in (*reference.SCALARS, "distances"):

@@ -10,6 +10,7 @@ import cases
 import pytest
 import torch
 from cases import each_dtype, each_norm, each_target
+from truth import long_double
 
 import fastsal
 from fastsal.tensor import ops
@@ -242,7 +243,7 @@ def reachable(set_level, level):
     return True
 
 
-@cases.long_double
+@long_double
 @each_norm
 @each_dtype
 @pytest.mark.parametrize("level", LEVELS)

@@ -76,8 +76,8 @@ def test_captions_count(study):
 @pytest.mark.parametrize(
     ("title", "tables", "least"),
     [
-        ("Results on MNIST", ("report.md",), 30),
-        ("Why alignment falls", ("experiments.csv", "experiments_claims.csv"), 50),
+        ("Results on MNIST", ("report.md",), 25),
+        ("Why alignment falls", ("experiments.csv", "experiments_claims.csv"), 35),
     ],
 )
 def test_the_guide_says_what_the_committed_tables_say(title, tables, least):

@@ -8,6 +8,7 @@ import pytest
 import torch
 from cases import check_geometry as check
 from cases import each_dtype, each_kernel, each_norm, each_target
+from truth import DUAL, LONG, geometry_truth, long_double, vector_norm
 
 import fastsal
 from fastsal.tensor import reference
@@ -18,14 +19,14 @@ NAN, INF = math.nan, math.inf
 # --- values ---------------------------------------------------------------------------------------------------------
 
 
-@cases.long_double
+@long_double
 def test_truth_is_exact():
     """The reference itself, against exactly rounded sums and the definitions on a hand-made example."""
     v = np.random.default_rng(0).standard_normal(5000)
     for q, exact in ((2, math.sqrt(math.fsum(a * a for a in v))), (1, math.fsum(map(abs, v))), (INF, max(map(abs, v)))):
-        assert float(cases.vector_norm(v.astype(cases.LONG), q)) == pytest.approx(exact, rel=1e-15)
+        assert float(vector_norm(v.astype(LONG), q)) == pytest.approx(exact, rel=1e-15)
     logits, jacobian = torch.tensor([[5.0, 1.0, 4.0]]), torch.tensor([[[3.0, 4.0], [3.0, 3.0], [0.0, 0.0]]])
-    truth = cases.geometry_truth(logits, jacobian, torch.tensor([[1.0, -1.0]]), 2.0).values
+    truth = geometry_truth(logits, jacobian, torch.tensor([[1.0, -1.0]]), 2.0).values
     expected = {  # by hand: the ratios are 4/1 and 1/5, so class 2 is the runner-up and g† = g
         "prediction": 0,
         "runner_up": 2,
@@ -44,7 +45,7 @@ def test_truth_is_exact():
     assert truth["distances"][0].tolist() == pytest.approx([INF, 4, 0.2])
 
 
-@cases.long_double
+@long_double
 @each_kernel
 @pytest.mark.parametrize(("dtype", "norm"), [(torch.float32, 2.0), (torch.float64, INF)])
 def test_long_rows(target, norm, dtype):
@@ -53,7 +54,7 @@ def test_long_rows(target, norm, dtype):
     check(target, torch.tensor([[0.3, -1.7]], dtype=dtype), torch.stack(levels[:2], 1), levels[2], norm)
 
 
-@cases.long_double
+@long_double
 @each_target
 @each_norm
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
@@ -68,7 +69,7 @@ def test_mixed_scales(target, norm, dtype):
     check(target, logits.to(dtype), jacobian.to(dtype), x.to(dtype), norm)
 
 
-@cases.long_double
+@long_double
 @each_target
 @each_norm
 def test_products_leave_the_range_of_the_factors(target, norm):
@@ -106,7 +107,7 @@ def test_identity_and_bounds(target, norm, dtype):
             for rows, i, j in zip(jacobian.double(), result.prediction.tolist(), result.runner_up.tolist(), strict=True)
         ]
     )
-    norm_dag = torch.linalg.vector_norm(g_dag, cases.DUAL[norm], 1)
+    norm_dag = torch.linalg.vector_norm(g_dag, DUAL[norm], 1)
     dot = (x.double() * g_dag).sum(1)
     size = (x.double() * g_dag).abs().sum(1)
     rho, alpha_dag, beta_dag, bound = (
@@ -129,13 +130,13 @@ def test_linear_binary_classifier(target, norm):
     jacobian = torch.stack((-w / 2, w / 2)).expand(4, 2, 50)
     score = x @ w
     plain = cases.margin_geometry(target, torch.stack((-score / 2, score / 2), 1), jacobian, x, norm)
-    distance = score.abs() / torch.linalg.vector_norm(w, cases.DUAL[norm])
+    distance = score.abs() / torch.linalg.vector_norm(w, DUAL[norm])
     for name in ("linearized_robustness", "alignment", "binarized_alignment"):
         torch.testing.assert_close(getattr(plain, name).cpu(), distance, rtol=1e-12, atol=1e-12)
     torch.testing.assert_close(plain.offset.cpu(), torch.zeros_like(score), rtol=0, atol=1e-13)
     moved = score + 3
     affine = cases.margin_geometry(target, torch.stack((-moved / 2, moved / 2), 1), jacobian, x, norm)
-    expected = moved.abs() / torch.linalg.vector_norm(w, cases.DUAL[norm])
+    expected = moved.abs() / torch.linalg.vector_norm(w, DUAL[norm])
     torch.testing.assert_close(affine.linearized_robustness.cpu(), expected, rtol=1e-12, atol=1e-12)
     torch.testing.assert_close(affine.alignment, plain.alignment, rtol=1e-12, atol=1e-12)
 

@@ -3,10 +3,12 @@
 import math
 
 import cases
+import numpy as np
 import pytest
 import torch
 from cases import each_dtype, each_kernel, each_norm, each_target
 from torch._subclasses.fake_tensor import FakeTensorMode
+from truth import DUAL, long_double, vector_norm
 
 import fastsal
 from fastsal.tensor import ops, reference
@@ -209,7 +211,7 @@ def test_info_names_every_backend():
 # --- the seam -------------------------------------------------------------------------------------------------------
 
 
-@cases.long_double
+@long_double
 @each_target
 @each_norm
 @each_dtype
@@ -224,6 +226,6 @@ def test_row_distances(target, norm, dtype, scale):
             got = ops.row_distances(anchor.to(target.device), jacobian.to(target.device), norm, target.backend)
         assert (got.shape, got.dtype) == ((3, 6), torch.float64)
         difference = cases._difference(cases._long(anchor)[:, None], cases._long(jacobian))
-        want = cases.np.apply_along_axis(cases.vector_norm, 2, difference, cases.DUAL[norm])
+        want = np.apply_along_axis(vector_norm, 2, difference, DUAL[norm])
         cases.assert_close("row_distances", got, want, want, cases.tolerance(dtype))
-    assert reference.dual(norm) == cases.DUAL[norm]
+    assert reference.dual(norm) == DUAL[norm]

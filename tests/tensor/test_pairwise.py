@@ -8,6 +8,7 @@ import pytest
 import torch
 from cases import check_pairwise as check
 from cases import each_dtype, each_norm, each_target
+from truth import long_double
 
 import fastsal
 from fastsal.tensor import ops, reference
@@ -31,7 +32,7 @@ def test_without_x(target, norm, dtype, B, n, D):
     cases.assert_same_results(without_x, result)
 
 
-@cases.long_double
+@long_double
 @each_target
 @each_norm
 def test_many_classes(target, norm):

@@ -5,13 +5,14 @@ import pytest
 import torch
 from cases import each_dtype, each_norm, each_target
 from hypothesis import given, settings
+from truth import long_double
 
 import fastsal
 
 each_check = pytest.mark.parametrize("check", [cases.check_geometry, cases.check_pairwise], ids=lambda f: f.__name__)
 
 
-@cases.long_double
+@long_double
 @each_check
 @each_target
 @each_norm
@@ -21,7 +22,7 @@ def test_values(check, target, norm, dtype, B, n, D):
     check(target, *cases.inputs(B, n, D, dtype), norm)
 
 
-@cases.long_double
+@long_double
 @each_check
 @each_target
 @each_norm
@@ -35,7 +36,7 @@ def test_constant_rows(check, target, norm, dtype, D):
     check(target, *(v.to(dtype).contiguous() for v in (logits, jacobian, x)), norm)
 
 
-@cases.long_double
+@long_double
 @each_check
 @each_target
 @each_norm
@@ -47,7 +48,7 @@ def test_nearly_identical_rows(check, target, norm, dtype):
     check(target, logits.to(dtype), jacobian.to(dtype), x.to(dtype), norm)
 
 
-@cases.long_double
+@long_double
 @each_check
 @each_target
 @each_norm
@@ -58,7 +59,7 @@ def test_scaled_gradients(check, target, norm, dtype, scale, D):
     check(target, *cases.inputs(3, 7, D, dtype, scale=scale), norm)
 
 
-@cases.long_double
+@long_double
 @each_check
 @each_target
 @each_norm

@@ -16,6 +16,7 @@ import torch
 from cases import each_dtype, each_norm
 from cuda_emulation import emulated
 from torch.utils._python_dispatch import TorchDispatchMode
+from truth import long_double
 
 from fastsal.tensor import reference
 from fastsal.tensor.backends import cuda
@@ -79,7 +80,7 @@ def test_a_thread_and_a_block_for_each_example_agree(kernels, monkeypatch, norm,
 EMULATED = cases.Target("cuda", "cpu")
 
 
-@cases.long_double
+@long_double
 @each_norm
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("short", [True, False])
@@ -94,7 +95,7 @@ def test_segments_of_zeros(kernels, monkeypatch, norm, dtype, short):
     cases.check_geometry(EMULATED, logits, jacobian, x, norm)
 
 
-@cases.long_double
+@long_double
 @each_norm
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("x_scale", [1e-38, 1e-25, 1, 1e25, 1e38])
@@ -106,7 +107,7 @@ def test_products_at_both_ends_of_the_range(kernels, norm, dtype, scale, x_scale
     cases.check_geometry(EMULATED, logits.float(), jacobian, x, norm)
 
 
-@cases.long_double
+@long_double
 @each_norm
 @each_dtype
 @pytest.mark.parametrize("seed", range(4))
@@ -117,7 +118,7 @@ def test_constant_rows(kernels, norm, dtype, seed):
     cases.check_geometry(EMULATED, logits, jacobian.repeat(1, 1, 9000), x.repeat(1, 9000), norm)
 
 
-@cases.long_double
+@long_double
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("angle", [0.05, 0.3, 0.49, 0.51, 0.8, 1.5])
 def test_direction_gaps_with_and_without_another_reading(kernels, dtype, angle):
@@ -358,7 +359,7 @@ def test_shared_memory_that_nobody_wrote_is_reported(tmp_path):
     assert "CUDA emulation: NaN (block 1, " in result.stderr
 
 
-@cases.long_double
+@long_double
 @each_norm
 @each_dtype
 def test_products_with_x_that_cancel(kernels, norm, dtype):
