@@ -25,6 +25,7 @@ INCLUDE = "csrc/include"
 CXX_FLAGS = ["-O3", "-g0", "-fno-math-errno", "-ffp-contract=off", "-fvisibility=hidden"]
 # No product joins a sum but where the source says so: the same bits from every kernel that takes the same steps.
 NVCC_FLAGS = ["-O3", "-std=c++17", "--fmad=false", "--cudart=static", "--compiler-options=-fPIC,-fvisibility=hidden"]
+CUDA_ARCHS = (80, 90, 100, 120)
 NVCC_JOBS = 2  # one nvcc can take more than a GiB
 OPENMP_FLAGS = [(["-fopenmp"], ["-fopenmp"]), (["-Xpreprocessor", "-fopenmp"], ["-lomp"])]  # Apple's clang: the second
 OPENMP_PROBE = "#include <omp.h>\nint main() { return omp_get_max_threads() < 1; }\n"
@@ -61,9 +62,14 @@ def wanted_nvcc(cuda_sources: list[str]) -> str | None:
     return None
 
 
-def cuda_archs() -> list[int]:
-    """Compute capabilities of FASTSAL_CUDA_ARCHS, ascending: "80;90" -> [80, 90]."""
-    text = os.environ.get("FASTSAL_CUDA_ARCHS", "80;90")
+def cuda_archs(nvcc: str | None = None) -> list[int]:
+    """Compute capabilities of FASTSAL_CUDA_ARCHS, ascending: "80;90" -> [80, 90]. Without it, those that nvcc knows."""
+    text = os.environ.get("FASTSAL_CUDA_ARCHS")
+    if text is None:
+        known = (
+            subprocess.run([nvcc, "--list-gpu-arch"], check=True, stdout=subprocess.PIPE, text=True) if nvcc else None
+        )
+        return [arch for arch in CUDA_ARCHS if known is None or f"compute_{arch}" in known.stdout.split()]
     if not re.fullmatch(r"[1-9]\d{1,2}(;[1-9]\d{1,2})*", text):
         raise SystemExit(f"fastsal: FASTSAL_CUDA_ARCHS={text!r}: want compute capabilities such as '80;90'")
     return sorted({int(arch) for arch in text.split(";")})
@@ -85,7 +91,7 @@ def cuda_library_dirs(nvcc: str) -> list[str]:
 
 def compile_cuda(nvcc: str, cuda_sources: list[str], build_temp: str) -> list[str]:
     """Objects of the .cu files. Raises if nvcc fails."""
-    flags = [*NVCC_FLAGS, f"-I{INCLUDE}", *gencode_flags(cuda_archs())]
+    flags = [*NVCC_FLAGS, f"-I{INCLUDE}", *gencode_flags(cuda_archs(nvcc))]
 
     def compile_one(source: str) -> str:
         target = os.path.join(build_temp, f"{source}.o")

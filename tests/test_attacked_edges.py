@@ -254,7 +254,7 @@ class TestNumbers:
 
     @pytest.mark.parametrize("method", [Certified(), Certified(max_passes=30)], ids=str)
     def test_bounds_are_rounded_down(self, method):
-        """Of a linear classifier, whose rows are its weights, to the last bit."""
+        """Of a linear classifier, whose rows are its weights, to the last bit. (Of exact rows it is the result itself.)"""
         torch.manual_seed(0)
         model, x = nn.Linear(50, 200), torch.randn(200, 50)
         found = analyze(model, x, method=method, backend="reference")

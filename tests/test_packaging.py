@@ -38,7 +38,8 @@ def nvcc(tmp_path, monkeypatch):
     path = tmp_path / "cuda" / "bin" / "nvcc"
     path.parent.mkdir(parents=True)
     path.write_text(
-        """#!/bin/sh\necho '#$ LIBRARIES=  "-L/cuda/lib/stubs" "-L/cu da/lib"' >&2\n[ "$1" = --dryrun ]\n"""
+        """#!/bin/sh\n[ "$1" = --list-gpu-arch ] && echo compute_75 compute_80 compute_90 compute_120 && exit\n"""
+        """echo '#$ LIBRARIES=  "-L/cuda/lib/stubs" "-L/cu da/lib"' >&2\n[ "$1" = --dryrun ]\n"""
     )
     path.chmod(0o755)
     monkeypatch.setenv("PATH", str(path.parent))
@@ -47,9 +48,12 @@ def nvcc(tmp_path, monkeypatch):
 
 class TestBuildSwitches:
     def test_archs(self, build, monkeypatch):
-        assert build.cuda_archs() == [80, 90]
+        assert build.cuda_archs() == [80, 90, 100, 120]
         monkeypatch.setenv("FASTSAL_CUDA_ARCHS", "120;80;90;80")
         assert build.cuda_archs() == [80, 90, 120]
+
+    def test_archs_that_nvcc_knows(self, build, nvcc):
+        assert build.cuda_archs(nvcc) == [80, 90, 120]
 
     @pytest.mark.parametrize("archs", ["", "8.0", "80,90", "80;", "sm_80", "native", "90a", "8"])
     def test_bad_archs(self, build, monkeypatch, archs):

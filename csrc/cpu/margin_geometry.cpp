@@ -1,11 +1,11 @@
-// margin_geometry: stages 1 and 2 of every example, by example where there are enough of them, else each step of all
-// examples in parallel.
+// margin_geometry: of every example the row norms, the runner-up and the winner sums, by example where there are enough
+// of them, else each step of all examples in parallel.
 #include <vector>
 
 #include "fastsal/nearest.h"
 #include "fastsal/scalars.h"
 #include "parallel.h"
-#include "stage1.h"
+#include "row_norms.h"
 
 namespace fastsal {
 namespace {
@@ -26,12 +26,12 @@ class Example {
         scalars_(scalars),
         indices_(indices),
         distances_(distances),
-        stage1_(q, jacobian),
-        n_segments_(stage1_.segment_count()),
-        two_rows_(kernels().two_rows[q][jacobian.dtype][x.dtype == kFloat32]),
+        row_norms_(q, jacobian),
+        n_segments_(row_norms_.segment_count()),
+        winner_sums_(kernels().winner_sums[q][jacobian.dtype][x.dtype == kFloat32]),
         gap_(kernels().gap[q][jacobian.dtype]) {}
 
-  const Stage1& stage1() const { return stage1_; }
+  const RowNorms& row_norms() const { return row_norms_; }
 
   int64_t prediction(int64_t b) const {
     int64_t best = 0;
@@ -41,7 +41,7 @@ class Example {
     return best;
   }
 
-  // Joins stage 1's folds [n, segments] into the distances and the runner-up.
+  // Joins the rows' folds [n, segments] into the distances and the runner-up.
   Winners select(int64_t b, int64_t prediction, const Scaled* partial) const {
     const int64_t n = jacobian_.n;
     Candidate best = {0, 0, -1};
@@ -61,8 +61,8 @@ class Example {
 
   void sums(int64_t b, int64_t segment, const Winners& rows, const char* ahead, TwoRowSums* out) const {
     const int64_t at = segment * kSegment;
-    two_rows_(row(b, rows.prediction, at), row(b, rows.runner_up.index, at), x_.row(b) + at * kElementSize[x_.dtype],
-              segment_length(at, jacobian_.D), ahead, out);
+    winner_sums_(row(b, rows.prediction, at), row(b, rows.runner_up.index, at), x_.row(b) + at * kElementSize[x_.dtype],
+                 segment_length(at, jacobian_.D), ahead, out);
   }
 
   // The norms and dot products over all of D from their segments.
@@ -102,10 +102,10 @@ class Example {
   // Everything for one example, while its rows are in cache.
   void run(int64_t b, Scaled* partial, TwoRowSums* two_rows, Scaled* gaps) const {
     const int64_t top = prediction(b);
-    stage1_.run_all(b, row(b, top, 0), top, partial);
+    row_norms_.run_all(b, row(b, top, 0), top, partial);
     prefetch_x(b + 1);
     const Winners rows = select(b, top, partial);
-    for (int64_t s = 0; s < n_segments_; ++s) sums(b, s, rows, stage1_.left_ahead(b, s), two_rows + s);
+    for (int64_t s = 0; s < n_segments_; ++s) sums(b, s, rows, row_norms_.left_ahead(b, s), two_rows + s);
     const TwoRowSums total = combine(two_rows, gaps);
     for (int64_t s = 0; s < n_segments_ && needs_gap(total); ++s) gaps[s] = gap(b, s, rows, total);
     finish(b, rows, total, gaps);
@@ -118,7 +118,7 @@ class Example {
  private:
   double logit(int64_t b, int64_t j) const { return logits_.at(b * jacobian_.n + j); }
 
-  // A short x would be asked for too late by stage 2 itself.
+  // A short x would be asked for too late by the winner sums themselves.
   // The function is always inline, since GCC takes one that only prefetches for pure and drops calls of it.
   __attribute__((always_inline)) void prefetch_x(int64_t b) const {
     constexpr int64_t kShort = 16384;
@@ -134,9 +134,9 @@ class Example {
   Output scalars_;
   int64_t* indices_;
   Output distances_;
-  Stage1 stage1_;
+  RowNorms row_norms_;
   int64_t n_segments_;
-  TwoRowsFn two_rows_;
+  WinnerSumsFn winner_sums_;
   GapFn gap_;
 };
 
@@ -145,8 +145,9 @@ class Example {
 void margin_geometry(int q, const Logits& logits, const Rows& jacobian, const Inputs& x, Output scalars,
                      int64_t* indices, Output distances, int threads) {
   const Example example(q, logits, jacobian, x, scalars, indices, distances);
-  const Stage1& stage1 = example.stage1();
-  const int64_t B = jacobian.B, n = jacobian.n, n_segments = stage1.segment_count(), n_groups = stage1.group_count();
+  const RowNorms& row_norms = example.row_norms();
+  const int64_t B = jacobian.B, n = jacobian.n, n_segments = row_norms.segment_count(),
+                n_groups = row_norms.group_count();
   threads = useful_threads(threads, B * n_groups * n_segments, B * n * jacobian.D);
 
   if (threads == 1 || B >= 32 * threads) {
@@ -168,7 +169,7 @@ void margin_geometry(int q, const Logits& logits, const Rows& jacobian, const In
   parallel_for(threads, B * n_groups, 1, [&](int64_t unit, int) {
     const int64_t b = unit / n_groups, top = predictions[b];
     for (int64_t s = 0; s < n_segments; ++s) {
-      stage1.run(b, unit % n_groups, s, example.row(b, top, 0), top, partial.data() + b * n * n_segments);
+      row_norms.run(b, unit % n_groups, s, example.row(b, top, 0), top, partial.data() + b * n * n_segments);
     }
   });
   std::vector<Winners> winners(static_cast<size_t>(B));

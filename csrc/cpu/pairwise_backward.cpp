@@ -1,9 +1,9 @@
 // pairwise_backward: the gradient of the Jacobian and of x from the weights w and v of the pairs, as
 // fastsal.tensor.reference.pairwise_backward defines it.
 #include <cmath>
-#include <cstring>
 #include <vector>
 
+#include "fastsal/half.h"
 #include "ops.h"
 #include "parallel.h"
 #include "simd/levels.h"
@@ -11,35 +11,16 @@
 namespace fastsal {
 namespace {
 
-// Round to nearest even from float, which is how torch narrows too.
-uint16_t to_bfloat(float v) {
-  uint32_t bits;
-  std::memcpy(&bits, &v, 4);
-  if (v != v) return 0x7fc0;
-  return static_cast<uint16_t>((bits + 0x7fff + (bits >> 16 & 1)) >> 16);
-}
-
-uint16_t to_half(float v) {
-  const uint16_t sign = std::signbit(v) ? 0x8000 : 0;
-  const float a = std::fabs(v);
-  if (a != a) return 0x7e00;
-  if (a >= 65520.0f) return sign | 0x7c00;
-  // In units of the last place of the result; the carry of the rounding runs into the exponent by itself.
-  const int exponent = a < 0x1p-14f ? -14 : std::ilogb(a);
-  const double units = std::nearbyint(std::ldexp(static_cast<double>(a), 10 - exponent));
-  return static_cast<uint16_t>(sign | static_cast<int>(units + (exponent + 14) * 1024.0));
-}
-
 void store(char* out, Dtype dtype, int64_t at, double value) {
   switch (dtype) {
     case kFloat64:
       reinterpret_cast<double*>(out)[at] = value;
       break;
     case kFloat16:
-      reinterpret_cast<uint16_t*>(out)[at] = to_half(static_cast<float>(value));
+      reinterpret_cast<Half*>(out)[at] = to_float16(static_cast<float>(value));
       break;
     case kBFloat16:
-      reinterpret_cast<uint16_t*>(out)[at] = to_bfloat(static_cast<float>(value));
+      reinterpret_cast<BFloat16*>(out)[at] = to_bfloat16(static_cast<float>(value));
       break;
     default:
       reinterpret_cast<float*>(out)[at] = static_cast<float>(value);

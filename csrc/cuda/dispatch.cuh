@@ -1,4 +1,4 @@
-// From the codes of the Python side to template arguments: the Jacobian's type and the norm, and nothing else.
+// From the codes of the Python side to template arguments and pointers.
 #pragma once
 
 #include <stdexcept>
@@ -14,13 +14,12 @@ struct Type {
   using type = T;
 };
 
+// The types whose sums float64 holds without scaling.
 template <class F>
-auto with_type(int dtype, F f) {
+void with_narrow_type(int dtype, F f) {
   switch (dtype) {
     case kFloat32:
       return f(Type<float>{});
-    case kFloat64:
-      return f(Type<double>{});
     case kFloat16:
       return f(Type<Half>{});
     case kBFloat16:

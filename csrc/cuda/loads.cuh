@@ -1,108 +1,100 @@
-// How entries come from memory: those of rows and of x in packs of 16 bytes where they lie so, else one by one.
+// How entries come from memory: in packs of 16 bytes where they lie so, else one by one.
 #pragma once
 
 #include <cuda_runtime.h>
-
-#if defined(__CUDACC__)
-#include <cuda_pipeline.h>
-#endif
 
 #include "elements.cuh"
 #include "segments.cuh"
 
 namespace fastsal {
 
-// Where the packs of a row are.
-enum class Loads {
-  kEntries,   // anywhere: entry by entry
-  kReadOnly,  // at multiples of 16 bytes, in device memory that this kernel does not write
-  kAligned    // at multiples of 16 bytes, in any memory
-};
-
 FASTSAL_HD inline bool is_aligned(uintptr_t addresses) { return addresses % kPackBytes == 0; }
 
-__device__ __forceinline__ uint4 aligned_words(const void* from) {
-#if defined(__CUDACC__)
-  return *static_cast<const uint4*>(from);
-#else
-  return __ldg(static_cast<const uint4*>(from));  // tests/cuda_emulation: reports a misaligned load
-#endif
-}
-
-// The adjacent entries that a lane loads at once; those from `left` on count as 0.
+// Adjacent entries, 16 bytes.
 template <class T>
 struct Pack {
   T entries[Layout<T>::kPack];
 };
-template <Loads loads, class T>
-__device__ __forceinline__ Pack<T> load_pack(const T* from, int left) {
+template <class T>
+__device__ __forceinline__ Pack<T> pack_of(const uint4& words) {
   Pack<T> pack;
-  if constexpr (loads == Loads::kEntries) {
-#pragma unroll
-    for (int c = 0; c < Layout<T>::kPack; ++c) {
-      T zero{};
-      pack.entries[c] = c < left ? from[c] : zero;
-    }
-  } else {  // the row's length is a multiple of a pack
-    uint4 words = make_uint4(0, 0, 0, 0);
-    if (left > 0) {
-      words = loads == Loads::kReadOnly ? __ldg(reinterpret_cast<const uint4*>(from)) : aligned_words(from);
-    }
-    memcpy(&pack, &words, sizeof(pack));
-  }
+  memcpy(&pack, &words, sizeof(pack));
   return pack;
 }
 
-// Asks for `bytes`, a multiple of 16, that begin at a multiple of 16, and does not wait: they come to the second level
-// cache. It changes no value, and on devices before compute capability 9.0 it does nothing.
-__device__ __forceinline__ void prefetch(const void* from, int bytes) {
-#if !defined(__CUDACC__)
-  emulated_prefetch(from, bytes);  // tests/cuda_emulation
-#elif defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
-  asm volatile("cp.async.bulk.prefetch.L2.global [%0], %1;" ::"l"(__cvta_generic_to_global(from)), "r"(bytes));
-#endif
+// What a lane loads at once; entries from `left` on count as 0. `aligned`: it begins at a multiple of 16 bytes, in
+// memory that this kernel does not write, and the row's length is a multiple of a pack.
+template <bool aligned, class T>
+__device__ __forceinline__ Pack<T> load_pack(const T* from, int left) {
+  if constexpr (aligned) {
+    return pack_of<T>(left > 0 ? __ldg(reinterpret_cast<const uint4*>(from)) : make_uint4(0, 0, 0, 0));
+  } else {
+    Pack<T> pack;
+#pragma unroll
+    for (int c = 0; c < Layout<T>::kPack; ++c) pack.entries[c] = c < left ? from[c] : T{};
+    return pack;
+  }
 }
 
-// x, which comes in the Jacobian's type T or in float32.
-template <class T>
-struct Input {
+FASTSAL_HD inline int entry_bytes(int64_t dtype) { return dtype == kFloat64 ? 8 : dtype == kFloat32 ? 4 : 2; }
+
+// Entries of any dtype, each as float64.
+struct Entries {
   const void* first;
-  bool is_float;
+  int64_t dtype;
 
   __device__ double operator()(int64_t k) const {
-    return is_float ? static_cast<const float*>(first)[k] : real(static_cast<const T*>(first)[k]);
-  }
-  __device__ int64_t entry_bytes() const { return is_float ? sizeof(float) : sizeof(T); }
-  __device__ Input from(int64_t k) const { return {static_cast<const char*>(first) + k * entry_bytes(), is_float}; }
-  // Entries k to k + kPack - 1; those from `left` on count as 0. `From` is T or float, as x is; `aligned`: entry k lies
-  // at a multiple of 16 bytes, and x is as long as a number of packs.
-  template <bool aligned, class From>
-  __device__ __forceinline__ void load(int64_t k, int left, double (&x)[Layout<T>::kPack]) const {
-    constexpr int kPack = Layout<T>::kPack, kPart = aligned ? Layout<From>::kPack : 1;
-    const From* from = static_cast<const From*>(first) + k;
-#pragma unroll
-    for (int c = 0; c < kPack; c += kPart) {
-      if constexpr (aligned) {
-        const Pack<From> pack = load_pack<Loads::kAligned>(from + c, left - c);
-#pragma unroll
-        for (int e = 0; e < kPart; ++e) x[c + e] = real(pack.entries[e]);
-      } else {
-        x[c] = c < left ? real(from[c]) : 0;
-      }
+    switch (dtype) {
+      case kFloat32:
+        return static_cast<const float*>(first)[k];
+      case kFloat64:
+        return static_cast<const double*>(first)[k];
+      case kFloat16:
+        return real(static_cast<const Half*>(first)[k]);
+      default:
+        return real(static_cast<const BFloat16*>(first)[k]);
     }
   }
+  // From entry k on.
+  __device__ Entries from(int64_t k) const { return {static_cast<const char*>(first) + k * entry_bytes(dtype), dtype}; }
 };
 
-// By a whole block: begins to copy `bytes`, a multiple of 16, to shared memory. They are there for all threads after
-// `wait_for_copies` and a barrier.
-__device__ __forceinline__ void begin_copy(char* to, const void* from, int64_t bytes) {
-  for (int64_t at = threadIdx.x * static_cast<int64_t>(kPackBytes); at < bytes; at += blockDim.x * kPackBytes) {
-    __pipeline_memcpy_async(to + at, static_cast<const char*>(from) + at, kPackBytes);
+struct Shape {
+  int64_t B, n, D;
+};
+
+// [B, n, D] with unit stride along D.
+struct Rows {
+  Entries entries;
+  int64_t stride_b, stride_n;
+
+  __device__ Entries operator()(int64_t b, int64_t j) const { return entries.from(b * stride_b + j * stride_n); }
+};
+
+// [B, D] with unit stride along D; null entries are none.
+struct Vectors {
+  Entries entries;
+  int64_t stride_b;
+
+  __host__ __device__ explicit operator bool() const { return entries.first; }
+  __device__ Entries operator()(int64_t b) const { return entries.from(b * stride_b); }
+};
+
+// Stores entry k of a tensor of any dtype, rounded to nearest even.
+__device__ inline void store(void* to, int64_t dtype, int64_t k, double v) {
+  switch (dtype) {
+    case kFloat32:
+      static_cast<float*>(to)[k] = static_cast<float>(v);
+      break;
+    case kFloat64:
+      static_cast<double*>(to)[k] = v;
+      break;
+    case kFloat16:
+      static_cast<Half*>(to)[k] = to_float16(static_cast<float>(v));
+      break;
+    default:
+      static_cast<BFloat16*>(to)[k] = to_bfloat16(static_cast<float>(v));
   }
-}
-__device__ __forceinline__ void wait_for_copies() {
-  __pipeline_commit();
-  __pipeline_wait_prior(0);
 }
 
 }  // namespace fastsal

@@ -1,7 +1,9 @@
 // The operators behind fastsal._cuda. Device pointers, strides in elements and the stream come as integers.
 //
-// `norm` and `dtype` are codes of fastsal/types.h. Logits and results are float64 where the Jacobian is, else float32;
-// x has the Jacobian's type or float32. Everything runs on the current device.
+// `norm` and `dtype` are codes of fastsal/types.h. The Jacobian, or rows, [B, n, D] have unit stride along D, and so
+// has x [B, D], of the Jacobian's type or float32; x 0 is no x. Logits and results are float64 where the Jacobian is,
+// else float32. Everything runs on the current device. Scratch memory is 16-byte aligned and has the bytes that
+// <operator>_scratch says.
 #pragma once
 
 #include <cstdint>
@@ -9,48 +11,35 @@
 
 namespace fastsal {
 
-// An operand of the Jacobian's kind: [B, n, D] with unit stride along D.
-struct RowsArgument {
-  uintptr_t data;
-  int64_t stride_b, stride_n;
-};
-struct InputArgument {  // x [B, D]; data 0 is no x
-  uintptr_t data;
-  int64_t dtype, stride_b;
-};
-struct Shape {
-  int64_t B, n, D;
-};
-
 std::string why_not();  // why the current device cannot run the kernels; empty if it can
-int runtime_version();
+int runtime_version();  // of the CUDA runtime linked in: 13000 is 13.0
 
-// The bytes of scratch memory (16-byte aligned) that the launch with the same arguments wants.
-int64_t row_distances_scratch(int dtype, Shape shape);
-void row_distances(int norm, int dtype, uintptr_t anchor, int64_t anchor_stride_b, RowsArgument rows, Shape shape,
-                   uintptr_t out, uintptr_t scratch, uintptr_t stream);
+int64_t row_distances_scratch(int dtype, int64_t B, int64_t n, int64_t D);
+void row_distances(int norm, int dtype, uintptr_t anchor, int64_t anchor_stride_b, uintptr_t rows, int64_t stride_b,
+                   int64_t stride_n, int64_t B, int64_t n, int64_t D, uintptr_t out, uintptr_t scratch,
+                   uintptr_t stream);
 
-// `fused`: one block does a whole example in its shared memory, which the example must fit into; otherwise four kernels
-// spread it over the device.
-int64_t margin_geometry_bytes(int dtype, Shape shape);  // of memory for one example
-bool margin_geometry_fits(int dtype, Shape shape);
-int64_t margin_geometry_tasks(int dtype, Shape shape);  // warps that one example keeps busy
-int64_t margin_geometry_scratch(int dtype, Shape shape, bool fused);
-void margin_geometry(int norm, int dtype, uintptr_t logits, RowsArgument jacobian, InputArgument x, Shape shape,
-                     uintptr_t scalars, uintptr_t indices, uintptr_t distances, bool fused, uintptr_t scratch,
+// `indices` [2, B] holds the predictions already. `is_short`: a thread finishes an example, not a block; for short
+// rows.
+int64_t margin_geometry_scratch(int dtype, int64_t B, int64_t n, int64_t D);
+void margin_geometry(int norm, int dtype, uintptr_t logits, uintptr_t jacobian, int64_t stride_b, int64_t stride_n,
+                     uintptr_t x, int64_t x_dtype, int64_t x_stride_b, int64_t B, int64_t n, int64_t D,
+                     uintptr_t scalars, uintptr_t indices, uintptr_t distances, bool is_short, uintptr_t scratch,
                      uintptr_t stream);
 
-// `split`: every segment of D has a block of its own, for problems that would not fill the device otherwise.
-int64_t pairwise_margins_blocks(Shape shape, bool split);
-int64_t pairwise_margins_scratch(Shape shape, bool with_x, bool split);
-void pairwise_margins(int norm, int dtype, uintptr_t logits, RowsArgument jacobian, InputArgument x, Shape shape,
+// `by_segment`: a block takes one segment of D and not 16 of them, for problems that would not fill the device else.
+int64_t pairwise_margins_blocks(int dtype, int64_t B, int64_t n, int64_t D, bool by_segment);
+int64_t pairwise_margins_scratch(int64_t B, int64_t n, int64_t D, bool by_segment);
+void pairwise_margins(int norm, int dtype, uintptr_t logits, uintptr_t jacobian, int64_t stride_b, int64_t stride_n,
+                      uintptr_t x, int64_t x_dtype, int64_t x_stride_b, int64_t B, int64_t n, int64_t D,
                       uintptr_t distance, uintptr_t margin, uintptr_t nearest_margin, uintptr_t nearest,
-                      uintptr_t projection, bool split, uintptr_t scratch, uintptr_t stream);
+                      uintptr_t projection, bool by_segment, uintptr_t scratch, uintptr_t stream);
 
-// From w, v (float64 [B, n, n]; v 0 is none), as fastsal.tensor.reference.pairwise_backward defines it. The gradients have the
-// types of the Jacobian and of x and are contiguous.
-int64_t pairwise_backward_scratch(int norm, Shape shape);
-void pairwise_backward(int norm, int dtype, uintptr_t w, uintptr_t v, RowsArgument jacobian, InputArgument x,
-                       Shape shape, uintptr_t grad_jacobian, uintptr_t grad_x, uintptr_t scratch, uintptr_t stream);
+// From w, v (float64 [B, n, n]; v 0 is none), as fastsal.tensor.reference.pairwise_backward defines it. The gradients
+// have the types of the Jacobian and of x and are contiguous.
+int64_t pairwise_backward_scratch(int norm, int64_t B, int64_t n, int64_t D);
+void pairwise_backward(int norm, int dtype, uintptr_t w, uintptr_t v, uintptr_t jacobian, int64_t stride_b,
+                       int64_t stride_n, uintptr_t x, int64_t x_dtype, int64_t x_stride_b, int64_t B, int64_t n,
+                       int64_t D, uintptr_t grad_jacobian, uintptr_t grad_x, uintptr_t scratch, uintptr_t stream);
 
 }  // namespace fastsal

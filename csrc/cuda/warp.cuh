@@ -1,5 +1,5 @@
-// What the 32 lanes of a warp do together. Every order is fixed, except that the two operands of an addition may swap,
-// which changes no bit.
+// What the 32 lanes of a warp, and the warps of a block, do together. Every order is fixed, except that the two
+// operands of an addition may swap, which changes no bit.
 #pragma once
 
 #include <cuda_runtime.h>
@@ -13,27 +13,24 @@ namespace fastsal {
 constexpr unsigned kAllLanes = 0xffffffffu;
 
 __device__ __forceinline__ int lane_id() { return static_cast<int>(threadIdx.x % kWarpSize); }
+__device__ __forceinline__ int warp_id() { return static_cast<int>(threadIdx.x / kWarpSize); }
 
 __device__ __forceinline__ double exchange(double v, int distance) { return __shfl_xor_sync(kAllLanes, v, distance); }
 __device__ __forceinline__ int64_t exchange(int64_t v, int distance) {
   return static_cast<int64_t>(__shfl_xor_sync(kAllLanes, static_cast<long long>(v), distance));
 }
-__device__ __forceinline__ Scaled exchange(Scaled v, int distance) {
-  return {exchange(v.value, distance), exchange(v.exponent, distance)};
+__device__ __forceinline__ Candidate exchange(const Candidate& c, int distance) {
+  return {exchange(c.ratio, distance), exchange(c.margin, distance), exchange(c.index, distance)};
 }
-
-__device__ __forceinline__ char* dynamic_shared() {
-#if defined(__CUDACC__)
-  extern __shared__ uint4 bytes[];
-  return reinterpret_cast<char*>(bytes);
-#else
-  return emulated_shared();  // tests/cuda_emulation
-#endif
+// The value of one lane, for all of them.
+__device__ __forceinline__ double from_lane(double v, int lane) { return __shfl_sync(kAllLanes, v, lane); }
+__device__ __forceinline__ int64_t from_lane(int64_t v, int lane) {
+  return static_cast<int64_t>(__shfl_sync(kAllLanes, static_cast<long long>(v), lane));
 }
 
 // Joins the folds of `lanes` neighbouring lanes; each of them has the result.
-template <int q, class F>
-__device__ __forceinline__ F join_lanes(F fold, int lanes = kWarpSize) {
+template <int q>
+__device__ __forceinline__ double join_lanes(double fold, int lanes = kWarpSize) {
   for (int distance = lanes / 2; distance > 0; distance /= 2) fold = join<q>(fold, exchange(fold, distance));
   return fold;
 }
@@ -60,43 +57,49 @@ __device__ __forceinline__ int row_of_lane(int lane) {
   return lane / (kWarpSize / count);
 }
 
-__device__ __forceinline__ Candidate exchange(const Candidate& c, int distance) {
-  return {exchange(c.ratio, distance), exchange(c.margin, distance), exchange(c.index, distance)};
+// Shared memory begins with any bits; in tests/cuda_emulation, with NaN.
+template <class V>
+__device__ __forceinline__ void begin_unwritten(V& shared) {
+#if !defined(__CUDACC__)
+  emulated_unwritten(&shared, sizeof(shared));
+#endif
 }
 
-// The nearest of candidates 0 to n - 1, for all threads of the block; index -1 is no candidate.
-template <class CandidateOf>
-__device__ Candidate block_nearest(int64_t n, CandidateOf candidate_of) {
-  __shared__ Candidate of_warp[kWarpSize];
-  const Candidate none = {INFINITY, INFINITY, INT64_MAX};
-  Candidate best = none;
-  constexpr int kBatch = 4;  // candidates whose loads are on the way at once
-  for (int64_t first = threadIdx.x; first < n; first += kBatch * static_cast<int64_t>(blockDim.x)) {
-    Candidate others[kBatch];
-#pragma unroll
-    for (int c = 0; c < kBatch; ++c) {
-      const int64_t j = first + c * static_cast<int64_t>(blockDim.x);
-      others[c] = candidate_of(j < n ? j : first);  // a branch would keep the next one's loads from going out
-      if (j >= n) others[c].index = -1;
-    }
-#pragma unroll
-    for (int c = 0; c < kBatch; ++c) {
-      const bool nearer = is_nearer(others[c], best);  // whatever the index, so that its loads go out with the others
-      if (nearer & (others[c].index >= 0)) best = others[c];
-    }
-  }
-  for (int round = 0; round < 2; ++round) {  // within the warps, then among them
-    for (int distance = kWarpSize / 2; distance > 0; distance /= 2) {
-      const Candidate other = exchange(best, distance);
-      if (is_nearer(other, best)) best = other;
-    }
-    if (round == 1) break;
-    if (lane_id() == 0) of_warp[threadIdx.x / kWarpSize] = best;
-    __syncthreads();
-    best = lane_id() < static_cast<int>(blockDim.x) / kWarpSize ? of_warp[lane_id()] : none;
-  }
+// Joins the folds of all threads of the block; each has the result.
+template <int q>
+__device__ double join_block(double fold) {
+  __shared__ double of_warp[kWarpSize];
+  begin_unwritten(of_warp);
+  fold = join_lanes<q>(fold);
+  if (lane_id() == 0) of_warp[warp_id()] = fold;
+  __syncthreads();
+  fold = of_warp[0];
+  for (int warp = 1; warp < static_cast<int>(blockDim.x) / kWarpSize; ++warp) fold = join<q>(fold, of_warp[warp]);
   __syncthreads();  // of_warp may be used again
+  return fold;
+}
+
+__device__ __forceinline__ Candidate no_candidate() { return {INFINITY, INFINITY, INT64_MAX}; }
+
+__device__ __forceinline__ Candidate nearest_of_warp(Candidate best) {
+#pragma unroll 1  // these instructions run once and cold
+  for (int distance = kWarpSize / 2; distance > 0; distance /= 2) {
+    const Candidate other = exchange(best, distance);
+    if (is_nearer(other, best)) best = other;
+  }
   return best;
+}
+
+// The nearest of the candidates of all threads of the block; each has the result.
+__device__ inline Candidate nearest_of_block(Candidate best) {
+  __shared__ Candidate of_warp[kWarpSize];
+  begin_unwritten(of_warp);
+  best = nearest_of_warp(best);
+  if (lane_id() == 0) of_warp[warp_id()] = best;
+  __syncthreads();
+  best = lane_id() < static_cast<int>(blockDim.x) / kWarpSize ? of_warp[lane_id()] : no_candidate();
+  __syncthreads();  // of_warp may be used again
+  return nearest_of_warp(best);
 }
 
 }  // namespace fastsal

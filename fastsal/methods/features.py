@@ -158,7 +158,7 @@ def through_features(
 
     prediction, margin = nearest.prediction, nearest.margin
     ratio = torch.zeros_like(margin)
-    cotangents, mixed = graph.logits.new_zeros(1, B, n), graph.x.new_zeros(B, D)
+    cotangents, mixed = mixture(n, 0, margin.device).to(graph.logits.dtype), graph.x.new_zeros(B, D)
     examples = torch.arange(B, device=prediction.device)
     tolerance = min(0.3, ROUNDING * torch.finfo(graph.x.dtype).eps)
     tile = max(1, TILE_BYTES // (min(size, B) * D * graph.x.element_size()))
@@ -174,10 +174,9 @@ def through_features(
             difference = (winner - weight[first : first + tile].double()).to(graph.x.dtype)
             distance = ops.row_distances(nothing, difference @ jacobian, question.norm, question.backend)
             ratio[part, first : first + tile] = reference.ratios(margin[part, first : first + tile], distance)
-        least = ratio[part].scatter(1, prediction[part].unsqueeze(1), math.inf).amin(1, keepdim=True)
-        cotangents[0, part] = mixture(ratio[part], least, 0).to(cotangents.dtype)
-        mixed[part] = ((cotangents[0, part].to(weight.dtype) @ weight).unsqueeze(1) @ jacobian).squeeze(1)
-    if (gap := _disagreement(graph.vjp(cotangents).squeeze(1), mixed, ratio)) > tolerance:
+        mixed[part] = (cotangents.to(weight.dtype) @ weight) @ jacobian
+    rows = graph.vjp(cotangents.expand(1, B, n)).squeeze(1)
+    if (gap := _disagreement(rows, mixed, ratio)) > tolerance:
         reason = f"the gradients of the logits differ by {gap:.1e} from those of its input times its weights"
         if wanted is not None:
             raise ValueError(f"Exact: cannot go through the given head: {reason}; leave head=None for class rows")

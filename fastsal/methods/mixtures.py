@@ -1,13 +1,12 @@
-"""Private random numbers, and mixtures of rows in which an error shows that would change the answer."""
+"""Private random numbers, and mixtures of rows in which an error of any class shows."""
 
 import hashlib
 
 import numpy as np
+import torch
 from torch import Tensor
 
 from fastsal.devices import to_device
-
-LARGEST = 16.0  # how much more a class may weigh than another: of 16-bit gradients none overflows
 
 
 def stream(seed: int, purpose: str) -> np.random.Generator:
@@ -16,18 +15,7 @@ def stream(seed: int, purpose: str) -> np.random.Generator:
     return np.random.Generator(np.random.Philox(key=int.from_bytes(key, "little")))
 
 
-def mixture(ratio: Tensor, least: Tensor, seed: int) -> Tensor:
-    """The cotangents of a mixture of all classes, float64 [e, n].
-
-    A class is the nearest in truth only if its gradient is larger than it seems, by the share that its ratio, or the bound of
-    it, is above the least ratio. It weighs one over that share, so that an error that large moves the mixture by about a
-    gradient, whatever the class; 1 at least, so that a row that has a NaN shows it; and LARGEST at most.
-
-    Args:
-        ratio: The ratios of the classes, or lower bounds of them, [e, n].
-        least: The least ratio, [e, 1].
-        seed: It decides the signs and sizes.
-    """
-    normal = to_device(stream(seed, "mixture").standard_normal(ratio.shape[1]), ratio.device)
-    weight = (1 / (ratio / least - 1)).nan_to_num(1.0).clamp(1.0, LARGEST)
-    return weight * (normal + normal.sign())
+def mixture(n: int, seed: int, device: torch.device) -> Tensor:
+    """The weights of n classes in a mixture of their rows: float64 [n], of random signs, 1 at least in size."""
+    normal = to_device(stream(seed, "mixture").standard_normal(n), device)
+    return normal + normal.sign()

@@ -146,7 +146,7 @@ class Linearization:
         if self._batched:
             try:
                 return self._grad(cotangents, True, create_graph).transpose(0, 1)
-            except RuntimeError as error:
+            except Exception as error:  # user code, for which torch's vmap may be too much
                 if is_out_of_memory(error):
                     raise
                 # The loop below computes the same; an error that has nothing to do with vmap comes up again there.

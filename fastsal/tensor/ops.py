@@ -4,7 +4,9 @@ The operators work on checked, flattened tensors (logits [B, n], jacobian [B, n,
 geometry.py and pairwise.py put those on top. `row_distances` is the seam of the streaming path.
 """
 
+import functools
 import os
+import warnings
 from typing import Any
 
 import torch
@@ -19,13 +21,24 @@ BACKENDS: dict[str, layout.Backend] = {"reference": eager} | KERNELS
 AUTO = {"cpu": ("cpu",), "cuda": ("cuda", "triton")}
 
 
+@functools.cache
+def _warn_once(reasons: str) -> None:
+    warnings.warn(f"the reference runs on this GPU, since no kernel can ({reasons})", RuntimeWarning, stacklevel=3)
+
+
 def choose(backend: str, jacobian: Tensor) -> str:
     """The backend that will run: the named one or an error with the reason; for "auto" the first that can."""
     if backend == "auto":
         backend = os.environ.get("FASTSAL_BACKEND", "auto")
     if backend == "auto":
-        names = (*AUTO.get(jacobian.device.type, ()), "reference")
-        return next(name for name in names if not BACKENDS[name].why_not(jacobian))
+        reasons = {}
+        for name in AUTO.get(jacobian.device.type, ()):
+            reasons[name] = BACKENDS[name].why_not(jacobian)
+            if not reasons[name]:
+                return name
+        if jacobian.device.type == "cuda":
+            _warn_once("; ".join(f"{name}: {reason}" for name, reason in reasons.items()))
+        return "reference"
     if backend not in BACKENDS:
         raise ValueError(f"backend: got {backend!r}, wants one of {['auto', *BACKENDS]}")
     if reason := BACKENDS[backend].why_not(jacobian):

@@ -3,9 +3,8 @@
 //
 // The threads of a block are fibers of one system thread. A fiber runs until a barrier or a warp exchange, which it
 // leaves only when all the others have come. Unlike a GPU this also reports divergent barriers, exchanges that lack a
-// lane, misaligned loads and prefetches, and threads of a kernel launched before its turn that never wait for it or let
-// others start before they do; FASTSAL_EMULATION_REVERSE=1 runs blocks and threads in the opposite order, so that a
-// race shows.
+// lane and misaligned loads, and shared memory begins with NaN in every block; FASTSAL_EMULATION_REVERSE=1 runs blocks
+// and threads in the opposite order, so that a race shows.
 #pragma once
 
 #include <setjmp.h>
@@ -19,6 +18,7 @@
 #include <cstring>
 #include <functional>
 #include <memory>
+#include <set>
 #include <type_traits>
 #include <vector>
 
@@ -34,15 +34,10 @@
 using cudaError_t = int;
 using cudaStream_t = void*;
 constexpr cudaError_t cudaSuccess = 0;
-struct cudaFuncAttributes {
-  int ptxVersion;
-};
+struct cudaFuncAttributes {};
 inline const char* cudaGetErrorString(cudaError_t) { return "emulated"; }
 inline cudaError_t cudaGetLastError() { return cudaSuccess; }
-inline cudaError_t cudaFuncGetAttributes(cudaFuncAttributes* of, const void*) {
-  return of->ptxVersion = 90, cudaSuccess;
-}
-inline cudaError_t cudaDriverGetVersion(int* version) { return *version = 13000, cudaSuccess; }
+inline cudaError_t cudaFuncGetAttributes(cudaFuncAttributes*, const void*) { return cudaSuccess; }
 inline cudaError_t cudaRuntimeGetVersion(int* version) { return *version = 0, cudaSuccess; }
 
 struct dim3 {
@@ -71,36 +66,27 @@ struct Barrier {
   unsigned arrived = 0, generation = 0;
 };
 
-struct Copy {
-  void* to;
-  const void* from;
-  size_t bytes;
-};
-
 struct Fiber {
   ucontext_t start;
   jmp_buf state;
   std::unique_ptr<char[]> stack{new char[kStackBytes]};
   bool started = false, done = false;
-  bool its_turn = false;  // the kernel before has ended, as far as this thread knows
   const Barrier* waits_for = nullptr;
   unsigned generation = 0;
-  std::vector<Copy> copies;  // begun, not yet waited for
 };
 
 struct Block {
   std::vector<Fiber> fibers;
   std::vector<Barrier> warps;
-  std::vector<uint64_t> slots;  // [2, threads]: what the lanes exchange, in turns
+  std::vector<uint64_t> slots;  // [2, threads]: what the lanes exchange, alternately
   Barrier all;
   jmp_buf scheduler;
   ucontext_t scheduler_context;
   unsigned current = 0, finished = 0;
   std::function<void()> body;
+  std::set<void*> begun;  // shared memory that has its NaN
 };
 inline Block block;
-inline bool launched_early = false;
-inline std::vector<uint4> shared;
 
 inline void wait(Barrier& barrier, unsigned wanted) {
   Fiber& fiber = block.fibers[block.current];
@@ -116,7 +102,6 @@ inline void wait(Barrier& barrier, unsigned wanted) {
 
 inline void enter() {
   block.body();
-  if (!block.fibers[block.current].its_turn) fail("a thread never waits for the kernel before");
   block.fibers[block.current].done = true;
   ++block.finished;
   _longjmp(block.scheduler, 1);
@@ -140,14 +125,12 @@ inline void resume(unsigned thread) {
 
 inline void run_block(unsigned threads, bool reverse) {
   if (block.fibers.size() < threads) block.fibers.resize(threads);
-  for (unsigned t = 0; t < threads; ++t) {
-    block.fibers[t].started = block.fibers[t].done = false;
-    block.fibers[t].its_turn = !launched_early;
-  }
+  for (unsigned t = 0; t < threads; ++t) block.fibers[t].started = block.fibers[t].done = false;
   block.warps.assign((threads + kWarp - 1) / kWarp, Barrier());
   block.slots.assign(2 * threads, 0);
   block.all = Barrier();
   block.finished = 0;
+  block.begun.clear();
   while (block.finished < threads) {
     bool moved = false;
     for (unsigned i = 0; i < threads; ++i) {
@@ -161,7 +144,7 @@ inline void run_block(unsigned threads, bool reverse) {
   }
 }
 
-// Every lane of the warp gives a value and sees everybody's.
+// Every lane of the warp gives a value and sees those of all.
 inline const uint64_t* exchange(uint64_t value) {
   const unsigned thread = block.current, warp = thread / kWarp, first = warp * kWarp;
   if (first + kWarp > blockDim.x) fail("an exchange in a warp that is not full");
@@ -176,7 +159,10 @@ inline const uint64_t* exchange(uint64_t value) {
 
 }  // namespace emulation
 
-inline char* emulated_shared() { return reinterpret_cast<char*>(emulation::shared.data()); }
+// A block's first thread that comes to this shared memory fills it with NaN.
+inline void emulated_unwritten(void* shared, size_t bytes) {
+  if (emulation::block.begun.insert(shared).second) std::memset(shared, 0xff, bytes);
+}
 
 inline void __syncthreads() {
   if (emulation::block.finished) emulation::fail("a barrier after a thread has left");
@@ -189,6 +175,16 @@ V __shfl_xor_sync(unsigned, V value, int distance) {
   uint64_t bits;
   std::memcpy(&bits, &value, sizeof(bits));
   bits = emulation::exchange(bits)[(threadIdx.x % emulation::kWarp) ^ static_cast<unsigned>(distance)];
+  std::memcpy(&value, &bits, sizeof(bits));
+  return value;
+}
+
+template <class V>
+V __shfl_sync(unsigned, V value, int lane) {
+  static_assert(sizeof(V) == sizeof(uint64_t), "the emulation exchanges 64 bits");
+  uint64_t bits;
+  std::memcpy(&bits, &value, sizeof(bits));
+  bits = emulation::exchange(bits)[lane];
   std::memcpy(&value, &bits, sizeof(bits));
   return value;
 }
@@ -206,22 +202,7 @@ V __ldg(const V* from) {
   return *from;
 }
 
-// Reads what is asked for: a range that leaves the rows is caught where they end at a page that nobody may read.
-inline void emulated_prefetch(const void* from, int bytes) {
-  if (bytes <= 0 || (reinterpret_cast<uintptr_t>(from) | static_cast<unsigned>(bytes)) % 16) {
-    emulation::fail("a misaligned prefetch");
-  }
-  for (int k = 0; k < bytes; ++k) static_cast<void>(static_cast<const volatile char*>(from)[k]);
-}
-
 inline void __threadfence() {}
-
-inline void cudaGridDependencySynchronize() { emulation::block.fibers[emulation::block.current].its_turn = true; }
-inline void cudaTriggerProgrammaticLaunchCompletion() {
-  if (!emulation::block.fibers[emulation::block.current].its_turn) {
-    emulation::fail("a thread lets the next kernel start before it has waited for the one before");
-  }
-}
 
 template <class V>
 V atomicAdd(V* at, V value) {
@@ -230,32 +211,9 @@ V atomicAdd(V* at, V value) {
   return before;
 }
 
-// A copy arrives when its thread waits for it, and no earlier.
-inline void __pipeline_memcpy_async(void* to, const void* from, size_t bytes) {
-  if ((reinterpret_cast<uintptr_t>(to) | reinterpret_cast<uintptr_t>(from)) % bytes)
-    emulation::fail("a misaligned copy");
-  emulation::block.fibers[emulation::block.current].copies.push_back({to, from, bytes});
-}
-inline void __pipeline_commit() {}
-inline void __pipeline_wait_prior(size_t) {
-  auto& copies = emulation::block.fibers[emulation::block.current].copies;
-  for (const emulation::Copy& copy : copies) std::memcpy(copy.to, copy.from, copy.bytes);
-  copies.clear();
-}
-
-enum cudaLaunchAttributeID { cudaLaunchAttributeProgrammaticStreamSerialization = 6 };
-struct cudaLaunchAttribute {
-  cudaLaunchAttributeID id;
-  struct {
-    int programmaticStreamSerializationAllowed;
-  } val;
-};
 struct cudaLaunchConfig_t {
   dim3 gridDim, blockDim;
-  size_t dynamicSmemBytes = 0;
   cudaStream_t stream = nullptr;
-  cudaLaunchAttribute* attrs = nullptr;
-  unsigned numAttrs = 0;
 };
 
 template <class... Parameters, class... Arguments>
@@ -263,13 +221,11 @@ cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t* config, void (*kernel)(
                                Arguments... arguments) {
   const char* order = std::getenv("FASTSAL_EMULATION_REVERSE");
   const bool reverse = order && *order == '1';
-  emulation::launched_early = config->numAttrs == 1 && config->attrs->val.programmaticStreamSerializationAllowed;
   gridDim = config->gridDim;
   blockDim = config->blockDim;
   emulation::block.body = [=] { kernel(arguments...); };
   for (unsigned i = 0; i < gridDim.x; ++i) {
     blockIdx = dim3(reverse ? gridDim.x - 1 - i : i);
-    emulation::shared.assign(config->dynamicSmemBytes / sizeof(uint4) + 1, uint4{~0u, ~0u, ~0u, ~0u});
     emulation::run_block(blockDim.x, reverse);
   }
   return cudaSuccess;

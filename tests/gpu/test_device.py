@@ -1,6 +1,7 @@
 """What only a GPU can show: streams, graphs, devices, no synchronisation, and more than 2³¹ elements for real."""
 
 import math
+from concurrent.futures import ThreadPoolExecutor
 
 import cases
 import pytest
@@ -54,45 +55,18 @@ def test_repeats_have_the_same_bits(backend, norm, dtype, shape):
 @each_backend
 @cases.each_norm
 @cases.each_dtype
-@pytest.mark.parametrize("D", [784, 5003])  # an example is copied to shared memory, or is not
-def test_one_launch_or_four_have_the_same_bits(backend, norm, dtype, D, monkeypatch):
+@pytest.mark.parametrize("D", [784, 5003])
+def test_forms_have_the_same_bits(backend, norm, dtype, D, monkeypatch):
+    """A thread or a block finishes an example; a block takes 16 segments of its pairs, or one."""
     if backend != "cuda":
         pytest.skip("the CUDA backend's choice")
     arguments = inputs(4, 10, D, dtype=dtype)
     results = []
     for choice in (True, False):
-        monkeypatch.setattr(ops.BACKENDS["cuda"], "_fused", lambda *_, choice=choice: choice)
-        monkeypatch.setattr(ops.BACKENDS["cuda"], "_split", lambda *_, choice=choice: choice)
+        monkeypatch.setattr(ops.BACKENDS["cuda"], "_short", lambda *_, choice=choice: choice)
+        monkeypatch.setattr(ops.BACKENDS["cuda"], "_by_segment", lambda *_, choice=choice: choice)
         results.append(run_all(backend, *arguments, norm))
     assert_all_same(*results)
-
-
-@each_backend
-@cases.each_norm
-@cases.each_dtype
-@pytest.mark.parametrize("shape", [(3, 10, 784), (1, 200, 40_000), (2, 4100, 600)])
-def test_kernels_before_their_turn_change_no_bit(backend, norm, dtype, shape, monkeypatch):
-    """Launches that overlap, many in a row and each on another Jacobian, against launches that do not."""
-    if backend != "cuda":
-        pytest.skip("the CUDA backend's launches")
-    monkeypatch.setattr(ops.BACKENDS["cuda"], "_fused", lambda *_: False)
-    logits, jacobian, x = inputs(*shape, dtype=dtype)
-    problems = [(logits.roll(shift, 1), jacobian.roll(shift, 1), x) for shift in range(3)]
-
-    def run():
-        return [
-            *(ops.margin_geometry(*problem, norm, backend) for problem in problems),
-            *((ops.row_distances(rows[:, 0], rows, norm, backend),) for _, rows, _ in problems),
-            *(ops.pairwise_margins(*problem, norm, backend) for problem in problems if shape[1] <= 200),
-        ]
-
-    monkeypatch.setenv("FASTSAL_DEPENDENT_LAUNCH", "0")
-    expected = run()
-    monkeypatch.setenv("FASTSAL_DEPENDENT_LAUNCH", "1")
-    for _ in range(10):
-        with cases.poisoned():
-            for one, other in zip(expected, run(), strict=True):
-                assert_all_same(one, other)
 
 
 @each_backend
@@ -113,11 +87,38 @@ def test_another_stream(backend):
 
 
 @each_backend
-@pytest.mark.parametrize("early", ["0", "1"])
+def test_two_streams_at_once(backend):
+    """Each has its own scratch memory, and the kernels of one run between those of the other."""
+    problems = [inputs(2, 10, 40_000), inputs(1, 40, 20_000)]
+    expected = [run_all(backend, *problem) for problem in problems]
+    streams = [torch.cuda.Stream() for _ in problems]
+    torch.cuda.synchronize()
+    got = []
+    for _ in range(20):
+        for stream, problem in zip(streams, problems, strict=True):
+            with torch.cuda.stream(stream), cases.poisoned():
+                got.append(run_all(backend, *problem))
+    torch.cuda.synchronize()
+    for k, results in enumerate(got):
+        assert_all_same(expected[k % 2], results)
+
+
+@each_backend
+def test_two_threads_on_one_stream(backend):
+    """A kernel of the other thread may run between two of one operation."""
+    problems = [inputs(2, 10, 40_000), inputs(1, 40, 20_000)]
+    expected = [run_all(backend, *problem) for problem in problems]
+    with ThreadPoolExecutor(2) as pool:
+        got = pool.map(lambda problem: [run_all(backend, *problem) for _ in range(20)], problems)
+    for want, runs in zip(expected, got, strict=True):
+        for results in runs:
+            assert_all_same(want, results)
+
+
+@each_backend
 @pytest.mark.parametrize("shape", [(3, 10, 784), (1, 10, 150_528)])
-def test_graph_capture(backend, early, shape, monkeypatch):
+def test_graph_capture(backend, shape):
     """A replay sees new inputs, and nothing in a capture may synchronise or allocate outside the graph's pool."""
-    monkeypatch.setenv("FASTSAL_DEPENDENT_LAUNCH", early)  # Triton's kernels do not look at it
     first, second = inputs(*shape), [2 * tensor for tensor in inputs(*shape)]
     static = [tensor.clone() for tensor in first]
     expected = run_all(backend, *second)

@@ -20,7 +20,7 @@ NAN, INF = math.nan, math.inf
 
 @cases.long_double
 def test_truth_is_exact():
-    """The yardstick itself, against exactly rounded sums and the definitions on a hand-made example."""
+    """The reference itself, against exactly rounded sums and the definitions on a hand-made example."""
     v = np.random.default_rng(0).standard_normal(5000)
     for q, exact in ((2, math.sqrt(math.fsum(a * a for a in v))), (1, math.fsum(map(abs, v))), (INF, max(map(abs, v)))):
         assert float(cases.vector_norm(v.astype(cases.LONG), q)) == pytest.approx(exact, rel=1e-15)

@@ -1,4 +1,4 @@
-"""The yardstick that the tests, `fastsal check` and `fastsal demo` measure with."""
+"""How far results are from float64, as the tests, `fastsal check` and `fastsal demo` measure it."""
 
 import dataclasses
 import math

@@ -4,6 +4,7 @@
 
 #include <stdint.h>
 
+#include "fastsal/half.h"
 #include "fastsal/scalars.h"
 #include "fastsal/types.h"
 
@@ -13,7 +14,7 @@ namespace fastsal {
 constexpr int kMaxRows = 10;
 constexpr int kPairRows = 4;
 constexpr int kMaxAnchors = 2;
-// While stage 2 reads its two rows, it prefetches up to so many others.
+// While the winner sums read their two rows, they prefetch up to so many others.
 constexpr int kRowsAhead = 4;
 
 struct Strides {
@@ -23,14 +24,14 @@ struct Strides {
 // The rows of a group share the loads of an anchor. For one segment of every pair (anchor, row), the fold of
 // anchor - row goes to norm[a * out.anchor + r * out.row] and, where x is given (as float, or as double for double
 // rows), <x, anchor - row> to the same place in dot. `ahead` says for each row where data that is needed soon lies; it
-// may be null.
+// may be null. `one_stream`, with one anchor and without x, reads row after row and not all rows side by side.
 using FoldRowsFn = void (*)(const void* const* anchors, int n_anchors, const void* const* rows, int n_rows,
-                            const void* x, int64_t len, const void* const* ahead, Scaled* norm, Scaled* dot,
-                            Strides out);
-// One segment of the sums of stage 2; the norms are still folds, that of x with the perturbation's p. `ahead` says
-// where data that is needed soon begins, and may be null: up to kRowsAhead times the bytes of a row are prefetched.
-using TwoRowsFn = void (*)(const void* g, const void* row, const void* x, int64_t len, const char* ahead,
-                           TwoRowSums* out);
+                            bool one_stream, const void* x, int64_t len, const void* const* ahead, Scaled* norm,
+                            Scaled* dot, Strides out);
+// One segment of the winner sums; the norms are still folds, that of x with the perturbation's p. `ahead` says where
+// data that is needed soon begins, and may be null: up to kRowsAhead times the bytes of a row are prefetched.
+using WinnerSumsFn = void (*)(const void* g, const void* row, const void* x, int64_t len, const char* ahead,
+                              TwoRowSums* out);
 // One segment of the fold of d/‖d‖ - g/‖g‖.
 using GapFn = double (*)(const void* g, const void* row, int64_t len, Unit d, Unit g_unit);
 using UpcastFn = void (*)(const void* from, int64_t len, double* to);
@@ -41,11 +42,10 @@ using GradRowFn = void (*)(const double* rows, int64_t n, int64_t i, const doubl
 // The tables are indexed by norm (kMax, kL1, kL2) and dtype.
 struct Kernels {
   const char* name;
-  int group_rows;  // rows that stage 1 reads together: as many as the registers hold, for streams of memory in flight
+  int group_rows;  // rows that are read together: as many as the registers hold, for streams of memory in flight
   int64_t columns;
   FoldRowsFn fold_rows[3][kDtypes];
-  FoldRowsFn fold_rows_in_turn[3][kDtypes];  // row after row, so one stream of memory; takes one anchor and no x
-  TwoRowsFn two_rows[3][kDtypes][2];         // [..][1]: x is float32
+  WinnerSumsFn winner_sums[3][kDtypes][2];  // [..][1]: x is float32
   GapFn gap[3][kDtypes];
   UpcastFn upcast[kDtypes];
   GradRowFn grad_row[3];  // null at kMax, where a strip of columns is not enough to know phi

@@ -9,14 +9,14 @@
 #pragma once
 
 #include "pairwise_backward.h"
-#include "stage1.h"
-#include "stage2.h"
+#include "row_folds.h"
+#include "winner_sums.h"
 
 // Of a function that takes a norm and a type, one instance for each dtype.
 #define FASTSAL_TYPES(f, q) {f<q, float>, f<q, double>, f<q, Half>, f<q, BFloat16>}
-// Of stage 2, the instances for an x of the rows' type and for one of float.
-#define FASTSAL_X_TYPES(q, T) {two_rows<q, T, T>, two_rows<q, T, float>}
-#define FASTSAL_TWO_ROWS(q) \
+// Of winner_sums, the instances for an x of the rows' type and for one of float.
+#define FASTSAL_X_TYPES(q, T) {winner_sums<q, T, T>, winner_sums<q, T, float>}
+#define FASTSAL_WINNER_SUMS(q) \
   {FASTSAL_X_TYPES(q, float), FASTSAL_X_TYPES(q, double), FASTSAL_X_TYPES(q, Half), FASTSAL_X_TYPES(q, BFloat16)}
 
 static constexpr Kernels kTable = {
@@ -24,9 +24,7 @@ static constexpr Kernels kTable = {
     kGroupRows,
     kColumns,
     {FASTSAL_TYPES(fold_rows, kMax), FASTSAL_TYPES(fold_rows, kL1), FASTSAL_TYPES(fold_rows, kL2)},
-    {FASTSAL_TYPES(fold_rows_in_turn, kMax), FASTSAL_TYPES(fold_rows_in_turn, kL1),
-     FASTSAL_TYPES(fold_rows_in_turn, kL2)},
-    {FASTSAL_TWO_ROWS(kMax), FASTSAL_TWO_ROWS(kL1), FASTSAL_TWO_ROWS(kL2)},
+    {FASTSAL_WINNER_SUMS(kMax), FASTSAL_WINNER_SUMS(kL1), FASTSAL_WINNER_SUMS(kL2)},
     {FASTSAL_TYPES(gap, kMax), FASTSAL_TYPES(gap, kL1), FASTSAL_TYPES(gap, kL2)},
     {upcast<float>, upcast<double>, upcast<Half>, upcast<BFloat16>},
     {nullptr, grad_row<kL1>, grad_row<kL2>},

@@ -51,18 +51,14 @@ static inline typename VectorsOf<N>::F load_floats(const Half* p) {
     return (typename VectorsOf<N>::F)_mm_cvtph_ps(h);
   }
 #else
-  // Exponents are shifted as integers. A subnormal half is given an exponent bit that a float subtraction takes off
-  // again, so that no subnormal float appears, which the processor might flush to zero.
+  // As in to_float, all entries at once, which takes 0.8 of the time of one after another.
   typedef typename VectorsOf<N>::F F;
   typedef typename VectorsOf<N>::U U;
   const U h = __builtin_convertvector(load_vector<typename VectorsOf<N>::H>(p), U);
-  const U magnitude = (h & 0x7fffu) << 13;
-  const U exponent = magnitude & 0x0f800000u;
-  U bits = magnitude + (112u << 23);
-  bits = exponent == 0x0f800000u ? bits + (112u << 23) : bits;
-  const U low = (U)((F)(bits + (1u << 23)) - (F)(U{} + (113u << 23)));
-  bits = exponent == 0u ? low : bits;
-  return (F)(bits | ((h & 0x8000u) << 16));
+  const U magnitude = (h & 0x7fffu) << 13, exponent = magnitude & 0x0f800000u, normal = magnitude + (112u << 23);
+  const U small = (U)((F)(normal + (1u << 23)) - (F)(U{} + (113u << 23)));
+  const U bits = exponent == 0u ? small : exponent == 0x0f800000u ? normal + (112u << 23) : normal;
+  return (F)(bits | (h & 0x8000u) << 16);
 #endif
 }
 
@@ -123,19 +119,8 @@ static inline VecF every_second(VecF a, VecF b) {
 // One element on its own, widened to double.
 static inline double as_double(double v) { return v; }
 static inline double as_double(float v) { return v; }
-static inline double as_double(BFloat16 v) {
-  const uint32_t bits = static_cast<uint32_t>(v.bits) << 16;
-  float f;
-  __builtin_memcpy(&f, &bits, 4);
-  return f;
-}
-static inline double as_double(Half v) {
-  const int exponent = v.bits >> 10 & 31, fraction = v.bits & 1023;
-  const double m = exponent == 31  ? (fraction ? __builtin_nan("") : __builtin_inf())
-                   : exponent == 0 ? fraction * 0x1p-24
-                                   : __builtin_ldexp(1024 + fraction, exponent - 25);
-  return v.bits & 0x8000 ? -m : m;
-}
+static inline double as_double(BFloat16 v) { return to_float(v); }
+static inline double as_double(Half v) { return to_float(v); }
 
 // A copy of the last `count` elements, padded with zeros, so that they go through the same arithmetic as the others.
 template <class T, int N>

@@ -44,8 +44,8 @@ FASTSAL_HD inline RowScalars row_scalars(double score, Scaled dot, Scaled norm) 
           to_double({beta_abs / norm.value, s.exponent - norm.exponent}), dot_abs / (dot_abs + beta_abs)};
 }
 
-// All scalars of an example. psi is the predicted logit, margin that of the runner-up, rho their ratio as stage 1 found
-// it, and gap the direction gap; the norms in `sums` have their roots.
+// All scalars of an example. psi is the predicted logit, margin that of the runner-up, rho the ratio of the two that
+// made it the runner-up, and gap the direction gap; the norms in `sums` have their roots.
 FASTSAL_HD inline void two_row_scalars(double psi, double margin, double rho, const TwoRowSums& sums, double gap,
                                        double* out) {
   const RowScalars g = row_scalars(psi, sums.dot_g, sums.norm_g);

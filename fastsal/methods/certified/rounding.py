@@ -15,6 +15,7 @@ from fastsal.methods.mixtures import mixture, stream
 
 SPARE = 8.0  # η in units of the largest disagreement that was seen
 UNSTABLE = 0.3  # η from which on bounds say nothing
+UNSEEN = 1e-3  # how much larger than η the slack may become for what a mixture of all classes does not show
 
 
 class Rounding:
@@ -28,13 +29,14 @@ class Rounding:
         disagreement: By how much rows and products disagree where that is too much, [E]; else 0.
     """
 
-    def __init__(self, state: State, basis: Basis, probes: Probes) -> None:
+    def __init__(self, state: State, basis: Basis, probes: Probes, seed: int) -> None:
         self._state, self._basis, self._probes = state, basis, probes
         self.typical = torch.zeros_like(state.unit)
         self.eta = torch.full_like(self.typical, SPARE * torch.finfo(state.passes.logits.dtype).eps)
         self.own = torch.zeros_like(state.unit)
         self.inconsistent = torch.zeros_like(state.seen)
         self.disagreement = torch.zeros_like(state.unit)
+        self._weights = mixture(state.n, seed, state.device)
 
     def sizes(self, e: np.ndarray) -> Tensor:
         """About ‖g_j‖ of every class [e, n], from the basis and the pilot probes."""
@@ -59,6 +61,11 @@ class Rounding:
         self._note(e, ~trusted, seen)
         usable: np.ndarray = to_host(trusted)[0] > 0
         return usable
+
+    def slack(self, e: np.ndarray) -> Tensor:
+        """How far products may be off, [e], relative to the size of a gradient: as far as `verify` would not notice."""
+        eta = take(self.eta, e)
+        return torch.maximum(eta, (eta * torch.linalg.vector_norm(self._weights)).clamp(max=UNSEEN))
 
     def compare(self, e: np.ndarray, seed: int) -> None:
         """Compares one JVP along a random combination of all directions so far with the combination of their products."""
@@ -87,25 +94,31 @@ class Rounding:
         worst = torch.maximum(take(self.disagreement, e), seen.nan_to_num(math.inf))
         self.disagreement[self._state.on_device(e)] = torch.where(bad, worst, take(self.disagreement, e))
 
-    def verify(self, e: np.ndarray, seed: int) -> None:
-        """Compares a mixture of the rows that nobody took with the same mixture of the products, over all directions."""
+    def verify(self, e: np.ndarray) -> None:
+        """Compares a mixture of the rows that nobody took with the same mixture of the products, over all directions.
+
+        Each class counts in units of what its products may be off by; one that is off by more than `slack` shows.
+        """
         state = self._state
-        best, lower, seen = take(state.best, e).unsqueeze(1), take(state.lower, e), take(state.seen, e)
-        least = torch.minimum(best, torch.where(seen, math.inf, lower).amin(1, keepdim=True))
-        cotangents = torch.where(seen, 0.0, mixture(lower, least, seed)).unsqueeze(1).to(state.passes.logits.dtype)
-        rows = state.mixtures(e, cotangents)
-        self.check(e, self._gap(e, rows, lambda values: cotangents.double() @ values.mT))
+        weights = torch.where(take(state.seen, e), 0.0, self._weights)
+        typical = take(self.typical, e).unsqueeze(1)
+        cotangents = (weights * typical / torch.maximum(self.sizes(e), typical)).unsqueeze(1)
+        cotangents = cotangents.to(state.passes.logits.dtype)
+        rows, size = state.mixtures(e, cotangents), typical * torch.linalg.vector_norm(weights, dim=1, keepdim=True)
+        self.check(e, self._gap(e, rows, lambda values: cotangents.double() @ values.mT, size))
 
     def row_gap(self, e: np.ndarray, classes: Tensor, rows: Tensor) -> Tensor:
         """How far rows [e, c, D] are from the JVPs of their classes, in the units of η: [e], the largest over the classes."""
         pick = classes.unsqueeze(1)
-        return self._gap(e, rows, lambda values: values.gather(2, pick.expand(-1, values.shape[1], -1)).mT)
+        size = torch.linalg.vector_norm(self._state.per_unit(e, self._state.norm.rows(e, rows)), dim=2)
+        size = torch.maximum(size, take(self.typical, e).unsqueeze(1))
+        return self._gap(e, rows, lambda values: values.gather(2, pick.expand(-1, values.shape[1], -1)).mT, size)
 
-    def _gap(self, e: np.ndarray, rows: Tensor, expected: Callable[[Tensor], Tensor]) -> Tensor:
-        """How far rows [e, c, D] are from what products [e, k, n] make of them, [e, c, k]: [e], the largest over the rows.
+    def _gap(self, e: np.ndarray, rows: Tensor, expected: Callable[[Tensor], Tensor], size: Tensor) -> Tensor:
+        """How far rows [e, c, D] are from what products [e, k, n] make of them, [e, c, k], in units of `size` [e, c].
 
-        The larger of two figures: the norm over the basis, and the root mean square over the pilot probes and the probes;
-        relative to the norm of the row, or to the typical one where that is larger.
+        The larger of two figures: the norm over the basis, and the root mean square over the pilot probes and the probes; of
+        these, the largest over the rows, [e].
         """
         state, basis, probes = self._state, self._basis, self._probes
         rows = state.per_unit(e, state.norm.rows(e, rows))
@@ -121,5 +134,4 @@ class Rounding:
             within = torch.arange(s, device=state.device) < drawn.unsqueeze(2)
             outside += torch.where(within, along, 0.0).sum(2)
         error = torch.maximum(square(inside, basis.components).sum(2), outside / (PILOT_PROBES + drawn))
-        size = torch.maximum(torch.linalg.vector_norm(rows, dim=2), take(self.typical, e).unsqueeze(1))
         return torch.where(error == 0, 0.0, error.sqrt() / size).amax(1)

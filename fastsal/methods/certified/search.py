@@ -49,7 +49,7 @@ class Search:
         self.failure_probability, self.normals = failure_probability, normals
         self.basis = Basis(state, normals.pilot_probes)
         self.probes = Probes(state, normals)
-        self.rounding = Rounding(state, self.basis, self.probes)
+        self.rounding = Rounding(state, self.basis, self.probes, normals.seed)
         self.target = torch.full_like(state.unit, torch.inf)  # about ρ̃, once there are probes
 
     def outlook(self, e: np.ndarray) -> plan.Outlook:
@@ -154,8 +154,8 @@ class Search:
     def bound(self, e: np.ndarray, known: Tensor, sums: Tensor, count: int, quantile: Tensor) -> None:
         """Raises the lower bounds of the ratios of examples e by a round of `count` probes."""
         state = self.state
-        eta, own, typical = (take(size, e) for size in (self.rounding.eta, self.rounding.own, self.rounding.typical))
-        known, rest, slack = widened(known, sums, eta, own, typical, count, quantile)
+        own, typical = take(self.rounding.own, e), take(self.rounding.typical, e)
+        known, rest, slack = widened(known, sums, self.rounding.slack(e), own, typical, count, quantile)
         while True:
             upper = state.norm.upper(e, known, rest, slack)
             lower = reference.ratios(take(state.margin, e), upper * take(state.unit, e).unsqueeze(1))
@@ -178,7 +178,7 @@ class Search:
             e = e[to_host(~take(state.seen, e).all(1) & ~take(state.best, e).isnan())[0] > 0]
         state.reserved[:] = 0
         if len(e):
-            rounding.verify(e, self.normals.seed)
+            rounding.verify(e)
             self._rows(e)
 
     def _rows(self, e: np.ndarray) -> None:

@@ -12,24 +12,39 @@ from torch import Tensor
 
 from fastsal.tensor.backends import layout
 
-_FUSED_BLOCKS = 8  # examples for every multiprocessor from which on one block an example fills the device
-_FUSED_TASKS = 16  # warps: an example with no more work than this is one block's in any case
-_SPLIT_BLOCKS = 2  # blocks for every multiprocessor below which pairwise_margins gives each segment of D its own
+_MANY_EXAMPLES = 1024  # from which on one thread finishes an example of few and short rows
+_FEW_ROWS, _SHORT_BYTES = 64, 16384
+_FEW_WAVES = 4  # blocks for every multiprocessor below which pairwise_margins gives each segment of D its own
 
 _cuda, _reason = layout.imported("fastsal._cuda", "the native module fastsal._cuda")
 
 
-def unavailable() -> str:
-    if _reason or torch.cuda.is_available():
-        return _reason
-    return "torch.cuda.is_available() is false: no NVIDIA driver or device, or a torch without CUDA"
+_devices_that_can: set[int] = set()  # a reason against a device is asked for anew each time: it may pass
 
 
-@functools.cache
 def _device_why_not(index: int) -> str:
+    if index in _devices_that_can:
+        return ""
     with torch.cuda.device(index):
         reason: str = _cuda.why_not()
-    return f"cuda:{index} cannot run the kernels of this build: {reason}" if reason else ""
+    if not reason:
+        _devices_that_can.add(index)
+        return ""
+    return f"cuda:{index} cannot run the kernels of this build (CUDA runtime {_runtime()}): {reason}"
+
+
+def _runtime() -> str:
+    version = _cuda.runtime_version()
+    return f"{version // 1000}.{version % 1000 // 10}"
+
+
+def unavailable() -> str:
+    if _reason:
+        return _reason
+    if not torch.cuda.is_available() or torch.version.hip:
+        return "torch.cuda.is_available() is false: no NVIDIA driver or device, or a torch without CUDA"
+    reasons = [_device_why_not(index) for index in range(torch.cuda.device_count())]
+    return "" if "" in reasons else "; ".join(reasons)
 
 
 def why_not(jacobian: Tensor) -> str:
@@ -42,10 +57,7 @@ def why_not(jacobian: Tensor) -> str:
 
 def info() -> dict[str, object]:
     """The CUDA runtime that is linked in."""
-    if _reason:
-        return {}
-    version = _cuda.runtime_version()
-    return {"runtime": f"{version // 1000}.{version % 1000 // 10}"}
+    return {} if _reason else {"runtime": _runtime()}
 
 
 @contextlib.contextmanager
@@ -73,31 +85,27 @@ def row_distances(anchor: Tensor, rows: Tensor, norm: float) -> Tensor:
     return out
 
 
-def _fused(jacobian: Tensor) -> bool:
-    """Whether margin_geometry gives each example to one block, in one launch, or spreads it over four or five."""
-    problem = (layout.DTYPE_CODES[jacobian.dtype], *jacobian.shape)
-    if not _cuda.margin_geometry_fits(*problem):
-        return False
-    few_tasks: bool = _cuda.margin_geometry_tasks(*problem) <= _FUSED_TASKS
-    return few_tasks or len(jacobian) >= _FUSED_BLOCKS * _multiprocessors(jacobian.device)
+def _short(jacobian: Tensor) -> bool:
+    """Whether one thread finishes an example of margin_geometry, rather than a block."""
+    B, n, D = jacobian.shape
+    return B >= _MANY_EXAMPLES and n <= _FEW_ROWS and D * jacobian.element_size() <= _SHORT_BYTES
 
 
 def margin_geometry(logits: Tensor, jacobian: Tensor, x: Tensor, norm: float) -> tuple[Tensor, Tensor, Tensor]:
     with _launching(jacobian) as stream:
         scores = layout.scores(logits, jacobian)
         outputs = layout.empty_geometry(jacobian)
+        torch.argmax(scores, 1, out=outputs[1][0])
         arguments = layout.native_arguments(norm, jacobian, (scores.data_ptr(),), layout.x_arguments(x))
-        fused = _fused(jacobian)
-        dtype = layout.DTYPE_CODES[jacobian.dtype]
-        scratch = _scratch(jacobian, _cuda.margin_geometry_scratch(dtype, *jacobian.shape, fused))
-        _cuda.margin_geometry(*arguments, *map(Tensor.data_ptr, outputs), fused, scratch.data_ptr(), stream)
+        scratch = _scratch(jacobian, _cuda.margin_geometry_scratch(layout.DTYPE_CODES[jacobian.dtype], *jacobian.shape))
+        _cuda.margin_geometry(*arguments, *map(Tensor.data_ptr, outputs), _short(jacobian), scratch.data_ptr(), stream)
     return outputs
 
 
-def _split(jacobian: Tensor) -> bool:
-    """Whether pairwise_margins gives each segment of D its own block, lest there be too few."""
-    blocks: int = _cuda.pairwise_margins_blocks(*jacobian.shape, False)
-    return blocks < _SPLIT_BLOCKS * _multiprocessors(jacobian.device)
+def _by_segment(jacobian: Tensor) -> bool:
+    """Whether pairwise_margins gives each segment of D its own block, and not 16 of them, lest there be too few."""
+    blocks: int = _cuda.pairwise_margins_blocks(layout.DTYPE_CODES[jacobian.dtype], *jacobian.shape, False)
+    return blocks < _FEW_WAVES * _multiprocessors(jacobian.device)
 
 
 def pairwise_margins(
@@ -107,9 +115,9 @@ def pairwise_margins(
         scores = layout.scores(logits, jacobian)
         outputs = layout.empty_pairwise(jacobian, x)
         arguments = layout.native_arguments(norm, jacobian, (scores.data_ptr(),), layout.x_arguments(x))
-        split = _split(jacobian)
-        scratch = _scratch(jacobian, _cuda.pairwise_margins_scratch(*jacobian.shape, x is not None, split))
-        _cuda.pairwise_margins(*arguments, *map(Tensor.data_ptr, outputs), split, scratch.data_ptr(), stream)
+        by_segment = _by_segment(jacobian)
+        scratch = _scratch(jacobian, _cuda.pairwise_margins_scratch(*jacobian.shape, by_segment))
+        _cuda.pairwise_margins(*arguments, *map(Tensor.data_ptr, outputs), by_segment, scratch.data_ptr(), stream)
     return outputs
 
 

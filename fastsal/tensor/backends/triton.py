@@ -7,6 +7,7 @@ import contextlib
 import functools
 import importlib
 import os
+import shutil
 from typing import Any
 
 import torch
@@ -24,8 +25,14 @@ def _interpreted() -> bool:
     return os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", "on", "yes")
 
 
+def _no_compiler() -> str:
+    """Triton compiles each launch's host side with a C compiler, which it looks for in this order."""
+    found = os.environ.get("CC") or shutil.which("gcc") or shutil.which("clang")
+    return "" if found else "Triton finds no C compiler (CC, gcc or clang)"
+
+
 def unavailable() -> str:
-    reason = _missing()
+    reason = _missing() or ("" if _interpreted() else _no_compiler())
     if reason or _interpreted() or torch.accelerator.is_available():
         return reason
     return "torch finds no accelerator, and Triton's interpreter is off (TRITON_INTERPRET=1)"
@@ -34,7 +41,7 @@ def unavailable() -> str:
 def why_not(jacobian: Tensor) -> str:
     if jacobian.device.type == "cpu" and not _interpreted():
         return "tensors are on the CPU, where Triton runs in its interpreter only (TRITON_INTERPRET=1)"
-    return _missing()
+    return _missing() or ("" if _interpreted() else _no_compiler())
 
 
 def info() -> dict[str, object]:

@@ -5,7 +5,6 @@ What this cannot show: hardware (warps in lockstep, memory ordering), speed, and
 
 import contextlib
 import math
-import os
 import subprocess
 import sys
 from pathlib import Path
@@ -22,6 +21,7 @@ from fastsal.tensor import reference
 from fastsal.tensor.backends import cuda
 
 TESTS = Path(__file__).resolve().parents[2]
+CSRC = TESTS.parent / "csrc"
 pytestmark = [
     pytest.mark.skipif(emulated.COMPILER is None, reason="needs a C++ compiler"),
     pytest.mark.skipif(sys.platform != "linux", reason="the emulation needs glibc's contexts"),
@@ -65,21 +65,75 @@ def test_values_of_every_backend(module_path, run_python):
 
 @each_norm
 @each_dtype
-@pytest.mark.parametrize(("B", "n", "D"), [(2, 10, 784), (3, 5, 5003), (1, 33, 40)])
-def test_one_block_and_four_kernels_agree(kernels, monkeypatch, norm, dtype, B, n, D):
-    arguments = (*cases.inputs(B, n, D, dtype), norm)
+@pytest.mark.parametrize(("B", "n", "D"), [(2, 10, 784), (35, 5, 2003), (1, 33, 40)])
+def test_a_thread_and_a_block_for_each_example_agree(kernels, monkeypatch, norm, dtype, B, n, D):
+    logits, jacobian, x = cases.inputs(B, n, D, dtype)
+    jacobian[0, 1:] = -jacobian[0, :1]  # whichever wins, the direction gap is 0 and takes another reading
     results = []
-    for fused in (True, False):
-        monkeypatch.setattr(cuda, "_fused", lambda *_, fused=fused: fused)
-        results.append(run_poisoned(kernels.margin_geometry, *arguments))
+    for short in (True, False):
+        monkeypatch.setattr(cuda, "_short", lambda *_, short=short: short)
+        results.append(run_poisoned(kernels.margin_geometry, logits, jacobian, x, norm))
     assert_all_same(*results)
 
 
-@pytest.mark.parametrize(("B", "n"), [(34, 4000), (1, 4100)])
-def test_many_classes(kernels, monkeypatch, B, n):
-    """So many tasks that a warp of the fold kernel takes two; so many classes that they are predicted beforehand."""
-    monkeypatch.setattr(cuda, "_fused", lambda *_: False)
-    logits, jacobian, x = cases.inputs(B, n, 4, torch.float32)
+EMULATED = cases.Target("cuda", "cpu")
+
+
+@cases.long_double
+@each_norm
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("short", [True, False])
+def test_segments_of_zeros(kernels, monkeypatch, norm, dtype, short):
+    """Padding: x, or all differences, are 0 over whole segments; infinities there make NaN."""
+    monkeypatch.setattr(cuda, "_short", lambda *_: short)
+    logits, jacobian, x = cases.inputs(4, 5, 6000, dtype)
+    jacobian[:, :, 2000:4200] = jacobian[:, :1, 2000:4200]
+    x[1:, 4000:] = 0
+    x[2, 2500] = math.inf
+    jacobian[3, :, 2500] = math.inf
+    cases.check_geometry(EMULATED, logits, jacobian, x, norm)
+
+
+@cases.long_double
+@each_norm
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("x_scale", [1e-38, 1e-25, 1, 1e25, 1e38])
+@pytest.mark.parametrize("scale", [1e-38, 1e-25, 1e-14, 1e25, 1e38])
+def test_products_at_both_ends_of_the_range(kernels, norm, dtype, scale, x_scale):
+    """What float32 squares or products would lose is summed in float64; differences may overflow float32 too."""
+    logits, jacobian, x = cases.inputs(1, 4, 1100, torch.float64)
+    jacobian, x = ((scale * v.clamp(-3, 3)).to(dtype) for v, scale in ((jacobian, scale), (x, x_scale)))
+    cases.check_geometry(EMULATED, logits.float(), jacobian, x, norm)
+
+
+@cases.long_double
+@each_norm
+@each_dtype
+@pytest.mark.parametrize("seed", range(4))
+def test_constant_rows(kernels, norm, dtype, seed):
+    """Every addition of a lane rounds alike: the largest error that its float32 sums can have."""
+    constants = cases.inputs(1, 3, 1, torch.float64, seed)
+    logits, jacobian, x = (v.to(dtype) for v in constants)
+    cases.check_geometry(EMULATED, logits, jacobian.repeat(1, 1, 9000), x.repeat(1, 9000), norm)
+
+
+@cases.long_double
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("angle", [0.05, 0.3, 0.49, 0.51, 0.8, 1.5])
+def test_direction_gaps_with_and_without_another_reading(kernels, dtype, angle):
+    """Gaps on both sides of the limit below which <g, g†> would not do."""
+    logits, jacobian, x = cases.inputs(1, 2, 5000, torch.float64)
+    g, other = jacobian[0] / jacobian[0].norm(dim=1, keepdim=True)
+    rows = torch.stack((g, g - math.cos(angle) * g - math.sin(angle) * (other - (other @ g) * g)))
+    rows = rows[[0, 1]] if logits[0, 0] > logits[0, 1] else rows[[1, 0]]
+    result = cases.check_geometry(EMULATED, logits.float(), rows[None].to(dtype), x.to(dtype))
+    assert abs(result.direction_gap - 2 * math.sin(angle / 2)) < 0.02
+
+
+@pytest.mark.parametrize(("B", "n", "D"), [(3, 4000, 4), (1, 40, 40000)])
+def test_many_blocks_for_an_example(kernels, B, n, D):
+    """The last of them to arrive selects the runner-up among what all have joined."""
+    logits, jacobian, x = cases.inputs(B, n, D, torch.float32)
     scalars, indices, distances = run_poisoned(kernels.margin_geometry, logits, jacobian, x, 2.0)
     truth, prediction, runner_up, want = reference.margin_geometry(logits, jacobian, x, 2.0)
     assert torch.equal(indices, torch.stack((prediction, runner_up)))
@@ -89,11 +143,11 @@ def test_many_classes(kernels, monkeypatch, B, n):
 
 @each_norm
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_segments_split_or_not_agree(kernels, monkeypatch, norm, dtype):
-    arguments = (*cases.inputs(1, 5, 4100, dtype), norm)
+def test_a_block_for_a_segment_or_for_a_part_agree(kernels, monkeypatch, norm, dtype):
+    arguments = (*cases.inputs(1, 5, 70_000, dtype), norm)
     results = []
-    for split in (True, False):
-        monkeypatch.setattr(cuda, "_split", lambda *_, split=split: split)
+    for by_segment in (True, False):
+        monkeypatch.setattr(cuda, "_by_segment", lambda *_, by_segment=by_segment: by_segment)
         results.append(run_poisoned(kernels.pairwise_margins, *arguments))
     assert_all_same(*results)
 
@@ -109,7 +163,7 @@ def test_pairs_do_not_depend_on_the_tile(kernels, norm):
 
 
 @each_dtype
-@pytest.mark.parametrize("D", [256, 4096])  # the rows fit into a block's shared memory, or do not
+@pytest.mark.parametrize("D", [256, 4096])
 @pytest.mark.parametrize("offset", [0, 1, 3])
 def test_alignment_changes_no_bit(kernels, dtype, D, offset):
     """Rows and x that start anywhere, among NaN that must not be read."""
@@ -128,18 +182,13 @@ def test_alignment_changes_no_bit(kernels, dtype, D, offset):
 
 @pytest.mark.parametrize(("dtype", "D"), [(torch.float32, 1152), (torch.bfloat16, 3328)])
 def test_nothing_is_read_behind_the_rows(module_path, run_python, dtype, D):
-    """Rows that end at a page which nobody may read: a load or a prefetch behind them ends the process.
-
-    Their last segment ends in the half that is prefetched first or in the other one, and there are no rows for all lanes that
-    prefetch.
-    """
+    """Rows that end at a page which nobody may read: a load behind them ends the process."""
     code = f"""
 import ctypes, mmap, sys, torch
 from cuda_emulation import emulated
 from fastsal.tensor.backends import cuda
 for name, value in emulated.replacements(emulated.load(sys.argv[1])).items():
     setattr(cuda, name, value)
-cuda._fused = lambda *_: False
 rows = torch.randn(1, 6, {D}).to({dtype})
 size, page = rows.nbytes, mmap.PAGESIZE
 pages = mmap.mmap(-1, (size // page + 2) * page)
@@ -177,10 +226,8 @@ class NothingIsRead(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-@pytest.mark.parametrize("fused", [True, False])
-def test_nothing_is_read_back(kernels, monkeypatch, fused):
+def test_nothing_is_read_back(kernels):
     """A GPU would stop for it, and a CUDA graph could not be captured."""
-    monkeypatch.setattr(cuda, "_fused", lambda *_: fused)
     with NothingIsRead():
         everything(kernels, torch.bfloat16, 2.0)
         with pytest.raises(AssertionError, match="_local_scalar_dense"):
@@ -210,10 +257,10 @@ def everything(kernels, dtype, norm):
 
 @each_norm
 @each_dtype
-@pytest.mark.parametrize("fused", [True, False])
-def test_order_of_threads_changes_no_bit(kernels, monkeypatch, norm, dtype, fused):
+@pytest.mark.parametrize("short", [True, False])
+def test_order_of_threads_changes_no_bit(kernels, monkeypatch, norm, dtype, short):
     """A missing barrier shows when the last thread and the last block go first."""
-    monkeypatch.setattr(cuda, "_fused", lambda *_: fused)
+    monkeypatch.setattr(cuda, "_short", lambda *_: short)
     monkeypatch.delenv("FASTSAL_EMULATION_REVERSE", raising=False)
     forward = run_poisoned(everything, kernels, dtype, norm)
     monkeypatch.setenv("FASTSAL_EMULATION_REVERSE", "1")
@@ -275,22 +322,19 @@ def test_row_distances(kernels, D):
         torch.testing.assert_close(got, reference.row_distances(jacobian[:, 1], jacobian, norm), rtol=1e-6, atol=0)
 
 
-def emulated_program(folder, kernel, **environment):
-    """Runs a chain of two launches of a kernel with this body on the emulation."""
+def emulated_program(folder, kernel):
+    """Runs a kernel with this body on the emulation."""
     source = folder / "program.cpp"
     source.write_text(
-        f"""#include "device.cu"
+        f"""#include "launch.cuh"
+        #include "warp.cuh"
         __global__ void kernel() {{ {kernel} }}
-        int main() {{
-          fastsal::Chain chain(0);
-          chain.launch("first", kernel, 1, 32, 0);
-          chain.launch("second", kernel, 1, 32, 0);
-        }}"""
+        int main() {{ fastsal::Stream(0).launch("kernel", kernel, 2, 32); }}"""
     )
-    includes = [f"-I{path}" for path in (TESTS / "cuda_emulation", TESTS.parent / "csrc/cuda")]
+    includes = [f"-I{path}" for path in (TESTS / "cuda_emulation", CSRC / "cuda", CSRC / "include")]
     program = str(folder / "program")
     subprocess.run([emulated.COMPILER, "-std=c++17", *includes, str(source), "-o", program], check=True)
-    return subprocess.run([program], capture_output=True, text=True, env={**os.environ, **environment})
+    return subprocess.run([program], capture_output=True, text=True)
 
 
 def test_a_divergent_barrier_is_reported(tmp_path):
@@ -300,15 +344,28 @@ def test_a_divergent_barrier_is_reported(tmp_path):
     assert "CUDA emulation: threads wait for others" in result.stderr
 
 
-WAIT, ADMIT = "fastsal::wait_for_kernel_before();", "fastsal::let_next_kernel_start();"
+def test_shared_memory_that_nobody_wrote_is_reported(tmp_path):
+    """What the block before left in it is not there."""
+    kernel = """
+    __shared__ double value;
+    fastsal::begin_unwritten(value);
+    if (threadIdx.x == 0 && blockIdx.x == 0) value = 1;
+    __syncthreads();
+    if (!(value == 1)) emulation::fail("NaN");
+    """
+    result = emulated_program(tmp_path, kernel)
+    assert result.returncode != 0
+    assert "CUDA emulation: NaN (block 1, " in result.stderr
 
 
-@pytest.mark.parametrize(
-    ("kernel", "report"),
-    [(WAIT + ADMIT, ""), (ADMIT + WAIT, "lets the next kernel start"), ("", "a thread never waits")],
-)
-def test_a_kernel_before_its_turn_is_reported(tmp_path, kernel, report):
-    """The second of a chain is launched before its turn, unless FASTSAL_DEPENDENT_LAUNCH is 0."""
-    result = emulated_program(tmp_path, kernel, FASTSAL_DEPENDENT_LAUNCH="1")
-    assert (result.returncode != 0, report in result.stderr) == (bool(report), True), result.stderr
-    assert emulated_program(tmp_path, kernel, FASTSAL_DEPENDENT_LAUNCH="0").returncode == 0
+@cases.long_double
+@each_norm
+@each_dtype
+def test_products_with_x_that_cancel(kernels, norm, dtype):
+    """Rows that are nearly the same, or the same: <x, g_i> and <x, g_j> share the digits that matter."""
+    logits, jacobian, x = cases.inputs(2, 4, 500, torch.float64)
+    jacobian = jacobian[:, :1] + 2e-3 * jacobian
+    jacobian[:, 3] = jacobian[:, 2]
+    x = x + 100 * jacobian[:, 0].sign()
+    x[1] = 0
+    cases.check_pairwise(EMULATED, *(v.to(dtype) for v in (logits, jacobian, x)), norm)

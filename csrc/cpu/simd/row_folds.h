@@ -1,6 +1,6 @@
-// Stage 1: one segment of anchor - row for a group of rows, which share the loads of the anchor. Rows below float64 are
-// folded in float, and flushed to double before rounding errors add up. With x it also forms <x, anchor - row>, which
-// pairwise_margins asks for.
+// Row folds: one segment of anchor - row for a group of rows, which share the loads of the anchor. Rows below float64
+// are folded in float, and flushed to double before rounding errors add up. With x it also forms <x, anchor - row>,
+// which pairwise_margins asks for.
 #pragma once
 
 #include "folds.h"
@@ -177,60 +177,30 @@ static void fold_group(const T* const* anchors, const T* const* rows, const type
   }
 }
 
-// From the counts of a call to the template that has them.
-template <int Q, class T, bool X>
-static void fold_any_group(const T* const* anchors, int n_anchors, const T* const* rows, int n_rows,
-                           const typename Compute<T>::Scalar* x, int64_t len, const char* const* ahead, Scaled* norm,
-                           Scaled* dot, Strides out) {
-  if constexpr (!X && kBytes == 64) {
-    if (n_anchors == 2 && n_rows == 4) return fold_group<Q, T, 2, 4, X>(anchors, rows, x, len, ahead, norm, dot, out);
-  }
-  for (int i = 0; i < n_anchors; ++i) {
-    Scaled* d = X ? dot + i * out.anchor : nullptr;
-    Scaled* n = norm + i * out.anchor;
-    if constexpr (!X && kGroupRows > 4) {
-      switch (n_rows) {
-        case 10:
-          fold_group<Q, T, 1, 10, X>(anchors + i, rows, x, len, ahead, n, d, out);
-          continue;
-        case 9:
-          fold_group<Q, T, 1, 9, X>(anchors + i, rows, x, len, ahead, n, d, out);
-          continue;
-        case 8:
-          fold_group<Q, T, 1, 8, X>(anchors + i, rows, x, len, ahead, n, d, out);
-          continue;
-        case 7:
-          fold_group<Q, T, 1, 7, X>(anchors + i, rows, x, len, ahead, n, d, out);
-          continue;
-        case 6:
-          fold_group<Q, T, 1, 6, X>(anchors + i, rows, x, len, ahead, n, d, out);
-          continue;
-        case 5:
-          fold_group<Q, T, 1, 5, X>(anchors + i, rows, x, len, ahead, n, d, out);
-          continue;
-        default:
-          break;
-      }
-    }
-    switch (n_rows) {
-      case 4:
-        fold_group<Q, T, 1, 4, X>(anchors + i, rows, x, len, ahead, n, d, out);
-        break;
-      case 3:
-        fold_group<Q, T, 1, 3, X>(anchors + i, rows, x, len, ahead, n, d, out);
-        break;
-      case 2:
-        fold_group<Q, T, 1, 2, X>(anchors + i, rows, x, len, ahead, n, d, out);
-        break;
-      default:
-        fold_group<Q, T, 1, 1, X>(anchors + i, rows, x, len, ahead, n, d, out);
-    }
-  }
+// The template of as many rows as a call has, R at the most.
+template <int Q, class T, int A, int R, bool X>
+static void fold_at_most(const T* const* anchors, const T* const* rows, int n_rows,
+                         const typename Compute<T>::Scalar* x, int64_t len, const char* const* ahead, Scaled* norm,
+                         Scaled* dot, Strides out) {
+  if (n_rows == R) return fold_group<Q, T, A, R, X>(anchors, rows, x, len, ahead, norm, dot, out);
+  if constexpr (R > 1) fold_at_most<Q, T, A, R - 1, X>(anchors, rows, n_rows, x, len, ahead, norm, dot, out);
+}
+
+// Row after row. The sums are reduced last: done in between, that would hold up the reading.
+template <int Q, class T>
+static void fold_in_one_stream(const T* anchor, const T* const* rows, int n_rows, int64_t len, const char* const* ahead,
+                               Scaled* norm, Strides out) {
+  VecD sums[kMaxRows];
+  auto sum = [=](const T* row, const char* const* next) __attribute__((always_inline)) {
+    return group_sums<Q, T, 1, 1, false>(&anchor, &row, nullptr, len, next).norm[0][0];
+  };
+  for (int r = 0; r < n_rows; ++r) sums[r] = ahead ? sum(rows[r], ahead + r) : sum(rows[r], nullptr);
+  for (int r = 0; r < n_rows; ++r) norm[r * out.row] = finished_fold<Q>(sums[r], anchor, rows[r], len);
 }
 
 template <int Q, class T>
-static void fold_rows(const void* const* anchors, int n_anchors, const void* const* rows, int n_rows, const void* x,
-                      int64_t len, const void* const* ahead, Scaled* norm, Scaled* dot, Strides out) {
+static void fold_rows(const void* const* anchors, int n_anchors, const void* const* rows, int n_rows, bool one_stream,
+                      const void* x, int64_t len, const void* const* ahead, Scaled* norm, Scaled* dot, Strides out) {
   const T* a[kMaxAnchors];
   const T* r[kMaxRows];
   const char* next[kMaxRows];
@@ -241,28 +211,18 @@ static void fold_rows(const void* const* anchors, int n_anchors, const void* con
   }
   const auto* xs = static_cast<const typename Compute<T>::Scalar*>(x);
   const char* const* hint = ahead ? next : nullptr;
-  if (x) {
-    fold_any_group<Q, T, true>(a, n_anchors, r, n_rows, xs, len, hint, norm, dot, out);
-  } else {
-    fold_any_group<Q, T, false>(a, n_anchors, r, n_rows, xs, len, hint, norm, dot, out);
+  if (one_stream) return fold_in_one_stream<Q, T>(a[0], r, n_rows, len, hint, norm, out);
+  if constexpr (kBytes == 64) {
+    if (!x && n_anchors == 2 && n_rows == 4) {
+      return fold_group<Q, T, 2, 4, false>(a, r, xs, len, hint, norm, dot, out);
+    }
   }
-}
-
-// The same, but one row after the other. The sums are reduced last: done in between, that would hold up the reading.
-template <int Q, class T>
-static void fold_rows_in_turn(const void* const* anchors, int, const void* const* rows, int n_rows, const void*,
-                              int64_t len, const void* const* ahead, Scaled* norm, Scaled*, Strides out) {
-  const T* anchor = static_cast<const T*>(anchors[0]);
-  VecD sums[kMaxRows];
-  auto sum = [=](const T* row, const char* const* next) __attribute__((always_inline)) {
-    return group_sums<Q, T, 1, 1, false>(&anchor, &row, nullptr, len, next).norm[0][0];
-  };
-  for (int r = 0; r < n_rows; ++r) {
-    const T* row = static_cast<const T*>(rows[r]);
-    const char* next = ahead ? static_cast<const char*>(ahead[r]) : nullptr;
-    sums[r] = ahead ? sum(row, &next) : sum(row, nullptr);
-  }
-  for (int r = 0; r < n_rows; ++r) {
-    norm[r * out.row] = finished_fold<Q>(sums[r], anchor, static_cast<const T*>(rows[r]), len);
+  for (int i = 0; i < n_anchors; ++i) {
+    Scaled* own = norm + i * out.anchor;
+    if (x) {
+      fold_at_most<Q, T, 1, kPairRows, true>(a + i, r, n_rows, xs, len, hint, own, dot + i * out.anchor, out);
+    } else {
+      fold_at_most<Q, T, 1, kGroupRows, false>(a + i, r, n_rows, xs, len, hint, own, nullptr, out);
+    }
   }
 }

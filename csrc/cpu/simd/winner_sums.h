@@ -1,5 +1,6 @@
-// Stage 2: one segment of all sums over the two winning rows and x, in double, flushed every kDoubleAdditions entries,
-// so that constant rows do not drift. float64 sums that leave the range of double are made again by the slow path.
+// Winner sums: one segment of all sums over the two winning rows and x, in double, flushed every kDoubleAdditions
+// entries, so that constant rows do not drift. float64 sums that leave the range of double are made again by the slow
+// path.
 #pragma once
 
 #include "folds.h"
@@ -8,8 +9,8 @@
 constexpr int kDoubleAdditions = 32;
 
 template <int Q, class T, class X>
-static void two_rows(const void* g_ptr, const void* row_ptr, const void* x_ptr, int64_t len, const char* ahead,
-                     TwoRowSums* out) {
+static void winner_sums(const void* g_ptr, const void* row_ptr, const void* x_ptr, int64_t len, const char* ahead,
+                        TwoRowSums* out) {
   constexpr int P = dual_norm(Q);  // the norm of x is the dual of the gradients'
   constexpr bool kCross = Q == kL2 && sizeof(T) < 8;
   const T* g = static_cast<const T*>(g_ptr);

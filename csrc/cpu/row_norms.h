@@ -1,5 +1,5 @@
-// Stage 1: the folds of anchor - row over the segments of an example's rows, in groups of rows that share the loads of
-// the anchor; and what to prefetch meanwhile.
+// Row norms: the folds of anchor - row over the segments of an example's rows, in groups of rows that share the loads
+// of the anchor; and what to prefetch meanwhile.
 #pragma once
 
 #include "ops.h"
@@ -9,9 +9,9 @@
 namespace fastsal {
 
 // The shape of the work for one problem. Any thread may run any group and segment of it.
-class Stage1 {
+class RowNorms {
  public:
-  Stage1(int q, const Rows& rows)
+  RowNorms(int q, const Rows& rows)
       : rows_(rows),
         fold_rows_(kernels().fold_rows[q][rows.dtype]),
         group_rows_(kernels().group_rows),
@@ -19,7 +19,6 @@ class Stage1 {
         row_bytes_(rows.D * kElementSize[rows.dtype]) {
     if (!reads_few_streams() || is_small()) return;
     one_stream_ = row_bytes_ <= kLongRow;
-    if (one_stream_) fold_rows_ = kernels().fold_rows_in_turn[q][rows.dtype];
     const bool few_rows = row_bytes_ > 2 * kLongRow;
     if (few_rows && group_rows_ > kFewRows) group_rows_ = kFewRows;
     // In a stream of two-byte elements the processor sees too little ahead of itself, between short rows too.
@@ -44,7 +43,7 @@ class Stage1 {
       ahead[r] = next(b, first + r, n_rows, total, skip, row[r]);
     }
     Scaled sums[kMaxRows];
-    fold_rows_(&a, 1, row, n_rows, nullptr, length, prefetch_ ? ahead : nullptr, sums, nullptr, {0, 1});
+    fold_rows_(&a, 1, row, n_rows, one_stream_, nullptr, length, prefetch_ ? ahead : nullptr, sums, nullptr, {0, 1});
     for (int r = 0; r < n_rows; ++r) partial[index(first + r, skip) * count_ + segment] = sums[r];
   }
 
@@ -63,7 +62,7 @@ class Stage1 {
     for (int64_t k = 0; k < row_bytes_; k += 64) __builtin_prefetch(rows_.row(b + 1, skip) + k, 0, 2);
   }
 
-  // Where the rows of the next example lie that stage 1 leaves to this segment of stage 2 to prefetch, or null.
+  // Where the rows of the next example lie that are left to this segment of the winner sums to prefetch, or null.
   const char* left_ahead(int64_t b, int64_t segment) const {
     if (left() == 0 || b + 1 == rows_.B) return nullptr;
     return rows_.row(b + 1, rows_.n - left()) + segment * kSegment * kElementSize[rows_.dtype] * kRowsAhead;
@@ -73,7 +72,8 @@ class Stage1 {
   static constexpr int64_t kLongRow = 16384;  // bytes
   static constexpr int kFewRows = 4;
 
-  // How many rows of the next example stage 2 prefetches, lest memory idle in it; they must lie one behind the other.
+  // How many rows of the next example the winner sums prefetch, lest memory idle meanwhile; they must lie one behind
+  // the other.
   int64_t left() const {
     if (!is_small() || rows_.stride_n != rows_.D) return 0;
     return rows_.n < kRowsAhead ? rows_.n : kRowsAhead;
