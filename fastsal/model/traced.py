@@ -104,15 +104,11 @@ class Trace:
             # One fake mode for all shapes: make_fx alone would make one for every value, which takes three times as long.
             shapes = tracing(TracingContext(FakeTensorMode(allow_fallback_kernels=True)))
             with torch.no_grad(), math_attention(), warnings.catch_warnings(), shapes:
-                warnings.simplefilter(
-                    "ignore"
-                )  # what torch says of the model it has said, or will say, without the trace
+                warnings.simplefilter("ignore")  # what torch says of the model it says without the trace, too
                 traced = make_fx(torch.func.functionalize(product))(
                     tuple(_state(model).values()), x, torch.ones_like(x)
                 )
-        except (
-            Exception
-        ) as error:  # whatever keeps a model from being traced: the ways without a trace compute the same
+        except Exception as error:  # whatever keeps a model from being traced: other ways compute the same
             if is_out_of_memory(error):
                 raise
             raise UntraceableError(first_line(error)) from error
@@ -199,9 +195,7 @@ class TracedPasses:
                 except RuntimeError as error:
                     if is_out_of_memory(error):
                         raise
-                    self._batched = (
-                        False  # an operation that torch would take one by one: then whole products, one by one
-                    )
+                    self._batched = False  # torch would take an operation one by one: then whole products
             products = []
             for slot, example in enumerate(examples.tolist()):
                 own = [values[example] for values in self._own]

@@ -16,9 +16,8 @@ from fastsal.methods.certified.state import State
 from fastsal.model.products import Passes
 from fastsal.tensor import reference
 
-CHECKS = (
-    2  # passes that rounding is looked at with: a random combination of the directions, and a mixture of the classes
-)
+# Passes that rounding is looked at with: a random combination of the directions, and a mixture of the classes.
+CHECKS = 2
 WORTHWHILE = 64  # with no more classes than this left, rows are about as cheap as any probing, and certain
 
 
