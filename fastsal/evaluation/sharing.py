@@ -1,4 +1,4 @@
-"""Work shared by processes: what they tell each other, and batches dealt to whoever is free, a few at a time."""
+"""Work shared by processes: what they tell each other, and batches dealt to the processes that are free, a few at a time."""
 
 import contextlib
 import importlib
@@ -73,7 +73,7 @@ class Team:
 
 
 class Bar:
-    """Progress with its rate and the time left, on the first process's standard error where a person watches."""
+    """Progress with its rate and the time left, on the first process's standard error where that is a terminal."""
 
     def __init__(self, team: Team, total: int, done: int, wanted: bool | None) -> None:
         shown = sys.stderr.isatty() if wanted is None else wanted

@@ -39,8 +39,8 @@ ORIGIN = (
 def bias_sums(model: nn.Module, x: Tensor) -> Tensor | None:
     """Σ ⟨b, ∂_b Ψʲ⟩ over all biases b, for every image and logit: float64 [B, n]; None where Euler's theorem says nothing.
 
-    For piecewise linear layers it equals Ψʲ − ⟨x, ∇Ψʲ⟩, here by another road: the derivative of the logits as all biases
-    grow in proportion.
+    For piecewise linear layers it equals Ψʲ − ⟨x, ∇Ψʲ⟩, but is computed without it: as the derivative of the logits as all
+    biases grow in proportion.
     """
     if not all(isinstance(module, HOMOGENEOUS) for module in model.modules() if not list(module.children())):
         return None
