@@ -1,8 +1,8 @@
 """Whole data sets: `evaluate` runs `analyze` on every example, on one process or several, into a folder that survives kills.
 
-Batch b holds the examples from b · batch_size on, whichever process analyses it and whatever is done, so that the finished table
-does not depend on how the work was shared or interrupted. Processes share through torch.distributed: the first lists what is
-missing, and a counter in the rendezvous store deals it out, a few batches at a time.
+Batch b holds the examples from b · batch_size on, whichever process analyses it and whatever is done already, so that the
+finished table does not depend on how the work was shared or interrupted. Processes share through torch.distributed: the
+first lists what is missing, and a counter in the rendezvous store deals it out, a few batches at a time.
 """
 
 import contextlib

@@ -1,9 +1,9 @@
 """A folder of results: Parquet shards, written atomically, each of which says what it was made from. Needs pyarrow.
 
 A shard holds the examples of consecutive batches, in order, and is called after the first and the last of them. So the files
-in the order of their names are the table in the order of its index, whichever process wrote which, and any reader of Parquet folders
-reads it. The metadata of every shard holds the same record under the key `fastsal`, in JSON: `made_from`, which says
-what the results depend on and must be the same in all, and what is worth knowing besides.
+in the order of their names are the table in the order of its index, and any reader of Parquet folders reads it. The
+metadata of every shard holds the same record under the key `fastsal`, in JSON: `made_from`, which says what the results
+depend on and must be the same in all, and what is worth knowing besides.
 """
 
 import contextlib
