@@ -135,7 +135,7 @@ def evaluate(
         share = held.enter_context(shards.locked(folder, alone=True)) if team.rank == 0 else None
 
         def survey() -> tuple[shards.Record, list[str]]:
-            shards.sweep(folder)
+            shards.remove_partial_files(folder)
             return origin, [shard.name for shard in shards.finished(folder, origin)]
 
         first, finished = team.decided(survey)

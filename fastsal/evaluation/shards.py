@@ -97,7 +97,7 @@ def locked(folder: Path, *, alone: bool) -> Iterator[Any]:
         yield lambda: lock(fcntl.LOCK_SH)
 
 
-def sweep(folder: Path) -> None:
+def remove_partial_files(folder: Path) -> None:
     """Removes the partial files of killed processes. Only under an exclusive lock."""
     for path in folder.iterdir():
         found = LEFT_BEHIND.fullmatch(path.name)
