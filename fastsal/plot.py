@@ -1,4 +1,4 @@
-"""Plots of `Geometry` results: one quantity against another, homogeneity, saliency maps. Needs matplotlib, on first use only.
+"""Plots of `Geometry` results: one quantity against another, saliency maps. Needs matplotlib, on first use only.
 
 Results come one at a time, or as a mapping from a name, which the legend shows, to each. `fastsal.load` gives the results in
 a folder that `fastsal.evaluate` wrote. A quantity is the name of a scalar of `Geometry`, or values of your own: [B] for one
@@ -215,36 +215,6 @@ def medians(
     for bars in (*drawn.lines[1], *drawn.lines[2]):
         bars.set_alpha(0.5)  # behind the medians, not over them
     _name_axes(ax, x, y)
-    return ax
-
-
-def homogeneity(results: Results, x: Quantity = "linearized_robustness", *, ax: Any = None) -> Any:
-    """Draws the median homogeneity of the predicted and of the binarised logit against a quantity; bars are quartiles.
-
-    A homogeneity of 1 means Ψ = ⟨x, ∇Ψ⟩. Where the binarised logit has it, alignment and linearised robustness coincide.
-
-    Args:
-        results: A `Geometry`, or a mapping from names to several.
-        x: The quantity along x.
-        ax: The matplotlib axes to draw on.
-
-    Returns:
-        The axes.
-
-    Raises:
-        ValueError, ImportError: As `scatter`.
-
-    Example:
-        >>> import torch, fastsal
-        >>> _ = torch.manual_seed(0)
-        >>> ax = fastsal.plot.homogeneity(fastsal.analyze(torch.nn.Linear(6, 3), torch.randn(50, 6)))
-    """
-    ax = _axes(ax)
-    style: dict[str, Any] = {"x_bars": False, "ax": ax}
-    medians(results, x, "homogeneity", label="predicted logit", **style)
-    medians(results, x, "binarized_homogeneity", label="binarised logit", color=COLORS[2], marker="s", **style)
-    ax.set(ylim=(0, 1.05), ylabel="homogeneity (1: homogeneous)")
-    ax.legend()
     return ax
 
 

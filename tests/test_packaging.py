@@ -214,8 +214,8 @@ def test_readme_starts_with_the_two_commands():
     )
 
 
-# Imports go one way, from the top down, and never between the modules of one line. A room is a module, or a package with all
-# that is in it but the rooms of its own that are listed.
+# Imports go one way, from the top down, and never between the modules of one line. A name stands for a module, or for a package
+# with all that is in it but what is listed by itself.
 LAYERS = (
     ("__main__",),
     ("cli",),
@@ -249,7 +249,7 @@ LEAVES = ("files", "tensor.reference", "validation")  # these import torch at mo
 
 
 class TestImportDirection:
-    def test_nothing_points_upward_or_in_a_circle(self):
+    def test_no_import_points_upward_or_closes_a_cycle(self):
         assert wrong_imports(PACKAGE) == []
 
     def test_every_room_exists(self):
@@ -333,15 +333,15 @@ def wrong_imports(package):
         files[".".join(parts[:-1] if parts[-1] == "__init__" and len(parts) > 1 else parts)] = path
     height = {name: height for height, names in enumerate(LAYERS) for name in names}
 
-    def room(module):
-        """The room that a module is in: the module itself, or the nearest package around it that is one."""
+    def listed(module):
+        """The name that stands for a module: its own, or that of the nearest package around it that is listed."""
         while module and module not in height:
             module = module.rpartition(".")[0]
         return module
 
     graph, wrong = {module: set() for module in files}, []
     for module, path in files.items():
-        mine, half = room(module), module.split(".")[0]
+        mine, half = listed(module), module.split(".")[0]
         if not mine:
             wrong.append(f"fastsal.{module} has no place in LAYERS")
             continue
@@ -354,7 +354,7 @@ def wrong_imports(package):
             while parts and ".".join(parts) not in {*files, "_cpu", "_cuda"}:
                 parts.pop()  # what is imported from the module
             target = ".".join(parts) or "__init__"
-            below, other = room(target), target.split(".")[0]
+            below, other = listed(target), target.split(".")[0]
             upward = height.get(below, -1) <= height[mine] and below != mine
             if upward or module in LEAVES or (half != other and {half, other} <= {*STRANGERS}):
                 wrong.append(f"fastsal.{module} imports fastsal.{target}")

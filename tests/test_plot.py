@@ -89,12 +89,6 @@ class TestMedians:
         quartiles = np.quantile(alignments, [0.25, 0.75], axis=1).T
         np.testing.assert_allclose([bar[:, 1] for bar in y_bars.get_segments()], quartiles)
 
-    def test_homogeneity(self, results, axes):
-        assert plot.homogeneity(results, ax=axes) is axes
-        for container, name in zip(axes.containers, ("homogeneity", "binarized_homogeneity"), strict=True):
-            want = [getattr(result, name).double().quantile(0.5).item() for result in results.values()]
-            np.testing.assert_allclose(points(container[0])[1], want)
-
 
 class TestSaliencyGrid:
     def test_one_signed_scale(self, results, images):

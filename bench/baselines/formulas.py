@@ -59,15 +59,9 @@ def eager_alone(logits: Tensor, jacobian: Tensor, x: Tensor) -> Outputs:
     return _least_ratio(logits, jacobian.float(), lambda g, rows: (g - rows).square().sum(2).sqrt())
 
 
-def cdist_direct(logits: Tensor, jacobian: Tensor, x: Tensor) -> Outputs:
-    """ρ̃ alone by torch.cdist's differences."""
-    mode = CDIST_MODES["direct"]
-    return _least_ratio(logits, jacobian.float(), lambda g, rows: torch.cdist(g, rows, compute_mode=mode).squeeze(1))
-
-
-def cdist_matmul(logits: Tensor, jacobian: Tensor, x: Tensor) -> Outputs:
-    """ρ̃ alone by torch.cdist's matrix product (its default for more than 25 rows)."""
-    mode = CDIST_MODES["matmul"]
+def cdist(name: str, logits: Tensor, jacobian: Tensor, x: Tensor) -> Outputs:
+    """ρ̃ alone by torch.cdist: by its differences, or its matrix product (its default for more than 25 rows)."""
+    mode = CDIST_MODES[name]
     return _least_ratio(logits, jacobian.float(), lambda g, rows: torch.cdist(g, rows, compute_mode=mode).squeeze(1))
 
 

@@ -70,7 +70,7 @@ def near_ties(generator: torch.Generator, examples: int, q: float = 2.0) -> tupl
 
 
 def outside_the_basis(generator: torch.Generator, examples: int) -> tuple[Tensor, Tensor]:
-    """One class decides, by a hair, and its gradient is at right angles to all others: its bound alone is on trial."""
+    """One class decides, by one part in a million, and its gradient is orthogonal to all others: its bound alone is tested."""
     rows = 0.02 * _normal(generator, examples, MANY, D)
     logits = -10 + 0.1 * _normal(generator, examples, MANY)
     logits[:, 0], logits[:, 1], logits[:, -1] = 0.0, -1.0, -12.0
@@ -78,10 +78,10 @@ def outside_the_basis(generator: torch.Generator, examples: int) -> tuple[Tensor
     direction = direction / direction.norm(dim=2, keepdim=True)
     rows[:, 1] = rows[:, 0] + direction[:, 0]  # ratio 1, among those that are evaluated first
     others = torch.cat((rows[:, :-1], direction[:, :1]), 1)
-    basis = torch.linalg.qr(others.mT[:, :, : D // 3]).Q  # at right angles to as many as leave room
-    lonely = direction[:, 1] - (basis @ (basis.mT @ direction[:, 1].unsqueeze(2))).squeeze(2)
-    lonely = lonely / lonely.norm(dim=1, keepdim=True)
-    rows[:, -1] = rows[:, 0] + lonely * 12.0 * (1 + 1e-6)  # ratio 1 - 1e-6
+    basis = torch.linalg.qr(others.mT[:, :, : D // 3]).Q  # orthogonal to as many as leave dimensions
+    orthogonal = direction[:, 1] - (basis @ (basis.mT @ direction[:, 1].unsqueeze(2))).squeeze(2)
+    orthogonal = orthogonal / orthogonal.norm(dim=1, keepdim=True)
+    rows[:, -1] = rows[:, 0] + orthogonal * 12.0 * (1 + 1e-6)  # ratio 1 - 1e-6
     return logits, rows
 
 
@@ -113,7 +113,7 @@ def near_ties_summed(generator: torch.Generator, examples: int) -> tuple[Tensor,
 
 
 def fitting_weights(generator: torch.Generator, examples: int, held: int = 8) -> tuple[Tensor, Tensor]:
-    """One class decides, by a hair, and nothing but chance makes its bound of the 1-norm too large.
+    """One class decides, by one part in a million, and nothing but chance makes its bound of the 1-norm too large.
 
     Its gradient is at right angles to all others, and its absolute entries are proportional to the squares of the weights,
     which are 0.2 and 6.6 times their mean: `held` of 64 coordinates, a power of two from 4 on, hold all other gradients.

@@ -82,7 +82,7 @@ def create(name: str) -> tuple[nn.Module, Tensor]:
             network = make()
         images = torch.randn(EXAMPLES, 3, size, size)
         with torch.no_grad():
-            if not network(images).any():  # some are born with a classifier of zeros
+            if not network(images).any():  # some begin with a classifier of zeros
                 for parameter in network.get_classifier().parameters():  # type: ignore[operator]
                     nn.init.normal_(parameter, std=0.02)
         return network, images

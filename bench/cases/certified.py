@@ -17,7 +17,7 @@ from bench import ROOT
 from bench.baselines.certified_models import CLASSES, STEPS, Images, accuracy, load
 from bench.baselines.jacobians import KINDS, Matrices, distances
 from bench.harness.case import Case
-from bench.harness.clock import interleaved, three, timed
+from bench.harness.clock import interleaved, quartiles, timed
 from bench.harness.store import Record
 from fastsal.methods.base import Question
 from fastsal.methods.certified import certify
@@ -103,7 +103,7 @@ def by_batch(norm: float) -> Record:
         }
         result = [run(x) for run in runs.values()][-1]
         passes = (result.vjps + result.jvps).double().mean().item()
-        exact, certified = (three(seconds)[1] for seconds in interleaved(runs, [x], budget=60.0, rounds=7).values())
+        exact, certified = (quartiles(seconds)[1] for seconds in interleaved(runs, [x], budget=60.0, rounds=7).values())
         faster = exact / certified
         found.append({"batch": batch, "passes": passes, "faster": faster, "rows a pass": CLASSES / faster / passes})
     return {"rows": found}

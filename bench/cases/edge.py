@@ -43,42 +43,20 @@ def _draw(scale: float = 1.0, n: int = CLASSES) -> Inputs:
     return logits * scale, jacobian * scale, 0.4 + 0.2 * torch.rand(2, SIZE, generator=generator)
 
 
-def _near_identical() -> Inputs:
-    logits, jacobian, x = _draw()
-    return 1e-4 * logits, jacobian[:, :1] * (1 + 1e-4 * jacobian), x
-
-
-def _tie() -> Inputs:
-    logits, jacobian, x = _draw()
-    return logits.scatter(1, logits.topk(2, 1).indices, 1.0), jacobian, x
-
-
-def _zero() -> Inputs:
-    logits, jacobian, x = _draw()
-    return torch.ones_like(logits), torch.zeros_like(jacobian), x
-
-
-def _flat() -> Inputs:
-    logits, jacobian, x = _draw()
-    return logits, torch.zeros_like(jacobian), x
-
-
-def _nan() -> Inputs:
-    logits, jacobian, x = _draw()
-    logits[1], jacobian[1] = math.nan, math.nan
-    return logits, jacobian, x
-
-
-def _masked() -> Inputs:
-    logits, jacobian, x = _draw()
-    return logits.scatter(1, logits.argmin(1, keepdim=True), -math.inf), jacobian, x
-
-
 def inputs() -> dict[str, Inputs]:
     """Every column of the table."""
     table = {f"gradients of {scale:.0e}".replace("e+", "e").replace("e-0", "e-"): _draw(scale) for scale in SCALES}
-    table |= {"rows 1e-4 apart": _near_identical(), "tie": _tie(), "0/0": _zero(), "no gradient": _flat()}
-    return table | {"NaN in one": _nan(), "a logit of −inf": _masked(), "n = 1": _draw(n=1)}
+    logits, jacobian, x = _draw()
+    kept = torch.tensor([1.0, math.nan])
+    return table | {
+        "rows 1e-4 apart": (1e-4 * logits, jacobian[:, :1] * (1 + 1e-4 * jacobian), x),
+        "tie": (logits.scatter(1, logits.topk(2, 1).indices, 1.0), jacobian, x),
+        "0/0": (torch.ones_like(logits), torch.zeros_like(jacobian), x),
+        "no gradient": (logits, torch.zeros_like(jacobian), x),
+        "NaN in one": (logits * kept.view(2, 1), jacobian * kept.view(2, 1, 1), x),
+        "a logit of −inf": (logits.scatter(1, logits.argmin(1, keepdim=True), -math.inf), jacobian, x),
+        "n = 1": _draw(n=1),
+    }
 
 
 class _Linear(nn.Module):
@@ -109,8 +87,7 @@ def answers() -> Iterator[tuple[str, Answer | str]]:
     yield from skipped.items()
     plain: dict[str, formulas.Formula] = {
         "eager torch": formulas.eager,
-        "torch.cdist, direct": formulas.cdist_direct,
-        "torch.cdist, matmul": formulas.cdist_matmul,
+        **{f"torch.cdist, {name}": functools.partial(formulas.cdist, name) for name in formulas.CDIST_MODES},
         "Gram by bmm": formulas.gram,
         "NumPy": formulas.numpy_alone,
     }

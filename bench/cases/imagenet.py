@@ -22,7 +22,7 @@ from bench.baselines.peers import PEERS
 from bench.cases.model import METHODS, STEP_LIMIT, VALUE_LIMIT, one_pass
 from bench.harness import clock, memory
 from bench.harness.case import Case
-from bench.harness.clock import three, timed
+from bench.harness.clock import quartiles, timed
 from bench.harness.store import Record
 
 BATCHES = {  # the size of a batch, and the p of the perturbation
@@ -130,8 +130,8 @@ def on_one_batch(
 
     What is extrapolated counts as right: its answers are checked where it is run in full, on one image.
     """
-    rounds, full = [value / len(x) for value in whole], three(whole)[1] <= LONG
-    row: Record = {"extrapolated": three(rounds)[1]}
+    rounds, full = [value / len(x) for value in whole], quartiles(whole)[1] <= LONG
+    row: Record = {"extrapolated": quartiles(rounds)[1]}
     if full:
         seconds, (answer, _) = timed(way.run, model, x)
         row |= {"rounds": [seconds / len(x)], **checked(way, answer.double(), truth)}
@@ -168,7 +168,7 @@ def record(case: str, tiny: bool = False) -> Record:
     more = clock.interleaved({name: runs[name] for name in (ONE_PASS, CERTIFIED)}, [batches], BUDGET)
     for name in more:
         times[name] += more[name]  # what a pass costs wants more rounds than a comparison with exact rows
-    one = three(times[ONE_PASS])[1] / batch
+    one = quartiles(times[ONE_PASS])[1] / batch
     for name, way in ways(norm).items():
         row = rows[name]
         if "status" in row:
@@ -183,12 +183,12 @@ def record(case: str, tiny: bool = False) -> Record:
             row["peak memory"] = memory.in_fresh_process(peak_memory, name, batch, norm, None, tiny)
             row["rounds"] = [value / len(images) for value in times[name]]
             if name == CERTIFIED:
-                row["start"] = max(0.0, first[name] - batch * three(row["rounds"])[1])
+                row["start"] = max(0.0, first[name] - batch * quartiles(row["rounds"])[1])
             if counts := [count for _, count in answers[name] if count is not None]:
                 passes = torch.cat(counts).double().mean().item()
                 row["passes of each"] = torch.cat(counts).tolist()
         if row["status"] == "right":
-            row["seconds"] = three(row["rounds"])
+            row["seconds"] = quartiles(row["rounds"])
             if "seconds" in rows[BASELINE]:
                 row["ratio"] = [value / rows[BASELINE]["seconds"][1] for value in row["seconds"]]
             if passes is not None:

@@ -84,8 +84,7 @@ def _reference(logits: Tensor, jacobian: Tensor, x: Tensor) -> formulas.Outputs:
 FORMULAS: dict[str, tuple[formulas.Formula, str]] = {
     "eager torch": (formulas.eager, ""),
     "eager torch, ρ̃": (formulas.eager_alone, "alone"),
-    "torch.cdist, direct": (formulas.cdist_direct, "ρ̃ alone"),
-    "torch.cdist, matmul": (formulas.cdist_matmul, "ρ̃ alone"),
+    **{f"torch.cdist, {name}": (functools.partial(formulas.cdist, name), "ρ̃ alone") for name in formulas.CDIST_MODES},
     "Gram by bmm": (formulas.gram, "ρ̃ alone"),
     "NumPy": (formulas.numpy_alone, "ρ̃ alone"),
 }

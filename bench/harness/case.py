@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from bench.harness import memory
-from bench.harness.clock import SLOW, Clock, OtherLoad, interleaved, three, timed, wall
+from bench.harness.clock import SLOW, Clock, OtherLoad, interleaved, quartiles, timed, wall
 from bench.harness.store import Record, Store
 
 # What a baseline raises where it cannot do a piece of work. The table reports it, and the others are measured.
@@ -120,9 +120,9 @@ def measure(case: Case, work: Work) -> Record:
     times |= interleaved(short, work.inputs, case.budget, clock=work.clock)
     baseline = work.implementations[0].name
     for name, seconds in times.items():
-        rows[name] |= {"seconds": three(seconds), "rounds": [float(f"{second:.4g}") for second in seconds]}
+        rows[name] |= {"seconds": quartiles(seconds), "rounds": [float(f"{second:.4g}") for second in seconds]}
         if baseline in times:
-            rows[name]["ratio"] = three([a / b for a, b in zip(seconds, times[baseline], strict=False)])
+            rows[name]["ratio"] = quartiles([a / b for a, b in zip(seconds, times[baseline], strict=False)])
     other = load.cores()
     if case.memory:
         for name in right:

@@ -17,7 +17,7 @@ SLOW = 5.0  # seconds: longer work runs once only, and the run that was checked 
 Run = Callable[[Any], object]
 
 
-def three(values: list[float]) -> list[float]:
+def quartiles(values: list[float]) -> list[float]:
     """Lower quartile, median, upper quartile."""
     return quantiles(values, n=4, method="inclusive") if len(values) > 1 else values * 3
 

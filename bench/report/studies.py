@@ -16,11 +16,6 @@ Columns = dict[str, Callable[[Record], str]]
 UNSTABLE = 1e-3  # a gradient that differs by more, relative to its norm, when its image comes in another batch
 
 
-def _parts(records: list[Record]) -> dict[tuple[str, str], Record]:
-    """Records of the level `certified` by norm and part."""
-    return {tuple(record["case"].split(", ", 1)): record for record in records}  # type: ignore[misc]
-
-
 def networks(found: dict[str, Record]) -> str:
     """Methods on trained networks, by the networks' kinds."""
     methods = list(dict.fromkeys(method for one in found.values() for method in one["passes"]))
@@ -49,7 +44,7 @@ def networks(found: dict[str, Record]) -> str:
 
 def certified(records: list[Record]) -> list[str]:
     """Trained networks of 1000 classes in both norms, how passes grow with the classes, and how often it errs."""
-    parts = _parts(records)
+    parts = {tuple(record["case"].split(", ", 1)): record for record in records}
     texts = []
     for norm in NORMS:
         texts += [

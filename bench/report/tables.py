@@ -1,7 +1,7 @@
 """Tables of what implementations did: everything about one case, and one figure of many cases side by side."""
 
 import math
-from collections.abc import Callable, Container, Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from statistics import median
 
@@ -69,8 +69,11 @@ FIGURES: dict[str, Cell] = {
 }
 
 
-def details(records: list[Record], known: Container[str] = ()) -> str:
-    """All that was found in one case: a line that says which, a table, and the notes, but for those that are `known`.
+Cells = tuple[str, dict[str, str]]  # a row of a table: what it is about, and its cells by their heads
+
+
+def _found(records: list[Record]) -> list[Cells]:
+    """All that was found in one case, a row for each implementation.
 
     The times of several numbers of threads stand side by side; the other figures are those of the last record.
     """
@@ -80,26 +83,33 @@ def details(records: list[Record], known: Container[str] = ()) -> str:
             if row["status"] != "skipped":
                 name = f"{row['implementation']}: {row['what']}" if "what" in row else row["implementation"]
                 shown.setdefault(name, []).append(row)
-    grid: dict[str, list[str]] = {}
-    for place, record in enumerate(records):
-        head = f"{count(record['threads'])}: time, and relative to {record['baseline']}"
-        grid[head] = [_or_nothing(_time, record, rows[place]) for rows in shown.values()]
-    for head, cell in FIGURES.items():
-        grid[head] = [_or_nothing(cell, records[-1], rows[-1]) for rows in shown.values()]
-    grid = {head: cells for head, cells in grid.items() if any(cells)}
-    rows = [list(cells) for cells in zip(shown, *grid.values(), strict=True)]
-    loads = [record["other load in cores"] or 0.0 for record in records]
-    busy = f"; other processes kept {max(loads):.1f} cores busy" if max(loads) >= 0.1 else ""
-    title = f"{records[0]['level']}: {records[0]['case']}, {', '.join(count(record['threads']) for record in records)}{busy}"
-    unknown = {name: why for name, why in notes(records[-1]).items() if name not in known}
-    return "\n\n".join([title, table(["implementation", *grid], rows), *reasons(unknown)])
+    found = []
+    for name, rows in shown.items():
+        cells = {
+            f"{count(record['threads'])}: time, and relative to {record['baseline']}": _or_nothing(_time, record, row)
+            for record, row in zip(records, rows, strict=True)
+        }
+        figures = {head: _or_nothing(cell, records[-1], rows[-1]) for head, cell in FIGURES.items()}
+        found.append((name, cells | figures))
+    return found
+
+
+def _grid(rows: list[Cells]) -> str:
+    """A table of these rows, without the columns in which nothing stands."""
+    heads = dict.fromkeys(head for _, cells in rows for head, cell in cells.items() if cell)
+    return table(["implementation", *heads], [[name, *(cells.get(head, "") for head in heads)] for name, cells in rows])
+
+
+def _busy(records: list[Record]) -> str:
+    load = max(record["other load in cores"] or 0.0 for record in records)
+    return f"; other processes kept {load:.1f} cores busy" if load >= 0.1 else ""
 
 
 def everything(record: Record) -> str:
     """All that is in a record, for a terminal."""
-    if "results" in record:
-        return details([record])
     title = f"{record['level']}: {record['case']}, {count(record['threads'])}"
+    if "results" in record:
+        return "\n\n".join([title + _busy([record]), _grid(_found([record])), *reasons(notes(record))])
     if record["level"] == "edge":
         return f"{title}\n\n{edge(record)}"
     figures = []
@@ -237,13 +247,18 @@ def figures(section: Section, records: list[Record]) -> list[str]:
 
 
 def every_case(records: list[Record]) -> list[str]:
-    """`details` of every case of a level, after the notes that all of them share."""
+    """All that was found in every case of a level, in one table, after the notes that all of them share."""
     cases: dict[str, list[Record]] = {}
     for record in records:
         cases.setdefault(record["case"], []).append(record)
     first, *others = map(notes, records)
     everywhere = {name: why for name, why in first.items() if all(other.get(name) == why for other in others)}
-    return [*reasons(everywhere), *(details(found, everywhere) for found in cases.values())]
+    rows: list[Cells] = []
+    own = {}
+    for case, found in cases.items():
+        rows += [(f"**{case}**{_busy(found)}", {}), *_found(found)]
+        own |= {f"{case}: {name}": why for name, why in notes(found[-1]).items() if name not in everywhere}
+    return [*reasons(everywhere), _grid(rows), *reasons(own)]
 
 
 def photographs(records: list[Record]) -> str:

@@ -1,6 +1,6 @@
 """Compiles every Triton kernel ahead of time, without a GPU, and lists registers, spills and shared memory.
 
-    python bench/tools/triton_matrix.py                    the full matrix: every launch of a range of shapes, odd ones too
+    python bench/tools/triton_matrix.py                    the full matrix: every launch of a range of shapes, uneven ones too
     python bench/tools/triton_matrix.py --default          what the tests compile: each kernel × dtype × norm once
     python bench/tools/triton_matrix.py --json matrix.json
 
@@ -39,7 +39,7 @@ TYPES = {
 }
 NORMS = (2.0, math.inf, 1.0)
 DTYPES = tuple(TYPES)[:4]
-# [B, n, D]: many segments; one; odd D, so that no address is aligned.
+# [B, n, D]: many segments; one; uneven D, so that no address is aligned.
 DEFAULT_SHAPE = (8, 100, 150528)
 SHAPES = (DEFAULT_SHAPE, (64, 10, 784), (4096, 100, 3072), (2, 3, 8191), (64, 10, 77))
 

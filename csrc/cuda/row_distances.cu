@@ -30,7 +30,7 @@ void row_distances(int norm, int dtype, uintptr_t anchor, int64_t anchor_stride_
   const Stream on(stream);
   const Shape shape = {B, n, D};
   const Vectors anchors = {{pointer<const void>(anchor), dtype}, anchor_stride_b};
-  // The anchor stands in for an x: two products beside the norm, which nobody reads.
+  // The anchor stands in for an x: two products beside the norm, which are not read.
   const RowSumsProblem p = {anchors, nullptr, {{pointer<const void>(rows), dtype}, stride_b, stride_n},
                             anchors, shape,   pointer<RowSums>(scratch),
                             nullptr};

@@ -4,11 +4,16 @@ import argparse
 import math
 
 
-def natural(text: str) -> int:
-    """An option's whole number from 0, for argparse."""
-    if not text.isdecimal():
-        raise argparse.ArgumentTypeError(f"got {text!r}, wants a whole number from 0")
+def natural(text: str, least: int = 0) -> int:
+    """An option's whole number, for argparse."""
+    if not text.isdecimal() or int(text) < least:
+        raise argparse.ArgumentTypeError(f"got {text!r}, wants a whole number from {least}")
     return int(text)
+
+
+def positive(text: str) -> int:
+    """An option's whole number from 1, for argparse."""
+    return natural(text, 1)
 
 
 def from_zero(text: str) -> float:
@@ -20,10 +25,3 @@ def from_zero(text: str) -> float:
     if not 0 <= value < math.inf:
         raise argparse.ArgumentTypeError(f"got {text!r}, wants a number from 0")
     return value
-
-
-def positive(text: str) -> int:
-    """Reads an option that is a whole number from 1, for argparse."""
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"got {text!r}, wants a whole number from 1")
-    return int(text)

@@ -183,7 +183,7 @@ def run(arguments: argparse.Namespace) -> int:
             _try(data, todo, arguments)
             print(f"{len(todo)} networks to train and attack (torch threads: {torch.get_num_threads()})", flush=True)
         centre = mean_image(data.train)
-        # disable=None: no bar where nobody watches
+        # disable=None: no bar where standard error is no terminal
         with extra("tqdm").tqdm(total=len(todo) * _steps(arguments), unit="step", disable=None) as bar:
             for recipe in recipes:
                 results.append(_result(recipe, data, arguments, shown, centre, bar))

@@ -1,8 +1,8 @@
 """Whole data sets: `evaluate` runs `analyze` on every example, on one process or several, into a folder that survives kills.
 
-Batch b holds the examples from b · batch_size on, whoever analyses it and whatever is done already, so that the finished table
-does not depend on how the work was shared or interrupted. Processes share through torch.distributed: the first lists what is
-missing, and a counter in the rendezvous store deals it out, a few batches at a time.
+Batch b holds the examples from b · batch_size on, whichever process analyses it and whatever is done already, so that the
+finished table does not depend on how the work was shared or interrupted. Processes share through torch.distributed: the
+first lists what is missing, and a counter in the rendezvous store deals it out, a few batches at a time.
 """
 
 import contextlib
@@ -90,9 +90,9 @@ def evaluate(
         chunk_size: As for `analyze`.
         backend: As for `analyze`.
         workers: How many processes read the data ahead; with 0 (default) this one reads.
-        save_every: Seconds between shards: what a kill costs at most, besides the batch in hand.
+        save_every: Seconds between shards: what a kill costs at most, besides the batch in flight.
         names: Names of the examples, such as their files, for the table and for messages.
-        progress: Whether to show a bar (with tqdm); None (default) does where a person watches.
+        progress: Whether to show a bar (with tqdm); None (default) does where standard error is a terminal.
 
     Returns:
         A `Summary`: quartiles of every quantity, for all and for each true class, accuracy, the share
@@ -135,7 +135,7 @@ def evaluate(
         share = held.enter_context(shards.locked(folder, alone=True)) if team.rank == 0 else None
 
         def survey() -> tuple[shards.Record, list[str]]:
-            shards.sweep(folder)
+            shards.remove_partial_files(folder)
             return origin, [shard.name for shard in shards.finished(folder, origin)]
 
         first, finished = team.decided(survey)

@@ -1,9 +1,9 @@
 """A folder of results: Parquet shards, written atomically, each of which says what it was made from. Needs pyarrow.
 
 A shard holds the examples of consecutive batches, in order, and is called after the first and the last of them. So the files
-in the order of their names are the table in the order of its index, whoever wrote which, and any reader of Parquet folders
-reads it. The metadata of every shard holds the same record under the key `fastsal`, in JSON: `made_from`, which says
-what the results depend on and must be the same in all, and what is worth knowing besides.
+in the order of their names are the table in the order of its index, and any reader of Parquet folders reads it. The
+metadata of every shard holds the same record under the key `fastsal`, in JSON: `made_from`, which says what the results
+depend on and must be the same in all, and what is worth knowing besides.
 """
 
 import contextlib
@@ -81,8 +81,8 @@ def locked(folder: Path, *, alone: bool) -> Iterator[Any]:
     """Holds a lock on the folder, which the system frees when the process ends, however that comes about.
 
     alone: against every other process, else beside others that share it, waiting for those that do not. Yields a function
-    that turns the former into the latter. A second run on the same folder is a RuntimeError. A file system without locks
-    goes without.
+    that turns the exclusive lock into a shared one. A second run on the same folder is a RuntimeError. Where the file system
+    has no locks, none is held.
     """
     with (folder / _LOCK).open("a") as file:
 
@@ -97,8 +97,8 @@ def locked(folder: Path, *, alone: bool) -> Iterator[Any]:
         yield lambda: lock(fcntl.LOCK_SH)
 
 
-def sweep(folder: Path) -> None:
-    """Removes what killed processes left half-written. Only under a lock of one's own."""
+def remove_partial_files(folder: Path) -> None:
+    """Removes the partial files of killed processes. Only under an exclusive lock."""
     for path in folder.iterdir():
         found = LEFT_BEHIND.fullmatch(path.name)
         if found and _NAME.fullmatch(found[1]):

@@ -1,4 +1,4 @@
-"""Work shared by processes: what they tell each other, and batches dealt to whoever is free, a few at a time."""
+"""Work shared by processes: what they tell each other, and batches dealt to the processes that are free, a few at a time."""
 
 import contextlib
 import importlib
@@ -72,12 +72,8 @@ class Team:
         return self._counters[name]
 
 
-def _same(value: Any) -> Any:
-    return value
-
-
 class Bar:
-    """Progress with its rate and the time left, on the first process's standard error where a person watches."""
+    """Progress with its rate and the time left, on the first process's standard error where that is a terminal."""
 
     def __init__(self, team: Team, total: int, done: int, wanted: bool | None) -> None:
         shown = sys.stderr.isatty() if wanted is None else wanted
@@ -98,16 +94,6 @@ class Bar:
         """Shows that this run has done so many examples."""
         if self.bar:
             self.bar.update(self.before + done - self.bar.n)
-
-
-class _Sampler:
-    """Batch numbers for the loader, drawn when it asks."""
-
-    def __init__(self, draw: Callable[[], Iterator[int]]) -> None:
-        self._draw = draw
-
-    def __iter__(self) -> Iterator[int]:
-        return self._draw()
 
 
 class Work:
@@ -137,9 +123,7 @@ class Work:
 
     def run(self, analysis: Analysis, workers: int, bar: Bar) -> None:
         """Analyses this process's part. What is done when anything is raised is saved first."""
-        loader = DataLoader(
-            self.batches, batch_size=None, sampler=_Sampler(self._deal), num_workers=workers, collate_fn=_same
-        )
+        loader = DataLoader(self.batches, batch_size=None, sampler=self._deal(), num_workers=workers)
         saved = start = time.monotonic()
         try:
             for done, batch in enumerate(loader, 1):

@@ -3,7 +3,6 @@
 import copy
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -14,15 +13,6 @@ from fastsal.files import extra
 
 ATTACKS = ("DeepFool", "gradient line search", "PGD", "DDN", "FMN", "Carlini-Wagner")
 BOX = 8.0  # far outside of [0, 1]: foolbox wants bounds, ρ has none
-
-
-@dataclass(frozen=True)
-class Robustness:
-    """rho [B], the smallest of `each` [B, attacks] (+inf where an attack failed); attack [B] says which of `ATTACKS`."""
-
-    rho: Tensor
-    attack: Tensor
-    each: Tensor
 
 
 def _foolbox_attacks() -> dict[str, tuple[Any, bool]]:
@@ -40,8 +30,10 @@ def _foolbox_attacks() -> dict[str, tuple[Any, bool]]:
 
 def robustness(
     model: nn.Module, x: Tensor, *, seed: int = 0, after_attack: Callable[[], None] = lambda: None
-) -> Robustness:
-    """An upper bound of ρ(x) = inf {‖e‖₂ : the prediction at x + e is another}, for every image of x [B, *S].
+) -> Tensor:
+    """Upper bounds of ρ(x) = inf {‖e‖₂ : the prediction at x + e is another}, for every image of x [B, *S] and attack.
+
+    float64 [B, attacks] in the order of `ATTACKS`; +inf where an attack failed.
 
     Every attack starts from the model's own prediction, right or wrong, and may leave [0, 1]: ρ knows neither the true
     class nor a box. What it finds is moved along the segment to x as near to x as still errs. Deterministic for a seed.
@@ -62,9 +54,7 @@ def robustness(
                 sizes = [scale * 2.0**-halvings for halvings in range(7)]
             found[name] = attack(foolbox_model, x, prediction, epsilons=sizes)[0]
             after_attack()
-    each = torch.stack([_smallest(model, x, prediction, found[name]) for name in ATTACKS], 1)
-    rho, attack = each.min(1)
-    return Robustness(rho, attack, each)
+    return torch.stack([_smallest(model, x, prediction, found[name]) for name in ATTACKS], 1)
 
 
 def robustness_in_box(model: nn.Module, x: Tensor) -> Tensor:

@@ -168,8 +168,8 @@ def checks(study: Study) -> list[str]:
         errors = np.stack([[r.columns[kind] for kind in kinds] for r in study.results]).max(1)
         over = int((errors > 1e-5).sum())
         lines.append(
-            f"β and β† of all {study.images} images of all {len(rows)} models beside Σ⟨b, ∂Ψ/∂b⟩, summed over the biases by "
-            f"another road: largest deviation {exact:.1e} of |Ψ| + Σ|xₖgₖ| in float64, {errors.max():.1e} in float32, which "
+            f"β and β† of all {study.images} images of all {len(rows)} models beside Σ⟨b, ∂Ψ/∂b⟩, computed from the biases "
+            f"alone: largest deviation {exact:.1e} of |Ψ| + Σ|xₖgₖ| in float64, {errors.max():.1e} in float32, which "
             f"rounds at 6e-8"
             + (
                 f"; {over} of {errors.size} are above 1e-5, at a kink, where rounding takes another branch"

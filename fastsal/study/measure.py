@@ -39,8 +39,8 @@ ORIGIN = (
 def bias_sums(model: nn.Module, x: Tensor) -> Tensor | None:
     """Σ ⟨b, ∂_b Ψʲ⟩ over all biases b, for every image and logit: float64 [B, n]; None where Euler's theorem says nothing.
 
-    For piecewise linear layers it equals Ψʲ − ⟨x, ∇Ψʲ⟩, here by another road: the derivative of the logits as all biases
-    grow in proportion.
+    For piecewise linear layers it equals Ψʲ − ⟨x, ∇Ψʲ⟩, but is computed without it: as the derivative of the logits as all
+    biases grow in proportion.
     """
     if not all(isinstance(module, HOMOGENEOUS) for module in model.modules() if not list(module.children())):
         return None
@@ -96,13 +96,13 @@ def measure(
     maps = analyze(model, x[shown], keep_saliency=True).saliency
     assert maps is not None
     columns = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
-    found = robustness(model, x, seed=seed, after_attack=after_attack)
-    columns["rho"] = found.rho
+    each = robustness(model, x, seed=seed, after_attack=after_attack)
+    columns["rho"] = each.amin(1)
     columns["rho in the box"] = robustness_in_box(model, x)
-    columns |= {f"rho {name}": found.each[:, slot] for slot, name in enumerate(ATTACKS)}
+    columns |= {f"rho {name}": each[:, slot] for slot, name in enumerate(ATTACKS)}
     arrays = {"image": np.arange(len(x)), "class": y.numpy()}
     arrays |= {name: column.detach().cpu().numpy() for name, column in columns.items()}
-    arrays["attack"] = np.array(ATTACKS)[found.attack.cpu().numpy()]
+    arrays["attack"] = np.array(ATTACKS)[each.argmin(1).cpu().numpy()]
     return arrays, maps.cpu().numpy()
 
 

@@ -1,7 +1,7 @@
 """torch.library operators with fake kernels, and the choice of a backend.
 
 The operators work on checked, flattened tensors (logits [B, n], jacobian [B, n, D], x [B, D]) and know nothing of gradients;
-geometry.py and pairwise.py put those on top. `row_distances` is the seam of the streaming path.
+geometry.py and pairwise.py put those on top. `row_distances` is what model level calls for every chunk of classes.
 """
 
 import functools

@@ -34,7 +34,7 @@ def test_unavailable_says_why(capsys, monkeypatch):
     assert "abacus     not available: no such machine" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("what", ["value", "index", "nan", "distance", "pairs", "seam"])
+@pytest.mark.parametrize("what", ["value", "index", "nan", "distance", "pairs", "row_distances"])
 def test_catches_a_broken_backend(capsys, monkeypatch, what):
     class Broken:
         unavailable = staticmethod(lambda: "")
@@ -66,7 +66,7 @@ def test_catches_a_broken_backend(capsys, monkeypatch, what):
 
         @staticmethod
         def row_distances(anchor, rows, norm):
-            return reference.row_distances(anchor, rows, norm) * (1 + (what == "seam") * 4e-6)
+            return reference.row_distances(anchor, rows, norm) * (1 + (what == "row_distances") * 4e-6)
 
     monkeypatch.setattr(check, "DTYPES", (torch.float32,))
     monkeypatch.setattr(check, "NORMS", (2.0,))

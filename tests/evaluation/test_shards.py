@@ -133,5 +133,5 @@ def test_sweep_takes_its_own_only(tmp_path):
     )
     for name in names:
         (tmp_path / name).touch()
-    shards.sweep(tmp_path)
+    shards.remove_partial_files(tmp_path)
     assert sorted(path.name for path in tmp_path.iterdir()) == sorted(names[1:])

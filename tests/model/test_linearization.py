@@ -35,7 +35,7 @@ class TestRows:
 
 
 def test_rows_per_example():
-    """The seam other methods stand on: each example its own classes, mixtures, no copy of the transposed rows."""
+    """What methods call: each example its own classes, mixtures, no copy of the transposed rows."""
     model, x = make("mlp", torch.float64, batch=3)
     _, jacobian = dense(model, x)
     classes = torch.tensor([[0, 4, 7], [3, 3, 3]])

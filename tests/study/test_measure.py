@@ -12,7 +12,7 @@ from fastsal.study.models import cnn
 
 
 def test_bias_sums(digits):
-    """Another road to β and β†, in float64 on both."""
+    """β and β† computed in another way, both in float64."""
     torch.manual_seed(0)
     model = cnn((1, 8, 8), 10, (4, 8), 16).double().eval()
     x = digits.test.x[:20].double()

@@ -65,7 +65,7 @@ def test_resumes_where_it_stopped(few, tmp_path, recipe):
         assert torch.equal(again[name], value)
 
 
-def test_half_written_checkpoint_never_counts(few, tmp_path, monkeypatch):
+def test_a_partial_checkpoint_never_counts(few, tmp_path, monkeypatch):
     path = tmp_path / "checkpoint.pt"
     with pytest.raises(StopError):
         run(few, Recipe(), path, stop=1)

@@ -109,7 +109,7 @@ __attribute__((always_inline)) static inline GroupSums<A, R> group_sums(const T*
       }
     }
   };
-  // The data goes to the second level cache: on its way to the first it would compete with the loads for fill buffers.
+  // Into the second level cache: a prefetch into the first would compete with the loads for fill buffers.
   // The function is always inline, since GCC takes one that only prefetches for pure and drops calls of it.
   auto prefetch = [&](int64_t k) __attribute__((always_inline)) {
     for (int r = 0; ahead && r < R; ++r) {

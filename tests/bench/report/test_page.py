@@ -100,12 +100,16 @@ def test_the_page_and_the_readme_say_what_the_figures_say():
 def test_every_time_error_and_memory_is_on_the_page_in_its_row_and_column():
     text, seen = the_page(), 0
     for record in records():
-        at = f"{record['level']}: {record['case']}, "
-        title = next(line for line in text.splitlines() if line.startswith(at))
-        assert words.count(record["threads"]) in title
-        head, _, *lines = re.search(r"(?:^\|.*\n)+", text[text.index(title) :], re.M)[0].splitlines()
-        heads, *lines = ([cell.strip() for cell in line.split("|")[1:-1]] for line in (head, *lines))
-        found = {line[0].partition(": ")[0]: dict(zip(heads, line, strict=True)) for line in lines}
+        _, _, section = text.partition(f"\n## {tables.SECTIONS[record['level']].title}\n")
+        section = section.partition("\n## ")[0]
+        every = section.partition("<details>")[2]
+        heads, _, *lines = (
+            [cell.strip() for cell in line.split("|")[1:-1]] for line in every.splitlines() if line.startswith("| ")
+        )
+        titles = [place for place, line in enumerate(lines) if line[0].startswith("**")]
+        start = next(place for place in titles if lines[place][0].startswith(f"**{record['case']}**"))
+        end = next((place for place in titles if place > start), None)
+        found = {line[0].partition(": ")[0]: dict(zip(heads, line, strict=True)) for line in lines[start + 1 : end]}
         time = next(name for name in heads if name.startswith(words.count(record["threads"])))
         for row in record["results"]:
             if row["status"] == "skipped":
@@ -123,7 +127,6 @@ def test_every_time_error_and_memory_is_on_the_page_in_its_row_and_column():
                 assert shown["error"] == f"{row['error']:.1e}"
             if "peak memory" in row:
                 assert shown["peak memory"] == f"{row['peak memory'] / 2**20:.0f} MiB"
-        section = text[: text.index(title)].rpartition("\n## ")[2]
         assert record["commit"] in section
         assert record["date"] in section
     assert seen > 250

@@ -21,7 +21,7 @@ def test_the_basis_is_orthonormal_though_the_rows_are_nearly_dependent():
     torch.testing.assert_close(gram, torch.eye(18, dtype=torch.float64).expand(3, -1, -1), atol=1e-14, rtol=0.0)
 
 
-def test_a_step_leaves_the_pilots_rest_and_room_for_others():
+def test_a_step_leaves_the_rest_of_the_pilot_probes_and_the_other_examples():
     """J times what the pilot probes have outside the basis, after every step that an example took; the others keep theirs."""
     logits, rows = problem(3, 100, 400)
     made = search(Matrices(logits, rows)).basis
