@@ -31,7 +31,7 @@ def to_long(tensor: Tensor) -> Any:
     return tensor.detach().cpu().double().numpy().astype(LONG)
 
 
-def _difference(a: Any, b: Any) -> Any:
+def difference(a: Any, b: Any) -> Any:
     """a − b; infinite where float64 would be."""
     d = a - b
     return np.where(np.abs(d) > np.finfo(np.float64).max, np.copysign(LONG(np.inf), d), d)
@@ -107,8 +107,8 @@ def geometry_truth(logits: Tensor, jacobian: Tensor, x: Tensor, p: float, runner
             nans = np.flatnonzero(np.isnan(scores))
             prediction = int(nans[0]) if len(nans) else int(np.argmax(scores))
             classes = [j for j in range(n) if j != prediction]
-            margins = [_difference(scores[prediction], scores[j]) for j in classes]
-            deltas = {j: _difference(rows[prediction], rows[j]) for j in classes}
+            margins = [difference(scores[prediction], scores[j]) for j in classes]
+            deltas = {j: difference(rows[prediction], rows[j]) for j in classes}
             ratios = [ratio(m, vector_norm(deltas[j], DUAL[p])) for m, j in zip(margins, classes, strict=True)]
             chosen = nearest(ratios, margins, classes) if runner_up is None else int(runner_up[b])
             slot = classes.index(chosen)
@@ -144,9 +144,9 @@ def pairwise_truth(logits: Tensor, jacobian: Tensor, x: Tensor | None, p: float)
                 if i == j:
                     values["margin"][b, i, i], values["alignment"][b, i, i] = np.inf, np.nan
                     continue
-                delta = _difference(rows[i], rows[j])
+                delta = difference(rows[i], rows[j])
                 distance = vector_norm(delta, DUAL[p])
-                differences[i, j] = _difference(scores[i], scores[j])
+                differences[i, j] = difference(scores[i], scores[j])
                 values["distance"][b, i, j] = distance
                 values["margin"][b, i, j] = ratio(differences[i, j], distance)
                 if x is not None:

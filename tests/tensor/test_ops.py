@@ -6,9 +6,10 @@ import cases
 import numpy as np
 import pytest
 import torch
+import truth
 from cases import each_dtype, each_kernel, each_norm, each_target
 from torch._subclasses.fake_tensor import FakeTensorMode
-from truth import DUAL, long_double, vector_norm
+from truth import DUAL, long_double
 
 import fastsal
 from fastsal.tensor import ops, reference
@@ -225,7 +226,7 @@ def test_row_distances(target, norm, dtype, scale):
         with cases.poisoned():
             got = ops.row_distances(anchor.to(target.device), jacobian.to(target.device), norm, target.backend)
         assert (got.shape, got.dtype) == ((3, 6), torch.float64)
-        difference = cases._difference(cases._long(anchor)[:, None], cases._long(jacobian))
-        want = np.apply_along_axis(vector_norm, 2, difference, DUAL[norm])
+        apart = truth.difference(truth.to_long(anchor)[:, None], truth.to_long(jacobian))
+        want = np.apply_along_axis(truth.vector_norm, 2, apart, DUAL[norm])
         cases.assert_close("row_distances", got, want, want, cases.tolerance(dtype))
     assert reference.dual(norm) == DUAL[norm]
