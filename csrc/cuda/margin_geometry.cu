@@ -17,8 +17,9 @@ constexpr int64_t kShortBytes = 16384;
 // much for its root; below this norm float32 products underflow.
 constexpr double kCloseSquaredGap = 0.25, kSmallNorm = 0x1p-50;
 
-template <class Out>
+template <class T>
 struct Problem {
+  using Out = Real<T>;
   Inputs in;
   int segments;
   const RowSums* sums_ptr;  // [B, n, segments], where a row's first is that of the whole row
@@ -37,9 +38,9 @@ __device__ bool cancels(const TwoRowSums& s) {
            squared_gap(s) > kCloseSquaredGap && squared_gap(s) < 5);
 }
 
-// Out is float, or double where the Jacobian is, whose sums have exponents of their own.
-template <int q, class Out>
-__global__ void __launch_bounds__(kThreads, 1) margin_geometry_finish_kernel(const __grid_constant__ Problem<Out> p) {
+template <int q, class T>
+__global__ void __launch_bounds__(kThreads, 1) margin_geometry_finish_kernel(const __grid_constant__ Problem<T> p) {
+  using Out = Real<T>;
   const int64_t n = p.in.n, D = p.in.D, b = blockIdx.x, i = p.indices_ptr[b];
   const Out* logits = p.logits_ptr + b * n;
   const double psi = logits[i];
@@ -52,12 +53,14 @@ __global__ void __launch_bounds__(kThreads, 1) margin_geometry_finish_kernel(con
   }
   best = nearest_of_block(best);
 
-  const Entries row_g = p.in.row(b, i), row_j = p.in.row(b, best.index), x = p.in.x_of(b);
-  const auto g = [=](int64_t k) { return row_g(k); };
-  const auto d = [=](int64_t k) { return row_g(k) - row_j(k); };
-  constexpr bool is_double = sizeof(Out) == sizeof(double);
+  const T* row_g = static_cast<const T*>(p.in.row(b, i).first);
+  const T* row_j = static_cast<const T*>(p.in.row(b, best.index).first);
+  const auto g = [=](int64_t k) { return static_cast<double>(real(row_g[k])); };
+  const auto d = [=](int64_t k) { return g(k) - real(row_j[k]); };
+  constexpr bool is_double = std::is_same_v<T, double>;  // its sums have exponents of their own
   TwoRowSums sums;
   if constexpr (is_double) {
+    const Entries x = p.in.x_of(b);
     sums.dot_g = scaled_dot(D, x, g), sums.dot_d = scaled_dot(D, x, d);
     sums.norm_g = scaled_norm<q>(D, g), sums.norm_d = scaled_norm<q>(D, d), sums.norm_x = scaled_norm<kPrimal<q>>(D, x);
   } else {
@@ -69,8 +72,8 @@ __global__ void __launch_bounds__(kThreads, 1) margin_geometry_finish_kernel(con
   if (is_double || cancels<q>(sums)) {
     const Unit unit_g = unit_of(sums.norm_g), unit_d = unit_of(sums.norm_d);
     gap = root<q>(join_parts<q>(D, [=](int64_t k) {
-      const double g_k = row_g(k), d_k = g_k - row_j(k), of_g = g_k * unit_g.power * unit_g.inverse;
-      return fold<q>(0.0, fma(d_k * unit_d.power, unit_d.inverse, -of_g));
+      const double of_g = g(k) * unit_g.power * unit_g.inverse;
+      return fold<q>(0.0, fma(d(k) * unit_d.power, unit_d.inverse, -of_g));
     }));
   } else {
     gap = sqrt(squared_gap(sums));
@@ -82,28 +85,25 @@ __global__ void __launch_bounds__(kThreads, 1) margin_geometry_finish_kernel(con
   for (int s = 0; s < kScalars; ++s) p.scalars_ptr[s * p.in.B + b] = static_cast<Out>(scalars[s]);
 }
 
-template <class Out>
-void launch_finish(const Inputs& in, uintptr_t sums, uintptr_t logits, uintptr_t scalars, uintptr_t indices,
-                   uintptr_t distances, uintptr_t stream) {
-  const Problem<Out> p = {in,
+}  // namespace
+
+void margin_geometry(const Inputs& in, uintptr_t sums, uintptr_t logits, uintptr_t scalars, uintptr_t indices,
+                     uintptr_t distances, uintptr_t stream) {
+  const int threads = in.D * in.jacobian.size() <= kShortBytes ? kShortThreads : kThreads;
+  with_type(in.jacobian.dtype, [&](auto type) {
+    using T = typename decltype(type)::type;
+    using Out = Real<T>;
+    const Problem<T> p = {in,
                           sum_segments(in),
                           pointer<const RowSums>(sums),
                           pointer<const Out>(logits),
                           pointer<Out>(scalars),
                           pointer<int64_t>(indices),
                           pointer<Out>(distances)};
-  const int threads = in.D * in.jacobian.size() <= kShortBytes ? kShortThreads : kThreads;
-  with_norm(in.norm, [&](auto q) {
-    launch(stream, "margin_geometry_finish_kernel", margin_geometry_finish_kernel<q.value, Out>, in.B, threads, p);
+    with_norm(in.norm, [&](auto q) {
+      launch(stream, "margin_geometry_finish_kernel", margin_geometry_finish_kernel<q.value, T>, in.B, threads, p);
+    });
   });
-}
-
-}  // namespace
-
-void margin_geometry(const Inputs& in, uintptr_t sums, uintptr_t logits, uintptr_t scalars, uintptr_t indices,
-                     uintptr_t distances, uintptr_t stream) {
-  const auto finish = in.jacobian.dtype == kFloat64 ? launch_finish<double> : launch_finish<float>;
-  finish(in, sums, logits, scalars, indices, distances, stream);
 }
 
 }  // namespace fastsal

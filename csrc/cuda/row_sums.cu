@@ -66,6 +66,11 @@ struct Segment {
   const T* rows[kGroupRows];
   Entries x;
   int length;
+
+  __device__ double x_at(int k) const {
+    const bool is_float = sizeof(T) == sizeof(float) || x.dtype == kFloat32;
+    return is_float ? static_cast<const float*>(x.first)[k] : real(static_cast<const T*>(x.first)[k]);
+  }
 };
 
 // A lane's sums of terms in float32.
@@ -143,7 +148,7 @@ template <int q, class T>
 __device__ __forceinline__ RowSums sum_in_float64(const Segment<T>& s, const T* row) {
   RowSums sums = {};
   for (int k = lane_id(); k < s.length; k += kWarpSize) {
-    const double g = real(s.anchor[k]), x = s.x(k), d = row ? g - static_cast<double>(real(row[k])) : g;
+    const double g = real(s.anchor[k]), x = s.x_at(k), d = row ? g - static_cast<double>(real(row[k])) : g;
     sums = {fold<q>(sums.norm, d), fma(x, d, sums.dot), row ? fma(g, d, sums.last) : fold<kPrimal<q>>(sums.last, x)};
   }
   return {join_lanes<q>(sums.norm), join_lanes<kL1>(sums.dot), join_lanes<kPrimal<q>>(sums.last)};
@@ -156,7 +161,7 @@ __device__ __forceinline__ bool terms_are_zero(const Segment<T>& s, const T* row
   bool all = true;
 #pragma unroll 4
   for (int k = lane_id(); k < s.length; k += kWarpSize) {
-    all &= real(s.anchor[k]) - real(row[k]) == 0 || (norm_is_known && s.x(k) == 0);
+    all &= real(s.anchor[k]) - real(row[k]) == 0 || (norm_is_known && s.x_at(k) == 0);
   }
   return __ballot_sync(kAllLanes, !all) == 0;
 }

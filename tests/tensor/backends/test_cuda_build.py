@@ -29,10 +29,10 @@ LOAD_OR_USE = re.compile(r"LDG|[FD]ADD|[FD]FMA|[FD]SETP|BRA|CALL")
 # Instructions at most, of sm_90: entry functions of each kernel, of one of them as it stands, and of its innermost loop that
 # loads most. They are what nvcc 13.0 made, and a little more.
 BUDGETS = {
-    "row_sums_kernel": (9, 3300, 470),
+    "row_sums_kernel": (9, 3150, 470),
     "row_sums_join_kernel": (3, 370, None),
     "row_norms_double_kernel": (3, 1200, None),
-    "margin_geometry_finish_kernel": (6, 5500, None),
+    "margin_geometry_finish_kernel": (12, 4400, None),
     "pairwise_margins_tile_kernel": (12, 2400, None),
     "pairwise_margins_project_kernel": (1, 750, None),
     "pairwise_margins_finish_kernel": (6, 2900, None),
@@ -44,7 +44,7 @@ BUDGETS = {
 }
 KERNELS = set(BUDGETS)
 FLOAT32_LOOP = 175  # of the pass over rows in float32: two steps of four rows
-FLOAT32_FINISH = 1650  # of the kernel that finishes an example below float64
+NARROW_FINISH = 1520  # of the kernel that finishes an example below float64
 REGISTERS = {"row_sums_kernel": 128, "margin_geometry_finish_kernel": 64}  # of the 65536 of a multiprocessor
 H200 = 132  # multiprocessors
 
@@ -149,13 +149,13 @@ def test_budgets(machine_code, record_property):
             loop = len(hot_loop(code))
             record_property(f"hot loop of {name}{of}", loop)
             assert loop <= (FLOAT32_LOOP if re.match(r"ILi\dEf", of) else BUDGETS[name][2]), (name, of, loop)
-        if name == "margin_geometry_finish_kernel" and re.match(r"ILi\dEf", of):
-            assert len(code) <= FLOAT32_FINISH, of
+        if name == "margin_geometry_finish_kernel" and not re.match(r"ILi\dEd", of):
+            assert len(code) <= NARROW_FINISH, of
     for name, found in sizes.items():
         entries, instructions, _ = BUDGETS[name]
         assert len(found) <= entries, name
         assert max(found) <= instructions, (name, found)
-    assert sum(map(len, sizes.values())) <= 47
+    assert sum(map(len, sizes.values())) <= 53
 
 
 @needs_module
