@@ -25,9 +25,8 @@ RATIOS = {  # what they are in the file, by the norm p
     2.0: "least ratio of all, least of the ten highest logits",
     math.inf: "the same for perturbations in the largest entry",
 }
-CLOSE = (
-    10  # classes looked at closely: the nearest, and the highest logits, as DeepFool does, the predicted one among them
-)
+# Classes looked at closely: the nearest, and the highest logits, as DeepFool does, the predicted one among them.
+CLOSE = 10
 
 
 class Normalised(nn.Module):

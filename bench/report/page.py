@@ -33,7 +33,7 @@ python -m bench report      # writes this page
 
 Implementations are timed in interleaved rounds on identical inputs, in one process, and no speed is reported before the answer
 has been checked against float64. The figures are medians over rounds, the ratios medians of the ratios within a round. A run
-that was interrupted or killed resumes, and `--out FILE` keeps the figures of two commits apart.
+that was interrupted or killed resumes. `pytest bench` runs the same cases under pytest-benchmark, to be stored and compared.
 
 Peers that are not installed are skipped. `pip install --no-deps -c constraints.txt torchattacks adv-lib` adds two that do not
 install in the usual way: one wants a version of requests from 2020, the other a package that no longer builds."""

@@ -4,7 +4,7 @@
 
 #include <cmath>
 
-#include "elements.cuh"
+#include "fastsal/half.h"
 
 namespace fastsal {
 
@@ -15,11 +15,6 @@ FASTSAL_HD inline float larger(float a, float b) {
   return bit_cast<float>(x > y ? x : y);
 }
 FASTSAL_HD inline double larger(double a, double b) { return b > a || b != b ? b : a; }
-
-FASTSAL_HD inline float magnitude(float v) { return bit_cast<float>(bit_cast<uint32_t>(v) & 0x7fffffffu); }
-FASTSAL_HD inline double magnitude(double v) { return bit_cast<double>(bit_cast<uint64_t>(v) & 0x7fffffffffffffffull); }
-FASTSAL_HD inline float multiply_add(float a, float b, float c) { return fmaf(a, b, c); }
-FASTSAL_HD inline double multiply_add(double a, double b, double c) { return fma(a, b, c); }
 
 // Joins the folds of two sets of entries.
 template <int q, class R>
@@ -35,9 +30,9 @@ FASTSAL_HD inline R join(R a, R b) {
 template <int q, class R>
 FASTSAL_HD inline R fold(R sum, R entry) {
   if constexpr (q == kL2) {
-    return multiply_add(entry, entry, sum);
+    return std::fma(entry, entry, sum);
   } else {
-    return join<q>(sum, magnitude(entry));
+    return join<q>(sum, std::fabs(entry));
   }
 }
 
@@ -67,7 +62,7 @@ struct Running {
   }
   // An infinite sum has lost NaN: it stays infinite.
   FASTSAL_HD inline double total() const {
-    return magnitude(sum) == INFINITY ? sum : static_cast<double>(sum) + static_cast<double>(lost);
+    return std::fabs(sum) == INFINITY ? sum : static_cast<double>(sum) + static_cast<double>(lost);
   }
 };
 

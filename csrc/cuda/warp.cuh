@@ -6,26 +6,20 @@
 
 #include "fastsal/nearest.h"
 #include "folds.cuh"
-#include "segments.cuh"
 
 namespace fastsal {
 
+constexpr int kWarpSize = 32;  // lanes
 constexpr unsigned kAllLanes = 0xffffffffu;
+
+FASTSAL_HD inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 __device__ __forceinline__ int lane_id() { return static_cast<int>(threadIdx.x % kWarpSize); }
 __device__ __forceinline__ int warp_id() { return static_cast<int>(threadIdx.x / kWarpSize); }
 
 __device__ __forceinline__ double exchange(double v, int distance) { return __shfl_xor_sync(kAllLanes, v, distance); }
-__device__ __forceinline__ int64_t exchange(int64_t v, int distance) {
-  return static_cast<int64_t>(__shfl_xor_sync(kAllLanes, static_cast<long long>(v), distance));
-}
 __device__ __forceinline__ Candidate exchange(const Candidate& c, int distance) {
-  return {exchange(c.ratio, distance), exchange(c.margin, distance), exchange(c.index, distance)};
-}
-// The value of one lane, for all of them.
-__device__ __forceinline__ double from_lane(double v, int lane) { return __shfl_sync(kAllLanes, v, lane); }
-__device__ __forceinline__ int64_t from_lane(int64_t v, int lane) {
-  return static_cast<int64_t>(__shfl_sync(kAllLanes, static_cast<long long>(v), lane));
+  return {exchange(c.ratio, distance), exchange(c.margin, distance), __shfl_xor_sync(kAllLanes, c.index, distance)};
 }
 
 // Joins the folds of `lanes` neighbouring lanes; each of them has the result.
@@ -49,8 +43,7 @@ __device__ __forceinline__ double join_lanes(double (&folds)[count]) {
       folds[i] = join<q>(kept, exchange(sent, distance));
     }
   }
-  for (; distance > 0; distance /= 2) folds[0] = join<q>(folds[0], exchange(folds[0], distance));
-  return folds[0];
+  return join_lanes<q>(folds[0], 2 * distance);
 }
 template <int count>
 __device__ __forceinline__ int row_of_lane(int lane) {
@@ -65,41 +58,31 @@ __device__ __forceinline__ void begin_unwritten(V& shared) {
 #endif
 }
 
-// Joins the folds of all threads of the block; each has the result.
+// Joins the values of all threads of the block; each has the result.
+template <class V, class Join>
+__device__ V join_threads(V v, Join join) {
+  __shared__ V of_warp[kWarpSize];
+  begin_unwritten(of_warp);
+#pragma unroll 1  // these instructions run once and cold
+  for (int distance = kWarpSize / 2; distance > 0; distance /= 2) v = join(v, exchange(v, distance));
+  if (lane_id() == 0) of_warp[warp_id()] = v;
+  __syncthreads();
+  v = of_warp[0];
+#pragma unroll 1
+  for (int warp = 1; warp < static_cast<int>(blockDim.x) / kWarpSize; ++warp) v = join(v, of_warp[warp]);
+  __syncthreads();  // of_warp may be used again
+  return v;
+}
 template <int q>
 __device__ double join_block(double fold) {
-  __shared__ double of_warp[kWarpSize];
-  begin_unwritten(of_warp);
-  fold = join_lanes<q>(fold);
-  if (lane_id() == 0) of_warp[warp_id()] = fold;
-  __syncthreads();
-  fold = of_warp[0];
-  for (int warp = 1; warp < static_cast<int>(blockDim.x) / kWarpSize; ++warp) fold = join<q>(fold, of_warp[warp]);
-  __syncthreads();  // of_warp may be used again
-  return fold;
+  return join_threads(fold, [](double a, double b) { return join<q>(a, b); });
 }
 
 __device__ __forceinline__ Candidate no_candidate() { return {INFINITY, INFINITY, INT64_MAX}; }
 
-__device__ __forceinline__ Candidate nearest_of_warp(Candidate best) {
-#pragma unroll 1  // these instructions run once and cold
-  for (int distance = kWarpSize / 2; distance > 0; distance /= 2) {
-    const Candidate other = exchange(best, distance);
-    if (is_nearer(other, best)) best = other;
-  }
-  return best;
-}
-
 // The nearest of the candidates of all threads of the block; each has the result.
-__device__ inline Candidate nearest_of_block(Candidate best) {
-  __shared__ Candidate of_warp[kWarpSize];
-  begin_unwritten(of_warp);
-  best = nearest_of_warp(best);
-  if (lane_id() == 0) of_warp[warp_id()] = best;
-  __syncthreads();
-  best = lane_id() < static_cast<int>(blockDim.x) / kWarpSize ? of_warp[lane_id()] : no_candidate();
-  __syncthreads();  // of_warp may be used again
-  return nearest_of_warp(best);
+__device__ inline Candidate nearest_of_block(const Candidate& best) {
+  return join_threads(best, [](const Candidate& a, const Candidate& b) { return is_nearer(b, a) ? b : a; });
 }
 
 }  // namespace fastsal

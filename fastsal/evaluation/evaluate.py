@@ -172,6 +172,11 @@ def evaluate(
             with Bar(team, batches.examples, len(done), progress) as bar:
                 Work(team, missing, batches, save, save_every).run(analysis, workers, bar)
         found = [folder / name for name in sorted({*finished, *itertools.chain(*team.gathered(written))})]
+        if (there := sum(len(shards.span(shard)) for shard in found)) != batches.examples:
+            raise RuntimeError(
+                f"out: {folder} holds {there} of {batches.examples} examples after all processes have ended; call again for "
+                "the others"
+            )
         about = shards.record(found[0])
         return summarize(shards.read(found), tuple(about["shape"]), about["classes"], f"{options['norm']:g}")
 

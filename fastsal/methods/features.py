@@ -157,8 +157,9 @@ def through_features(
         return calls[0][1].flatten(1)
 
     prediction, margin = nearest.prediction, nearest.margin
-    ratio = torch.zeros_like(margin)
-    cotangents, mixed = mixture(n, 0, margin.device).to(graph.logits.dtype), graph.x.new_zeros(B, D)
+    distance = torch.zeros_like(margin)
+    cotangents, mixed = graph.logits.new_zeros(1, B, n), graph.x.new_zeros(B, D)
+    weights = mixture(n, 0, margin.device)
     examples = torch.arange(B, device=prediction.device)
     tolerance = min(0.3, ROUNDING * torch.finfo(graph.x.dtype).eps)
     tile = max(1, TILE_BYTES // (min(size, B) * D * graph.x.element_size()))
@@ -172,11 +173,16 @@ def through_features(
         nothing = graph.x.new_zeros(len(jacobian), D)
         for first in range(0, n, tile):
             difference = (winner - weight[first : first + tile].double()).to(graph.x.dtype)
-            distance = ops.row_distances(nothing, difference @ jacobian, question.norm, question.backend)
-            ratio[part, first : first + tile] = reference.ratios(margin[part, first : first + tile], distance)
-        mixed[part] = (cotangents.to(weight.dtype) @ weight) @ jacobian
-    rows = graph.vjp(cotangents.expand(1, B, n)).squeeze(1)
-    if (gap := _disagreement(rows, mixed, ratio)) > tolerance:
+            distance[part, first : first + tile] = ops.row_distances(
+                nothing, difference @ jacobian, question.norm, question.backend
+            )
+        # Each class counts in units of the size by which an error of its gradient would be measured.
+        own = ops.row_distances(nothing, winner.to(graph.x.dtype) @ jacobian, question.norm, question.backend)
+        scale = torch.maximum(distance[part], own)
+        cotangents[0, part] = torch.where(scale > 0, weights * own / scale, weights).to(cotangents.dtype)
+        mixed[part] = ((cotangents[0, part].to(weight.dtype) @ weight).unsqueeze(1) @ jacobian).squeeze(1)
+    ratio = reference.ratios(margin, distance)
+    if (gap := _disagreement(graph.vjp(cotangents).squeeze(1), mixed, ratio)) > tolerance:
         reason = f"the gradients of the logits differ by {gap:.1e} from those of its input times its weights"
         if wanted is not None:
             raise ValueError(f"Exact: cannot go through the given head: {reason}; leave head=None for class rows")

@@ -61,9 +61,7 @@ class ModelPasses:
         self._large = sum(gradients) * len(examples) > KEPT
         self._traces = Traces(graph, gradients)
         self._products: TracedPasses | None = None
-        self._latest: tuple[np.ndarray, Tensor, Tensor] | None = (
-            None  # examples, cotangents and products of the latest VJPs
-        )
+        self._latest: tuple[np.ndarray, Tensor, Tensor] | None = None  # of the VJPs: examples, cotangents, products
 
     def _recorded(self, own: np.ndarray) -> Linearization:
         """The model at examples `own` of the batch, of which nothing else is held."""

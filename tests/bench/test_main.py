@@ -1,4 +1,4 @@
-"""`python -m bench`: one entry point to every level and command."""
+"""`python -m bench` and `pytest bench`: one entry point, and every implementation as a test."""
 
 import os
 import subprocess
@@ -48,3 +48,13 @@ def test_a_level_is_measured_into_a_file(tmp_path):
     nothing = python_m_bench("--quick", "--only", "no such case", "--out", str(tmp_path / "none.json"))
     assert nothing.stdout.endswith("s; figures in no file\n")
     assert not (tmp_path / "none.json").exists()
+
+
+def test_pytest_bench_finds_every_implementation(run_python):
+    done = run_python(
+        "-m", "pytest", str(ROOT / "bench"), "--quick", "--collect-only", "-q", "-c", str(ROOT / "pyproject.toml")
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    for case in cases.every(quick=True):
+        for one in case.make(True).implementations:
+            assert not one.name.isascii() or f", {one.name}]" in done.stdout

@@ -34,11 +34,11 @@
 using cudaError_t = int;
 using cudaStream_t = void*;
 constexpr cudaError_t cudaSuccess = 0;
+constexpr int CUDART_VERSION = 0;
 struct cudaFuncAttributes {};
 inline const char* cudaGetErrorString(cudaError_t) { return "emulated"; }
 inline cudaError_t cudaGetLastError() { return cudaSuccess; }
 inline cudaError_t cudaFuncGetAttributes(cudaFuncAttributes*, const void*) { return cudaSuccess; }
-inline cudaError_t cudaRuntimeGetVersion(int* version) { return *version = 0, cudaSuccess; }
 
 struct dim3 {
   unsigned x, y, z;
@@ -179,16 +179,6 @@ V __shfl_xor_sync(unsigned, V value, int distance) {
   return value;
 }
 
-template <class V>
-V __shfl_sync(unsigned, V value, int lane) {
-  static_assert(sizeof(V) == sizeof(uint64_t), "the emulation exchanges 64 bits");
-  uint64_t bits;
-  std::memcpy(&bits, &value, sizeof(bits));
-  bits = emulation::exchange(bits)[lane];
-  std::memcpy(&value, &bits, sizeof(bits));
-  return value;
-}
-
 inline unsigned __ballot_sync(unsigned, int predicate) {
   const uint64_t* values = emulation::exchange(predicate != 0);
   unsigned ballot = 0;
@@ -200,15 +190,6 @@ template <class V>
 V __ldg(const V* from) {
   if (reinterpret_cast<uintptr_t>(from) % sizeof(V)) emulation::fail("a misaligned load");
   return *from;
-}
-
-inline void __threadfence() {}
-
-template <class V>
-V atomicAdd(V* at, V value) {
-  const V before = *at;
-  *at += value;
-  return before;
 }
 
 struct cudaLaunchConfig_t {

@@ -1,7 +1,7 @@
 """The CUDA kernels on the CPU. As a pytest plugin: every test of `cases.each_target` runs on them.
 
-FASTSAL_EMULATED_CUDA names the module that `build` made. The tests' device stays "cpu"; only the launch context and the
-device's size are replaced in fastsal/tensor/backends/cuda.py, so that its own code runs too.
+FASTSAL_EMULATED_CUDA names the module that `build` made. The tests' device stays "cpu"; only the launch context is
+replaced in fastsal/tensor/backends/cuda.py, so that its own code runs too.
 """
 
 import contextlib
@@ -63,7 +63,6 @@ def replacements(module: ModuleType) -> dict[str, Any]:
         "_cuda": module,
         "_reason": "",
         "_launching": _launching,
-        "_multiprocessors": lambda device: 1,
         "unavailable": lambda: "",
         "why_not": lambda jacobian: "",
     }

@@ -53,23 +53,6 @@ def test_repeats_have_the_same_bits(backend, norm, dtype, shape):
 
 
 @each_backend
-@cases.each_norm
-@cases.each_dtype
-@pytest.mark.parametrize("D", [784, 5003])
-def test_forms_have_the_same_bits(backend, norm, dtype, D, monkeypatch):
-    """A thread or a block finishes an example; a block takes 16 segments of its pairs, or one."""
-    if backend != "cuda":
-        pytest.skip("the CUDA backend's choice")
-    arguments = inputs(4, 10, D, dtype=dtype)
-    results = []
-    for choice in (True, False):
-        monkeypatch.setattr(ops.BACKENDS["cuda"], "_short", lambda *_, choice=choice: choice)
-        monkeypatch.setattr(ops.BACKENDS["cuda"], "_by_segment", lambda *_, choice=choice: choice)
-        results.append(run_all(backend, *arguments, norm))
-    assert_all_same(*results)
-
-
-@each_backend
 def test_another_stream(backend):
     """The kernels wait for what their stream does first: a long fill of their inputs."""
     arguments = inputs(2, 10, 100_000)

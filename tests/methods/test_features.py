@@ -5,6 +5,7 @@ import math
 import pytest
 import torch
 from torch import nn
+from torch.nn import functional
 
 from fastsal import Exact, analyze
 from fastsal.tensor import reference
@@ -170,3 +171,29 @@ def test_hooks_are_gone_afterwards():
     model, x = make("mlp")
     analyze(model, x)
     assert not any(module._forward_hooks for module in model.modules())
+
+
+@pytest.mark.parametrize("big", [1.0, 1e7])
+def test_a_term_without_a_value_shows_among_larger_gradients(big):
+    """What one class gets beside the head, 0 with a gradient, is no smaller a mistake where other gradients are larger."""
+
+    class Beside(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.body, self.head = nn.Sequential(nn.Linear(30, 8), nn.Tanh()), nn.Linear(8, 100)
+
+        def forward(self, x):
+            logits, slope = self.head(self.body(x)), 5 * x.sum(1, keepdim=True)
+            return logits + functional.pad(slope - slope.detach(), (99, 0))
+
+    torch.manual_seed(0)
+    model, x = Beside().eval(), torch.randn(3, 30)
+    model.head.weight.data[10:99] *= big
+    with torch.no_grad():
+        model.head.bias += -model(x).amax(0) + torch.cat((torch.rand(10), -10 * big * torch.rand(89), torch.zeros(1)))
+    want = analyze(model, x, method=Exact(memory_limit=0))
+    assert (want.runner_up == 99).any()
+    with pytest.warns(UserWarning, match="taking class rows"):
+        found = analyze(model, x)
+    assert torch.equal(found.runner_up, want.runner_up)
+    torch.testing.assert_close(found.distances, want.distances)

@@ -15,7 +15,7 @@ from fastsal.methods.mixtures import mixture, stream
 
 SPARE = 8.0  # η in units of the largest disagreement that was seen
 UNSTABLE = 0.3  # η from which on bounds say nothing
-UNSEEN = 1e-3  # how much larger than η the slack may become for what a mixture of all classes does not show
+UNSEEN = 1e-3  # the slack grows beyond η, for what a mixture of all classes does not show, up to this
 
 
 class Rounding:
@@ -36,7 +36,7 @@ class Rounding:
         self.own = torch.zeros_like(state.unit)
         self.inconsistent = torch.zeros_like(state.seen)
         self.disagreement = torch.zeros_like(state.unit)
-        self._weights = mixture(state.n, seed, state.device)
+        self._seed, self._weights = seed, mixture(state.n, seed, state.device)
 
     def sizes(self, e: np.ndarray) -> Tensor:
         """About ‖g_j‖ of every class [e, n], from the basis and the pilot probes."""
@@ -67,12 +67,12 @@ class Rounding:
         eta = take(self.eta, e)
         return torch.maximum(eta, (eta * torch.linalg.vector_norm(self._weights)).clamp(max=UNSEEN))
 
-    def compare(self, e: np.ndarray, seed: int) -> None:
+    def compare(self, e: np.ndarray) -> None:
         """Compares one JVP along a random combination of all directions so far with the combination of their products."""
         if not len(e):
             return
         state, basis = self._state, self._basis
-        normal = stream(seed, "combination").standard_normal((1, basis.rank + PILOT_PROBES))
+        normal = stream(self._seed, "combination").standard_normal((1, basis.rank + PILOT_PROBES))
         combination = state.on_device(normal / np.linalg.norm(normal))
         inside, outside = combination[:, : basis.rank], combination[:, basis.rank :] / math.sqrt(state.passes.dimension)
         products = state.products(e, inside @ take(basis.directions, e) + outside @ basis.pilot_probes)

@@ -16,9 +16,8 @@ from fastsal.methods.certified.state import State
 from fastsal.model.products import Passes
 from fastsal.tensor import reference
 
-CHECKS = (
-    2  # passes that rounding is looked at with: a random combination of the directions, and a mixture of the classes
-)
+# Passes that rounding is looked at with: a random combination of the directions, and a mixture of the classes.
+CHECKS = 2
 WORTHWHILE = 64  # with no more classes than this left, rows are about as cheap as any probing, and certain
 
 
@@ -100,7 +99,7 @@ class Search:
             inside, outside = basis.parts(active)
         e = e[counts[e] > 0]
         counts[e[~rounding.trust(e)]] = 0
-        rounding.compare(e[counts[e] > 0], self.normals.seed)
+        rounding.compare(e[counts[e] > 0])
         return counts
 
     def probe(self, first: np.ndarray) -> None:

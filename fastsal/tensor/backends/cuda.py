@@ -4,20 +4,15 @@
 """
 
 import contextlib
-import functools
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from fastsal.tensor.backends import layout
 
-_MANY_EXAMPLES = 1024  # from which on one thread finishes an example of few and short rows
-_FEW_ROWS, _SHORT_BYTES = 64, 16384
-_FEW_WAVES = 4  # blocks for every multiprocessor below which pairwise_margins gives each segment of D its own
-
 _cuda, _reason = layout.imported("fastsal._cuda", "the native module fastsal._cuda")
-
 
 _devices_that_can: set[int] = set()  # a reason against a device is asked for anew each time: it may pass
 
@@ -67,57 +62,40 @@ def _launching(on: Tensor) -> Iterator[int]:
         yield torch.cuda.current_stream().cuda_stream
 
 
-@functools.cache
-def _multiprocessors(device: torch.device) -> int:
-    return torch.cuda.get_device_properties(device).multi_processor_count
+def _inputs(norm: float, rows: Tensor, x: Tensor | None) -> Any:
+    return _cuda.Inputs(*layout.native_arguments(norm, rows, (), layout.x_arguments(x)))
 
 
-def _scratch(on: Tensor, size: int) -> Tensor:
-    return torch.empty(size, dtype=torch.uint8, device=on.device)
+def _row_sums(inputs: Any, own: int, rows: Tensor, stream: int) -> Tensor:
+    """What csrc/cuda/ops.h describes under row_sums."""
+    sums = rows.new_empty(*rows.shape[:2], _cuda.sum_segments(inputs), 3, dtype=torch.float64)
+    _cuda.row_sums(inputs, own, sums.data_ptr(), stream)
+    return sums
 
 
 def row_distances(anchor: Tensor, rows: Tensor, norm: float) -> Tensor:
     with _launching(rows) as stream:
-        out = layout.empty_distances(rows)
-        scratch = _scratch(rows, _cuda.row_distances_scratch(layout.DTYPE_CODES[rows.dtype], *rows.shape))
-        arguments = layout.native_arguments(norm, rows, (anchor.data_ptr(), anchor.stride(0)))
-        _cuda.row_distances(*arguments, out.data_ptr(), scratch.data_ptr(), stream)
-    return out
-
-
-def _short(jacobian: Tensor) -> bool:
-    """Whether one thread finishes an example of margin_geometry, rather than a block."""
-    B, n, D = jacobian.shape
-    return B >= _MANY_EXAMPLES and n <= _FEW_ROWS and D * jacobian.element_size() <= _SHORT_BYTES
+        return _row_sums(_inputs(norm, rows, anchor), 0, rows, stream)[:, :, 0, 0].contiguous()
 
 
 def margin_geometry(logits: Tensor, jacobian: Tensor, x: Tensor, norm: float) -> tuple[Tensor, Tensor, Tensor]:
     with _launching(jacobian) as stream:
-        scores = layout.scores(logits, jacobian)
+        inputs, scores = _inputs(norm, jacobian, x), layout.scores(logits, jacobian)
         outputs = layout.empty_geometry(jacobian)
         torch.argmax(scores, 1, out=outputs[1][0])
-        arguments = layout.native_arguments(norm, jacobian, (scores.data_ptr(),), layout.x_arguments(x))
-        scratch = _scratch(jacobian, _cuda.margin_geometry_scratch(layout.DTYPE_CODES[jacobian.dtype], *jacobian.shape))
-        _cuda.margin_geometry(*arguments, *map(Tensor.data_ptr, outputs), _short(jacobian), scratch.data_ptr(), stream)
+        sums = _row_sums(inputs, outputs[1].data_ptr(), jacobian, stream)
+        _cuda.margin_geometry(inputs, *map(Tensor.data_ptr, (sums, scores, *outputs)), stream)
     return outputs
-
-
-def _by_segment(jacobian: Tensor) -> bool:
-    """Whether pairwise_margins gives each segment of D its own block, and not 16 of them, lest there be too few."""
-    blocks: int = _cuda.pairwise_margins_blocks(layout.DTYPE_CODES[jacobian.dtype], *jacobian.shape, False)
-    return blocks < _FEW_WAVES * _multiprocessors(jacobian.device)
 
 
 def pairwise_margins(
     logits: Tensor, jacobian: Tensor, x: Tensor | None, norm: float
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     with _launching(jacobian) as stream:
-        scores = layout.scores(logits, jacobian)
+        inputs, scores = _inputs(norm, jacobian, x), layout.scores(logits, jacobian)
         outputs = layout.empty_pairwise(jacobian, x)
-        arguments = layout.native_arguments(norm, jacobian, (scores.data_ptr(),), layout.x_arguments(x))
-        by_segment = _by_segment(jacobian)
-        scratch = _scratch(jacobian, _cuda.pairwise_margins_scratch(*jacobian.shape, by_segment))
-        _cuda.pairwise_margins(*arguments, *map(Tensor.data_ptr, outputs), by_segment, scratch.data_ptr(), stream)
+        scratch = jacobian.new_empty(_cuda.pairwise_margins_scratch(inputs), dtype=torch.uint8)
+        _cuda.pairwise_margins(inputs, *map(Tensor.data_ptr, (scratch, scores, *outputs)), stream)
     return outputs
 
 
@@ -125,10 +103,8 @@ def pairwise_backward(
     w: Tensor, v: Tensor | None, jacobian: Tensor, x: Tensor | None, norm: float
 ) -> tuple[Tensor, Tensor]:
     with _launching(jacobian) as stream:
-        w, v = w.contiguous(), None if v is None else v.contiguous()
-        outputs = layout.empty_gradients(jacobian, x)
-        before = w.data_ptr(), 0 if v is None else v.data_ptr()
-        arguments = layout.native_arguments(norm, jacobian, before, layout.x_arguments(x))
-        scratch = _scratch(jacobian, _cuda.pairwise_backward_scratch(layout.DUAL_CODES[norm], *jacobian.shape))
-        _cuda.pairwise_backward(*arguments, *map(Tensor.data_ptr, outputs), scratch.data_ptr(), stream)
+        inputs, outputs = _inputs(norm, jacobian, x), layout.empty_gradients(jacobian, x)
+        w, v = w.contiguous(), w.new_empty(0) if v is None else v.contiguous()  # an empty tensor's address is 0
+        scratch = jacobian.new_empty(_cuda.pairwise_backward_scratch(inputs), dtype=torch.uint8)
+        _cuda.pairwise_backward(inputs, *map(Tensor.data_ptr, (scratch, w, v, *outputs)), stream)
     return outputs

@@ -45,7 +45,7 @@ class TestRounding:
             return blind[e] if early else row_gap(self, e, classes, rows)
 
         monkeypatch.setattr(rounding.Rounding, "row_gap", early_rows_agree)
-        monkeypatch.setattr(rounding.Rounding, "compare", lambda self, e, seed: None)
+        monkeypatch.setattr(rounding.Rounding, "compare", lambda self, e: None)
         found = certify(passes, Certified(), Question(2.0))
         assert torch.equal(found.winners, clean.winners)
         assert found.certified.all()

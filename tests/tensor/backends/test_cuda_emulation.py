@@ -64,29 +64,14 @@ def test_values_of_every_backend(module_path, run_python):
     assert result.returncode == 0, result.stdout[-4000:] + result.stderr[-2000:]
 
 
-@each_norm
-@each_dtype
-@pytest.mark.parametrize(("B", "n", "D"), [(2, 10, 784), (35, 5, 2003), (1, 33, 40)])
-def test_a_thread_and_a_block_for_each_example_agree(kernels, monkeypatch, norm, dtype, B, n, D):
-    logits, jacobian, x = cases.inputs(B, n, D, dtype)
-    jacobian[0, 1:] = -jacobian[0, :1]  # whichever wins, the direction gap is 0 and takes another reading
-    results = []
-    for short in (True, False):
-        monkeypatch.setattr(cuda, "_short", lambda *_, short=short: short)
-        results.append(run_poisoned(kernels.margin_geometry, logits, jacobian, x, norm))
-    assert_all_same(*results)
-
-
 EMULATED = cases.Target("cuda", "cpu")
 
 
 @long_double
 @each_norm
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
-@pytest.mark.parametrize("short", [True, False])
-def test_segments_of_zeros(kernels, monkeypatch, norm, dtype, short):
+def test_segments_of_zeros(kernels, norm, dtype):
     """Padding: x, or all differences, are 0 over whole segments; infinities there make NaN."""
-    monkeypatch.setattr(cuda, "_short", lambda *_: short)
     logits, jacobian, x = cases.inputs(4, 5, 6000, dtype)
     jacobian[:, :, 2000:4200] = jacobian[:, :1, 2000:4200]
     x[1:, 4000:] = 0
@@ -132,8 +117,8 @@ def test_direction_gaps_with_and_without_another_reading(kernels, dtype, angle):
 
 
 @pytest.mark.parametrize(("B", "n", "D"), [(3, 4000, 4), (1, 40, 40000)])
-def test_many_blocks_for_an_example(kernels, B, n, D):
-    """The last of them to arrive selects the runner-up among what all have joined."""
+def test_many_rows_and_many_segments(kernels, B, n, D):
+    """More rows than a block has threads, and more segments than a warp has lanes."""
     logits, jacobian, x = cases.inputs(B, n, D, torch.float32)
     scalars, indices, distances = run_poisoned(kernels.margin_geometry, logits, jacobian, x, 2.0)
     truth, prediction, runner_up, want = reference.margin_geometry(logits, jacobian, x, 2.0)
@@ -143,24 +128,18 @@ def test_many_blocks_for_an_example(kernels, B, n, D):
 
 
 @each_norm
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_a_block_for_a_segment_or_for_a_part_agree(kernels, monkeypatch, norm, dtype):
-    arguments = (*cases.inputs(1, 5, 70_000, dtype), norm)
-    results = []
-    for by_segment in (True, False):
-        monkeypatch.setattr(cuda, "_by_segment", lambda *_, by_segment=by_segment: by_segment)
-        results.append(run_poisoned(kernels.pairwise_margins, *arguments))
-    assert_all_same(*results)
-
-
-@each_norm
-def test_pairs_do_not_depend_on_the_tile(kernels, norm):
-    """17 classes take the large tile, 16 the small one."""
-    logits, jacobian, x = cases.inputs(1, 17, 100, torch.float32)
-    large = kernels.pairwise_margins(logits, jacobian, x, norm)
-    small = kernels.pairwise_margins(logits[:, :16], jacobian[:, :16], x, norm)
-    for k in (0, 1, 4):
-        cases.assert_same(large[k][:, :16, :16], small[k])
+def test_an_example_does_not_depend_on_its_number_of_classes(kernels, norm):
+    """Rows of one segment and of many; pairs in one tile and in several; a block of the last kernel goes round or not."""
+    for D, count in ((300, 200), (40_000, 9)):
+        logits, jacobian, x = cases.inputs(1, count, D, torch.float32)
+        logits[:, 7:] -= 100
+        jacobian[:, 7:] *= 1e-3
+        many, few = ((logits[:, :n], jacobian[:, :n], x, norm) for n in (count, 7))
+        results = run_poisoned(kernels.margin_geometry, *many), run_poisoned(kernels.margin_geometry, *few)
+        assert_all_same((results[0][0], results[0][1], results[0][2][:, :7]), results[1])
+        results = run_poisoned(kernels.pairwise_margins, *many), run_poisoned(kernels.pairwise_margins, *few)
+        for k in (0, 1, 4):
+            cases.assert_same(results[0][k][:, :7, :7], results[1][k])
 
 
 @each_dtype
@@ -243,9 +222,9 @@ def test_an_example_does_not_depend_on_its_batch(kernels):
         assert_all_same((whole[0][:, b : b + 1], whole[1][:, b : b + 1], whole[2][b : b + 1]), one)
 
 
-def everything(kernels, dtype, norm):
+def everything(kernels, dtype, norm, D=1100):
     """The bits of every kernel."""
-    logits, jacobian, x = cases.inputs(2, 18, 1100, dtype)
+    logits, jacobian, x = cases.inputs(2, 18, D, dtype)
     jacobian[0] *= 1e-30 if dtype != torch.float16 else 1  # the slow paths too
     w = torch.randn(2, 18, 18, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
     return (
@@ -258,14 +237,13 @@ def everything(kernels, dtype, norm):
 
 @each_norm
 @each_dtype
-@pytest.mark.parametrize("short", [True, False])
-def test_order_of_threads_changes_no_bit(kernels, monkeypatch, norm, dtype, short):
-    """A missing barrier shows when the last thread and the last block go first."""
-    monkeypatch.setattr(cuda, "_short", lambda *_: short)
+@pytest.mark.parametrize("D", [1100, 8200])
+def test_order_of_threads_changes_no_bit(kernels, monkeypatch, norm, dtype, D):
+    """A missing barrier shows when the last thread and the last block go first. The longer rows take larger blocks."""
     monkeypatch.delenv("FASTSAL_EMULATION_REVERSE", raising=False)
-    forward = run_poisoned(everything, kernels, dtype, norm)
+    forward = run_poisoned(everything, kernels, dtype, norm, D)
     monkeypatch.setenv("FASTSAL_EMULATION_REVERSE", "1")
-    assert_all_same(forward, run_poisoned(everything, kernels, dtype, norm))
+    assert_all_same(forward, run_poisoned(everything, kernels, dtype, norm, D))
 
 
 @each_norm
@@ -330,7 +308,7 @@ def emulated_program(folder, kernel):
         f"""#include "launch.cuh"
         #include "warp.cuh"
         __global__ void kernel() {{ {kernel} }}
-        int main() {{ fastsal::Stream(0).launch("kernel", kernel, 2, 32); }}"""
+        int main() {{ fastsal::launch(0, "kernel", kernel, 2, 32); }}"""
     )
     includes = [f"-I{path}" for path in (TESTS / "cuda_emulation", CSRC / "cuda", CSRC / "include")]
     program = str(folder / "program")
