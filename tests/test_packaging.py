@@ -252,7 +252,7 @@ class TestImportDirection:
     def test_no_import_points_upward_or_closes_a_cycle(self):
         assert wrong_imports(PACKAGE) == []
 
-    def test_every_room_exists(self):
+    def test_every_listed_name_exists(self):
         """A name that no file has would hold nothing to its place."""
         for name in {name for names in LAYERS for name in names} - {"_cpu", "_cuda"}:
             path = PACKAGE.joinpath(*name.split("."))

@@ -18,7 +18,7 @@ from bench.harness.clock import timed
 from bench.harness.store import Record
 from fastsal import losses
 from fastsal.study.attacks import robustness
-from fastsal.study.data import Data, Held, load_digits
+from fastsal.study.data import Data, InMemory, load_digits
 from fastsal.study.models import cnn
 
 BATCH, ATTACKED = 64, 100
@@ -34,7 +34,7 @@ VARIANTS: dict[str, Loss | None] = {
 }
 
 
-def train(added: Loss | None, data: Data[Held], seed: int, epochs: int) -> nn.Module:
+def train(added: Loss | None, data: Data[InMemory], seed: int, epochs: int) -> nn.Module:
     """The network after training. Dropout counts in the cross-entropy; the margins are those of the whole network."""
     torch.manual_seed(seed)
     model = cnn(data.shape, data.classes, widths=(32, 64))
@@ -51,7 +51,7 @@ def train(added: Loss | None, data: Data[Held], seed: int, epochs: int) -> nn.Mo
     return model.eval()
 
 
-def measure(model: nn.Module, data: Data[Held]) -> dict[str, float]:
+def measure(model: nn.Module, data: Data[InMemory]) -> dict[str, float]:
     """Accuracy and median ρ̃ on all test images, median ρ on the first hundred."""
     with torch.no_grad():
         accuracy = (model(data.test.x).argmax(1) == data.test.y).double().mean().item()

@@ -15,7 +15,7 @@ import fastsal
 from bench.baselines import backends, formulas
 from bench.cases.tensor import LOOSE, draw, threads_on
 from bench.harness.case import QUICK, Case, Implementation, Work
-from bench.harness.clock import Clock, CudaEvents, wall
+from bench.harness.clock import clock_of
 from fastsal.tensor import reference
 from fastsal.tensor.tolerance import tolerance, worst
 
@@ -37,19 +37,17 @@ class Pairs(NamedTuple):
     nearest: Tensor
 
 
-def cdist(mode: str, jacobian: Tensor) -> Tensor:
-    """‖g_i − g_j‖ [B, n, n]."""
-    return torch.cdist(jacobian, jacobian, compute_mode=mode)
-
-
 def differences(jacobian: Tensor) -> Tensor:
-    """The same by subtraction, one row against all others at a time."""
+    """‖g_i − g_j‖ [B, n, n] by subtraction, one row against all others at a time."""
     rows = [(jacobian[:, i : i + 1] - jacobian).norm(dim=2) for i in range(jacobian.shape[1])]
     return torch.stack(rows, 1)
 
 
 DISTANCES: dict[str, Distances] = {
-    **{f"torch.cdist, {name}": functools.partial(cdist, mode) for name, mode in formulas.CDIST_MODES.items()},
+    **{
+        f"torch.cdist, {name}": lambda jacobian, mode=mode: torch.cdist(jacobian, jacobian, compute_mode=mode)
+        for name, mode in formulas.CDIST_MODES.items()
+    },
     "eager differences": differences,
 }
 
@@ -131,11 +129,7 @@ def forward(shape: tuple[int, int, int], tiny: bool, device: str = "cpu") -> Wor
         add(f"fastsal {name}", functools.partial(ours, name), tolerance(torch.float32))
     for name, distances in DISTANCES.items():
         add(name, functools.partial(margins, distances), LOOSE)
-    return Work(inputs, implementations, skipped, clock=_clock(inputs))
-
-
-def _clock(inputs: list[tuple[Tensor, Tensor]]) -> Clock:
-    return CudaEvents(inputs[0][1].device) if inputs[0][1].is_cuda else wall
+    return Work(inputs, implementations, skipped, clock=clock_of(device))
 
 
 def backward(shape: tuple[int, int, int], tiny: bool, device: str = "cpu") -> Work:
@@ -162,7 +156,7 @@ def backward(shape: tuple[int, int, int], tiny: bool, device: str = "cpu") -> Wo
             skipped[name] = f"keeps {size / 1e9:.0f} GB of differences for its backward"
         else:
             add(name, lambda _, jacobian, distances=distances: distances(jacobian), LOOSE)
-    return Work(inputs, implementations, skipped, clock=_clock(inputs))
+    return Work(inputs, implementations, skipped, clock=clock_of(device))
 
 
 def cases(quick: bool = False, device: str = "cpu") -> Iterator[Case]:

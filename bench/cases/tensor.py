@@ -16,7 +16,7 @@ import fastsal
 from bench.baselines import backends, formulas
 from bench.baselines.read_bandwidth import pure_read, read_in_tiles
 from bench.harness.case import QUICK, Case, Implementation, Work
-from bench.harness.clock import Captured, CudaEvents, wall
+from bench.harness.clock import Captured, clock_of
 from fastsal.tensor import reference
 from fastsal.tensor.tolerance import scaled_errors, tolerance, worst
 
@@ -126,8 +126,7 @@ def work(shape: tuple[int, int, int], dtype: torch.dtype, tiny: bool, device: st
     else:
         add("fastsal reference", lambda given: formulas.in_parts(_reference, *given), tolerance(dtype), "in float64")
     size = sum(tensor.numel() * tensor.element_size() for tensor in inputs[0][1:])
-    clock = wall if on_cpu else CudaEvents(inputs[0][1].device)
-    return Work(inputs, implementations, skipped, size, clock)
+    return Work(inputs, implementations, skipped, size, clock_of(device))
 
 
 def cases(quick: bool = False, device: str = "cpu") -> Iterator[Case]:

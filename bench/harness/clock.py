@@ -67,6 +67,11 @@ class CudaEvents:
         return milliseconds / 1e3 / repeats
 
 
+def clock_of(device: str) -> Clock:
+    """The clock of a CPU, or of this GPU."""
+    return wall if device.startswith("cpu") else CudaEvents(torch.device(device))
+
+
 class Captured:
     """The replay of a CUDA graph of `run` on the first input: no gaps that Python leaves between launches."""
 

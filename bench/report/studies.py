@@ -17,7 +17,7 @@ UNSTABLE = 1e-3  # a gradient that differs by more, relative to its norm, when i
 
 
 def networks(found: dict[str, Record]) -> str:
-    """Methods on trained networks, by the networks' kinds."""
+    """Methods on trained networks, by what the columns are called."""
     methods = list(dict.fromkeys(method for one in found.values() for method in one["passes"]))
 
     def cell(network: Record, method: str) -> str:
@@ -39,19 +39,13 @@ def networks(found: dict[str, Record]) -> str:
         [f"{few} candidates: share wrong, worst excess", *(missed(one, few) for one in found.values())]
         for few in ("top-1", "top-5", "top-10")
     ]
-    return table(["", *(NETWORKS[name] for name in found)], rows)
+    return table(["", *found], rows)
 
 
 def certified(records: list[Record]) -> list[str]:
     """Trained networks of 1000 classes in both norms, how passes grow with the classes, and how often it errs."""
     parts = {tuple(record["case"].split(", ", 1)): record for record in records}
-    texts = []
-    for norm in NORMS:
-        texts += [
-            f"Passes an example, median (95th percentile), and how many times faster than exact rows, {norm}, on networks "
-            f"trained for the purpose, {count(records[0]['threads'])}:",
-            networks({name: parts[norm, name] for name in NETWORKS}),
-        ]
+    trained = {f"{norm}: {words}": parts[norm, name] for norm in NORMS for name, words in NETWORKS.items()}
     batches: Columns = {
         "passes, mean": lambda row: f"{row['passes']:.0f}",
         "times faster": lambda row: times(row["faster"]),
@@ -69,7 +63,9 @@ def certified(records: list[Record]) -> list[str]:
         sum(row[key] for some in grown.values() for row in some) for key in ("certified and right", "examples")
     )
     return [
-        *texts,
+        "Passes an example, median (95th percentile), and how many times faster than exact rows, on networks trained for the "
+        f"purpose, {count(records[0]['threads'])}:",
+        networks(trained),
         "The first of these networks once its derivative has been traced, by the size of the batch: passes, times faster than "
         "exact rows, and what a pass costs in exact rows of the same batch:",
         _beside("batch", {norm: parts[norm, "batches"]["rows"] for norm in NORMS}, batches),

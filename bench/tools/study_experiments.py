@@ -143,7 +143,7 @@ def row(result: Result) -> dict[str, Any]:
 def judged(study: Study) -> list[dict[str, Any]]:
     """A row for each claim, with black and with the mean image at 0."""
     return [
-        {"at 0": origin, "claim": claim.text, "confirmed": "yes" if found.held else "no", "found": found.evidence}
+        {"at 0": origin, "claim": claim.text, "confirmed": "yes" if found.confirmed else "no", "found": found.evidence}
         for origin, one in {"black": study, "mean image": study.centred()}.items()
         for claim, found in verdicts(one)
     ]

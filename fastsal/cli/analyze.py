@@ -41,7 +41,6 @@ from fastsal.evaluation.summary import Summary
 from fastsal.files import Blame, CommandError, check_output, check_outside, extra, save_figure
 from fastsal.methods import METHODS
 from fastsal.model.calling import call
-from fastsal.tensor.geometry import Geometry
 
 FILES = (".csv", ".npz", ".parquet")
 PICTURES = (".pdf", ".png", ".svg")
@@ -171,12 +170,6 @@ def _say(summary: Summary, notes: list[str], arguments: argparse.Namespace) -> N
     print("\n".join([*notes, f"wrote {arguments.out}"]))
 
 
-def _picture(path: Path, geometry: Geometry) -> None:
-    figure = extra("matplotlib.figure").Figure(layout="constrained")
-    plot.scatter(geometry, ax=figure.subplots())
-    save_figure(figure, path, "--plot")
-
-
 def _check(arguments: argparse.Namespace) -> bool:
     """Says now, not after the work, what cannot be written. Returns whether the results go into a folder."""
     out = Path(arguments.out)
@@ -223,7 +216,10 @@ def run(arguments: argparse.Namespace) -> int:
             if not folder:
                 tables.write(Path(arguments.out), columns)
             if arguments.plot is not None:
-                _picture(arguments.plot, load(arguments.out) if folder else tables.as_geometry(columns))
+                figure = extra("matplotlib.figure").Figure(layout="constrained")
+                geometry = load(arguments.out) if folder else tables.as_geometry(columns)
+                plot.scatter(geometry, ax=figure.subplots())
+                save_figure(figure, arguments.plot, "--plot")
             _say(summary, [text for text in (note, loaded.note) if text], arguments)
     return 1 if first and summary.failed else 0  # torchrun ends all where one has another status than 0
 

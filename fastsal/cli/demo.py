@@ -18,7 +18,7 @@ from fastsal.analysis import analyze
 from fastsal.cli.clock import best_times
 from fastsal.files import check_output, extra, save_figure
 from fastsal.model.linearization import linearize
-from fastsal.study.data import Data, Held, load_digits
+from fastsal.study.data import Data, InMemory, load_digits
 from fastsal.study.train import Recipe, single_thread, train
 from fastsal.tensor import ops
 from fastsal.tensor.geometry import Geometry, margin_geometry
@@ -60,7 +60,7 @@ def network() -> nn.Sequential:
     )
 
 
-def measure(digits: Data[Held], penalty: float, seed: int, epochs: int) -> Measured:
+def measure(digits: Data[InMemory], penalty: float, seed: int, epochs: int) -> Measured:
     """Trains a network and analyses the whole test split with it."""
     with single_thread():
         model = train(network, digits, Recipe(penalty=penalty), seed=seed, epochs=epochs, batch_size=BATCH)
@@ -100,7 +100,7 @@ def accelerated(x: Tensor, models: list[nn.Module]) -> str:
     )
 
 
-def picture(digits: Data[Held], plain: Measured, penalised: Measured, out: Path) -> None:
+def picture(digits: Data[InMemory], plain: Measured, penalised: Measured, out: Path) -> None:
     """Draws the first test digit of each of eight classes, with the saliency maps of both networks beneath."""
     figure = extra("matplotlib.figure").Figure(figsize=(1.45 * SHOWN + 1.6, 5.6), layout="constrained")
     shown = [int((digits.test.y == digit).nonzero()[0]) for digit in range(SHOWN)]

@@ -28,9 +28,8 @@ def _devices() -> str:
 
 
 def _text(value: object) -> str:
-    words = {True: "yes", False: "no"}
     if isinstance(value, bool):
-        return words[value]
+        return "yes" if value else "no"
     return ", ".join(map(str, value)) if isinstance(value, list | tuple) else str(value)
 
 

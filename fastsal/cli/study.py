@@ -194,7 +194,7 @@ def run(arguments: argparse.Namespace) -> int:
     study = Study(data.name, len(data.train), len(data.test), data.test.batch(shown)[0], results)
     written = page.write(study, arguments.out)
     for claim, found in verdicts(study):
-        print(f"{'yes' if found.held else 'no ':3} {claim.text}: {found.evidence}")
+        print(f"{'yes' if found.confirmed else 'no ':3} {claim.text}: {found.evidence}")
     print("\n".join(checks(study)))
     print(f"wrote {written}")
     return 0

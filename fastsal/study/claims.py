@@ -15,7 +15,7 @@ CORRELATED = 0.5  # what a rank correlation must be, up or down, to speak for a 
 class Found:
     """Whether a claim is confirmed, its number in short, and what was found in a sentence."""
 
-    held: bool
+    confirmed: bool
     number: str
     evidence: str
 

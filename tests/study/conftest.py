@@ -4,7 +4,7 @@ import pytest
 from study.small import GRID
 
 from fastsal.cli import main
-from fastsal.study.data import Data, Held, load_digits
+from fastsal.study.data import Data, InMemory, load_digits
 from fastsal.study.train import single_thread
 
 
@@ -29,7 +29,7 @@ def digits():
 @pytest.fixture(scope="session")
 def few(digits):
     """Little to train on."""
-    return Data("few", Held(digits.train.x[:200], digits.train.y[:200]), digits.test, 10, (1, 8, 8))
+    return Data("few", InMemory(digits.train.x[:200], digits.train.y[:200]), digits.test, 10, (1, 8, 8))
 
 
 @pytest.fixture(scope="session")

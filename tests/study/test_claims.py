@@ -28,12 +28,12 @@ def made_up(alpha_power, homogeneity):
 
 
 def held(study):
-    return [found.held for _, found in verdicts(study)]
+    return [found.confirmed for _, found in verdicts(study)]
 
 
 def test_as_in_the_paper():
     found = verdicts(made_up(0.5, (0.9, 0.8, 0.7, 0.99)))
-    assert [one.held for _, one in found] == [True] * 6
+    assert [one.confirmed for _, one in found] == [True] * 6
     assert found[1][1].evidence == (
         "from plain to λ = 1, the most robust, median ρ grows 4.00 times and median α 2.00 times"
     )

@@ -6,7 +6,7 @@ import torch
 from torch import nn
 
 import fastsal
-from fastsal.study.data import Held
+from fastsal.study.data import InMemory
 from fastsal.study.measure import ORIGIN, accuracy, bias_sums, mean_image, measure
 from fastsal.study.models import cnn
 
@@ -73,7 +73,7 @@ def test_with_the_mean_image_at_0(digits):
 
 
 def test_accuracy_is_of_the_whole_split():
-    split = Held(torch.arange(600.0).view(-1, 1, 1, 1), torch.zeros(600, dtype=torch.int64))
+    split = InMemory(torch.arange(600.0).view(-1, 1, 1, 1), torch.zeros(600, dtype=torch.int64))
 
     def model(x):
         return torch.stack((450 - x.flatten(), x.flatten() * 0), 1)

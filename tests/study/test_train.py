@@ -7,7 +7,7 @@ from torch import nn
 
 from fastsal.files import CommandError
 from fastsal.study import train as training
-from fastsal.study.data import Data, Held
+from fastsal.study.data import Data, InMemory
 from fastsal.study.models import cnn
 from fastsal.study.train import Recipe, objective, train, worst_nearby
 
@@ -44,7 +44,7 @@ def test_resumes_where_it_stopped(few, tmp_path, recipe):
         run(few, recipe, path, stop=1)
     taken = []
 
-    class Breaking(Held):
+    class Breaking(InMemory):
         def batch(self, indices):
             taken.append(1)
             if len(taken) == 6:  # of four a epoch
@@ -147,7 +147,7 @@ def test_names():
 
 def test_penalty_is_the_mean_over_examples_of_each_own_loss(digits, monkeypatch):
     """One step of plain gradient descent against a penalty computed example by example."""
-    few = Data("few", Held(digits.train.x[:6], digits.train.y[:6]), digits.test, 10, (1, 8, 8))
+    few = Data("few", InMemory(digits.train.x[:6], digits.train.y[:6]), digits.test, 10, (1, 8, 8))
     monkeypatch.setattr(torch.optim, "Adam", lambda parameters: torch.optim.SGD(parameters, lr=1.0))
     monkeypatch.setattr(torch.optim.lr_scheduler, "OneCycleLR", lambda *_, **__: torch.optim.SGD([torch.zeros(1)]))
     trained = train(network, few, Recipe(penalty=0.7), seed=3, epochs=1, batch_size=64)

@@ -6,7 +6,6 @@ import pytest
 
 from bench import cases
 from bench.cases import tensor
-from bench.harness import clock
 from bench.report import tables
 
 NOT_ON_A_CPU = {"fastsal cuda", "fastsal triton"}
@@ -41,7 +40,6 @@ def test_every_case_has_a_title_of_its_own_and_can_be_made_in_another_process(qu
 
 def test_on_a_gpu_graphs_are_timed_too_and_one_number_of_threads(measured, monkeypatch):
     """Where "cpu:0" stands for a GPU, whose clock is a CPU's and whose graphs are plain calls."""
-    monkeypatch.setattr(tensor, "CudaEvents", lambda device: clock.wall)
     monkeypatch.setattr(tensor, "Captured", lambda run: run)
     for case in cases.every(cases.ON_A_GPU, quick=True, device="cpu:0"):
         assert case.threads == (None,)

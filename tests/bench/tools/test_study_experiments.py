@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from bench.tools import study_experiments as experiments
-from fastsal.study.data import Data, Held
+from fastsal.study.data import Data, InMemory
 from fastsal.study.train import Recipe
 
 
@@ -16,7 +16,7 @@ from fastsal.study.train import Recipe
 def data():
     """Too few images of noise to learn anything from, of a size that three poolings leave something of."""
     x, y = torch.rand(24, 1, 8, 8, generator=torch.Generator().manual_seed(0)), torch.arange(24) % 3
-    return Data("few", Held(x, y), Held(x[:9], y[:9]), 3, (1, 8, 8))
+    return Data("few", InMemory(x, y), InMemory(x[:9], y[:9]), 3, (1, 8, 8))
 
 
 def test_what_every_change_changes(data):
