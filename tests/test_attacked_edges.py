@@ -125,6 +125,30 @@ class TestSlack:
         assert chance_at_least(misses, self.BATCHES * self.E, self.DELTA) > REJECT
 
 
+@pytest.mark.parametrize("norm", [2.0, math.inf])
+@pytest.mark.parametrize(("classes", "precision"), [(6000, 2e-3), (2000, 6e-3), (1000, 1e-4)])
+def test_one_wrong_class_among_many_of_low_precision(classes, precision, norm):
+    """Products as 16 bits give them: what rounding may do to all classes together is as large as what is wrong with one."""
+    E, D = 4, 50
+    generator = torch.Generator().manual_seed(classes)
+    rows = torch.randn(E, classes, D, generator=generator, dtype=torch.float64)
+    logits = -1 - 3 * torch.rand(E, classes, generator=generator, dtype=torch.float64)
+    logits[:, 0], logits[:, -1] = 0.0, -1.1
+    other = rows * (1 + precision * torch.randn(rows.shape, generator=generator, dtype=torch.float64))
+    other[:, -1] *= 0.02
+    ratio = ratios(logits, rows, norm)
+    # The last class is the nearest by 20 %.
+    for _ in range(60):
+        far = ratio[:, -1] > 0.8 * ratio[:, :-1].amin(1)
+        rows[far, -1] *= 1.1
+        ratio = ratios(logits, rows, norm)
+    found, _ = reported(certify, Shrunk(logits, rows, other), Certified(), Question(norm))
+    least = ratio.amin(1)
+    reached = ratio.gather(1, found.winners[:, 1:]).squeeze(1)
+    assert (reached[found.certified] <= least[found.certified] * (1 + 1e-9)).all()
+    assert (found.lower_bound <= least * (1 + 1e-9)).all()
+
+
 def wrapped(value):
     return torch._C._functorch.is_functorch_wrapped_tensor(value)
 
