@@ -184,8 +184,8 @@ class TestMixture:
         """The certificates where products of one class are off by about `error` of their size; the answers are right."""
         torch.manual_seed(0)
         rows = torch.randn(self.N, self.D, dtype=torch.float64).expand(self.N, -1, -1).clone()
-        logits = (-2 - torch.rand(self.N, dtype=torch.float64)).expand(self.N, -1).clone()
-        logits[:, 0] = 0.0
+        logits = (-6 - 4 * torch.rand(self.N, dtype=torch.float64)).expand(self.N, -1).clone()
+        logits[:, 0], logits[:, 1] = 0.0, -1.0
         other, each = rows.clone(), torch.arange(self.N)
         other[each, each] += error * torch.randn(self.N, self.D, dtype=torch.float64)
         passes = Given(logits, rows, other)
@@ -197,9 +197,8 @@ class TestMixture:
     def test_no_class_is_left_out(self, norm):
         """Kills: one class left out of the mixture, whichever it is; and the check skipped."""
         found = self.found(1.0, norm=norm)
-        probed = found.jvps > 16
-        assert probed.double().mean() > 0.5
-        assert (found.disagreement > 0)[probed].all()
+        assert (found.jvps > 16).double().mean() > 0.9  # the predicted class and the highest others are seen first
+        assert (found.disagreement > 0).all()
         assert (found.vjps >= self.N).all()
 
     def test_small_errors_are_seen(self):
@@ -229,15 +228,18 @@ def test_a_part_that_is_another_model(pairs, norm):
     assert len(told) == 1
 
 
-@pytest.mark.parametrize("count", [2, 3, 5, 8])
+@pytest.mark.parametrize(("count", "together"), [(2, 8), (3, 8), (5, 8), (8, 8), (8, 4)])
 @pytest.mark.parametrize("method", [Exact(), ROWS, Candidates(3), Certified()], ids=str)
-def test_statistics_of_a_batch(method, count):
-    """Kills: the check for mixed examples weakened. Of two examples normalised together, no gradient shows the other one."""
+def test_statistics_of_a_batch(method, count, together):
+    """Kills: the check for mixed examples weakened. Of two examples normalised together, no gradient shows the other one.
+
+    Of a batch that is normalised four examples at a time, both halves have the logits of the whole.
+    """
     torch.manual_seed(0)
     net = nn.Sequential(nn.Linear(20, 30), nn.Tanh(), nn.Linear(30, 90)).double()
 
     def model(x):
-        return net(x + F.batch_norm(x, None, None, training=True))
+        return net(x + torch.cat([F.batch_norm(part, None, None, training=True) for part in x.split(together)]))
 
     with pytest.raises(ValueError, match="mixes the examples"):
         analyze(model, torch.randn(count, 20, dtype=torch.float64), method=method)
