@@ -219,7 +219,7 @@ __global__ void __launch_bounds__(kWarps* kWarpSize, 4)
   }
 }
 
-// The sums of a row from those of its segments, by `lanes` neighbouring threads, which take turns. They take the place
+// The sums of a row from those of its segments, by `lanes` neighbouring threads. They take the place
 // of the first's.
 template <int q>
 __global__ void __launch_bounds__(kJoinThreads) row_sums_join_kernel(const __grid_constant__ Problem p, int lanes) {
