@@ -63,7 +63,8 @@ class Rounding:
 
     def slack(self, e: np.ndarray) -> Tensor:
         """How far products may be off, [e], relative to the size of a gradient: as far as `verify` would not notice."""
-        return take(self.eta, e) * torch.linalg.vector_norm(self._weights)
+        slack: Tensor = take(self.eta, e) * torch.linalg.vector_norm(self._weights)
+        return slack
 
     def compare(self, e: np.ndarray) -> None:
         """Compares one JVP along a random combination of all directions so far with the combination of their products."""
