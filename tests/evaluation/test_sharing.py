@@ -9,12 +9,13 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 
 import fastsal
-from fastsal.evaluation import shards
+from fastsal.evaluation import shards, sharing
 from fastsal.evaluation.evaluate import in_memory
 from fastsal.evaluation.sharing import Team, Work
 
@@ -92,6 +93,28 @@ class TestDeal:
         work.flush()
         assert [part["index"].tolist() for part in saved] == [[0, 1, 2, 3], [6, 7, 8], [4, 5]]
         assert work.waiting == []
+
+
+def test_two_calls_in_one_process_group_count_apart(monkeypatch):
+    """Kills: a constant prefix in the store, with which a second call finds the first one's batches dealt already."""
+    counted = {}
+
+    class Store:
+        def add(self, key, amount):
+            counted[key] = counted.get(key, 0) + amount
+            return counted[key]
+
+    class Distributed:
+        distributed_c10d = SimpleNamespace(_get_default_store=Store)
+        is_available = is_initialized = staticmethod(lambda: True)
+        get_world_size, get_rank = staticmethod(lambda: 2), staticmethod(lambda: 0)
+        broadcast_object_list = staticmethod(lambda values: None)
+
+    monkeypatch.setattr(sharing, "dist", Distributed)
+    for _ in range(2):
+        work = Work(Team(), [*range(100)], None, None, 1.0)
+        assert next(work._deal()) == 0
+    assert [*counted.values()] == [1, 1]
 
 
 @pytest.fixture

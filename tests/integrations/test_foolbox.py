@@ -150,6 +150,26 @@ class TestSamePerturbations:
         assert torch.equal(ours[1::2], digits.images[1::2])
 
 
+class Overtaken(nn.Module):
+    """At 0 class 1 follows class 0 closely and class 2 does not; on the way to class 1, class 2 overtakes it."""
+
+    def forward(self, x):
+        way = x[:, 0]
+        return torch.stack((0 * way + 1, 0.9 + 0.05 * way.tanh(), 0.5 + 0.23 * way), 1)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_candidates_are_those_of_the_input(name):
+    """Kills: `among` dropped, with which a step would consider the highest logits of where it stands."""
+    model, x = foolbox.PyTorchModel(Overtaken().eval(), bounds=(-99, 99)), torch.zeros(2, 3, dtype=torch.float64)
+    theirs, ours = (attack.run(model, x, torch.tensor([0, 0])) for attack in attacks(name, candidates=2))
+    # foolbox adds 1e-8 to norms, here of 0.0035.
+    torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=0.0)
+    assert (ours[:, 0] > 10).all()
+    _, all_of_them = (attack.run(model, x, torch.tensor([0, 0])) for attack in attacks(name, candidates=3))
+    assert (all_of_them[:, 0] < 3).all()
+
+
 class TestWhereFoolboxErrs:
     @pytest.mark.parametrize("name", NAMES)
     @pytest.mark.parametrize("scale", [1e-12, 1e-30, 1e30])

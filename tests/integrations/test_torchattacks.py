@@ -136,6 +136,30 @@ class TestWhereTorchattacksErrs:
             fooled.append((digits.model(ours).argmax(1) != digits.labels).sum())
         assert fooled[1] >= fooled[0] > 0
 
+    def test_l1_depends_on_its_seed_alone(self, digits):
+        """Kills: the seed ignored. What was drawn before has no say, and another seed has other starts."""
+
+        def attacked(seed):
+            torch.rand(3)
+            return drop_in.FAB(digits.model, norm="L1", eps=2.0, steps=3, n_restarts=3, seed=seed)(
+                digits.images, digits.labels
+            )
+
+        assert torch.equal(attacked(7), attacked(7))
+        assert not torch.equal(attacked(7), attacked(8))
+
+    def test_l1_starts_again_at_random(self, monkeypatch, digits):
+        """Kills: a second start that is not random."""
+        starts, run = [], torchattacks.FAB.attack_single_run
+
+        def listed(self, x, y, use_rand_start=False):
+            starts.append(use_rand_start)
+            return run(self, x, y, use_rand_start=use_rand_start)
+
+        monkeypatch.setattr(drop_in.FAB, "attack_single_run", listed)
+        drop_in.FAB(digits.model, norm="L1", eps=0.5, steps=2, n_restarts=3)(digits.images, digits.labels)
+        assert starts == [False, True, True]
+
     @pytest.mark.parametrize("mode", ["targeted", "multi-targeted"])
     def test_l1_targeted(self, digits, mode):
         attack = drop_in.FAB(digits.model, norm="L1", eps=12.0, steps=10, multi_targeted=mode == "multi-targeted")

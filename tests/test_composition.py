@@ -1,0 +1,356 @@
+"""What only shows where parts meet: a second group, a second call, one odd example among good ones.
+
+Each test names the mutation that it is there to kill.
+"""
+
+import math
+import warnings
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from attacked import Scaled, assert_kept, assert_right, dense, ratios, reported
+from certificates import problem
+from torch import nn
+
+import fastsal
+from fastsal import Candidates, Certified, Exact, analyze, margin_geometry
+from fastsal.methods import base, certified
+from fastsal.methods.base import Question
+from fastsal.methods.certified import certify, norms
+from fastsal.model.linearization import Linearization, linearize
+from fastsal.model.products import ModelPasses
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+ROWS = Exact(memory_limit=0)
+
+
+def network(classes=120, entries=40, count=7, seed=0):
+    """A network in float64 and examples of very different margins."""
+    torch.manual_seed(seed)
+    model = nn.Sequential(nn.Linear(entries, 60), nn.Tanh(), nn.Linear(60, classes)).double().requires_grad_(False)
+    return model, torch.randn(count, entries, dtype=torch.float64) * torch.logspace(-1, 1, count).unsqueeze(1)
+
+
+@pytest.fixture
+def pairs(monkeypatch):
+    """Groups of two examples."""
+    monkeypatch.setattr(certified, "GROUP_BYTES", 0)
+
+
+class TestGroups:
+    @pytest.mark.parametrize("norm", [2.0, math.inf])
+    def test_logits_are_joined_in_the_order_of_the_examples(self, pairs, norm):
+        """Kills: the groups' logits joined in reverse."""
+        model, x = network()
+        found = assert_right(model, x, norm, rtol=1e-9)
+        want = analyze(model, x, norm=norm, method=ROWS)
+        for name in ("binarized_logit", "offset", "homogeneity", "bound"):
+            torch.testing.assert_close(getattr(found, name), getattr(want, name), rtol=1e-9, atol=1e-12)
+
+    def test_large_examples_take_more_than_one_group(self):
+        """Kills: an error wherever a batch needs a second group. No constant is changed."""
+        torch.manual_seed(0)
+        model, x = nn.Linear(60000, 70).double().requires_grad_(False), torch.randn(5, 60000, dtype=torch.float64)
+        held = certified.GROUP_BYTES // (8 * 20 * 60000)
+        assert held < 5
+        assert_right(model, x, rtol=1e-9)
+        assert fastsal.deepfool(model, x, method="certified").success.all()
+
+    def test_an_example_is_what_it_is_alone(self, pairs):
+        """Kills: a later group that reuses probes, or has others. Passes and bounds of an example tell which it saw."""
+        model, x = network()
+        found = analyze(model, x, method=Certified())
+        alone = [analyze(model, one, method=Certified()) for one in x.split(1)]
+        for name in ("vjps", "jvps", "runner_up"):
+            assert getattr(found, name).tolist() == [getattr(one, name).item() for one in alone]
+        limited = analyze(model, x, method=Certified(max_passes=24))
+        alone = torch.cat([analyze(model, one, method=Certified(max_passes=24)).lower_bound for one in x.split(1)])
+        assert (~limited.certified).any()
+        torch.testing.assert_close(limited.lower_bound, alone, rtol=1e-9, atol=0.0)
+
+    def test_later_groups_see_the_same_probes(self, monkeypatch, pairs):
+        """Kills the same: directions outside of every basis are those of the first group."""
+        drawn, draw = [], certified.Search.__init__
+
+        def listed(self, *arguments):
+            draw(self, *arguments)
+            drawn.append(self.normals)
+
+        monkeypatch.setattr(certified.Search, "__init__", listed)
+        model, x = network()
+        analyze(model, x, method=Certified())
+        assert len(drawn) == 4
+        for normals in drawn:
+            assert torch.equal(normals.probes(30), drawn[0].probes(30))
+            assert torch.equal(normals.pilot_probes, drawn[0].pilot_probes)
+            both = torch.cat((normals.pilot_probes, normals.probes(30)))
+            assert (both @ both.T / 40 - torch.eye(32)).abs().max() < 1  # no probe comes twice
+
+
+class TestSlack:
+    @pytest.mark.parametrize("count", [12, 40])
+    def test_both_parts_are_widened(self, count):
+        """Kills: slack by the basis part alone, or by the probes alone. Products are off by all that η allows."""
+        generator = torch.Generator().manual_seed(count)
+        eta, E, n = 0.02, 50, 40
+        sizes = torch.rand(3, E, n, generator=generator, dtype=torch.float64)
+        known, rest, own = sizes[0], sizes[1], sizes[2, :, :1] * 3
+        length = (known**2 + rest**2).sqrt()
+        typical = torch.rand(E, generator=generator, dtype=torch.float64)
+        # The gradient of class j is as large as it may be: that of the predicted one and the difference.
+        error = eta * (torch.maximum(own + length, typical.unsqueeze(1)) + torch.maximum(own, typical.unsqueeze(1)))
+        seen, sums = (known - error).clamp(min=0), count * (rest - error).clamp(min=0).square()
+        quantile = torch.full((E, 1), float(count), dtype=torch.float64)
+        etas = torch.full((E,), eta, dtype=torch.float64)
+        upper = norms.widened(seen.square(), sums, etas, own.squeeze(1), typical, count, quantile)
+        assert (upper[0] >= known.square() * (1 - 1e-12)).all()
+        assert (upper[1] >= rest.square() * (1 - 1e-12)).all()
+        assert (upper[2] >= error * (1 - 1e-12)).all()
+        assert (upper[2] <= 1.5 * error).all()
+
+
+class OddOne(nn.Module):
+    """Forward mode is wrong in some classes at examples whose first entry is large."""
+
+    def __init__(self, times=3000.0):
+        super().__init__()
+        self.net, self.times = network()[0], times
+        self.net[2].weight[-9:] *= 0.03
+
+    def forward(self, x):
+        logits = self.net(x)
+        times = torch.where(x.detach()[:, :1] > 8, self.times, 1.0)
+        return torch.cat((logits[:, :-9], Scaled.apply(logits[:, -9:], times)), 1)
+
+
+@pytest.mark.parametrize("place", range(4))
+def test_one_odd_example_among_good_ones(place):
+    """Kills: `good.any()` for the mask of each example in `check`, and one mixture for the whole group."""
+    model, x = OddOne(), torch.randn(4, 40, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    x[place, 0] = 9.0
+    found, told = reported(assert_right, model, x, rtol=1e-9)
+    odd = torch.arange(4) == place
+    assert (found.runner_up >= 111).tolist() == odd.tolist()
+    assert ((found.vjps + found.jvps >= 120) == odd).all()
+    assert "1 of 4 examples" in told[0]
+
+
+class Given:
+    """The passes of given Jacobians [E, n, D] whose forward mode is that of others."""
+
+    pairs = 256
+
+    def __init__(self, logits, rows, other):
+        self.logits, self.rows, self.other, self.dimension = logits, rows, other, rows.shape[2]
+        self.taken = {"vjp": 0, "jvp": 0, "mixed": 0}
+
+    def vjp(self, examples, cotangents):
+        self.taken["vjp"] += cotangents.shape[1]
+        self.taken["mixed"] += int(((cotangents != 0).sum(2) > 1).sum())
+        return cotangents @ self.rows[examples]
+
+    def jvp(self, examples, directions):
+        self.taken["jvp"] += directions.shape[1]
+        return directions @ self.other[examples].mT
+
+    def distrust(self):
+        pass
+
+
+@pytest.mark.parametrize("max_passes", [None, 45])
+@pytest.mark.parametrize("norm", [2.0, math.inf])
+def test_every_pass_is_counted(norm, max_passes):
+    """Kills: pass counts without the range finder's."""
+    mixed = 0
+    for seed in range(6):
+        logits, rows = problem(1, 400, 100, seed, decay=1.0)
+        passes = Given(logits, rows, rows)
+        found = certify(passes, Certified(max_passes=max_passes), Question(norm))
+        assert (found.vjps.item(), found.jvps.item()) == (passes.taken["vjp"], passes.taken["jvp"])
+        assert max_passes is None or found.vjps + found.jvps <= max_passes
+        mixed += passes.taken["mixed"]
+    assert mixed > (12 if max_passes is None else 0)  # more than the check of each example
+
+
+class TestMixture:
+    """Each example has one class of its own whose products are wrong."""
+
+    N, D = 160, 30
+
+    def found(self, error, norm=2.0):
+        """The certificates where products of one class are off by about `error` of their size; the answers are right."""
+        torch.manual_seed(0)
+        rows = torch.randn(self.N, self.D, dtype=torch.float64).expand(self.N, -1, -1).clone()
+        logits = (-2 - torch.rand(self.N, dtype=torch.float64)).expand(self.N, -1).clone()
+        logits[:, 0] = 0.0
+        other, each = rows.clone(), torch.arange(self.N)
+        other[each, each] += error * torch.randn(self.N, self.D, dtype=torch.float64)
+        passes = Given(logits, rows, other)
+        found, _ = reported(certify, passes, Certified(), Question(norm))
+        assert torch.equal(found.winners[:, 1], ratios(logits, rows, norm).argmin(1))
+        return found
+
+    @pytest.mark.parametrize("norm", [2.0, math.inf])
+    def test_no_class_is_left_out(self, norm):
+        """Kills: one class left out of the mixture, whichever it is; and the check skipped."""
+        found = self.found(1.0, norm=norm)
+        probed = found.jvps > 16
+        assert probed.double().mean() > 0.5
+        assert (found.disagreement > 0)[probed].all()
+        assert (found.vjps >= self.N).all()
+
+    def test_small_errors_are_seen(self):
+        """Kills: a threshold of 10⁴ times as much. η is 8 units of rounding at least, 1.8e-15; most errors are about 1e-11."""
+        found = self.found(1e-11)
+        assert (found.disagreement > 0).double().mean() > 0.95
+
+    def test_rounding_is_not(self):
+        """No false alarm: products that are off by a unit of rounding."""
+        found = self.found(2e-16)
+        assert (found.disagreement == 0).all()
+        assert (found.vjps < self.N).all()
+
+
+@pytest.mark.parametrize("norm", [2.0, math.inf])
+def test_a_part_that_is_another_model(pairs, norm):
+    """Kills: the comparison of a group with the batch skipped. Halves agree with the whole; groups of two do not."""
+    model, x = network(count=8)
+    scale = 1 + torch.arange(8, dtype=torch.float64) % 4
+
+    def by_place(x):
+        return model(x * scale[: len(x)].unsqueeze(1))
+
+    found, told = reported(analyze, by_place, x, norm=norm, method=Certified())
+    assert found.certified.all()
+    assert_kept(found, ratios(*dense(by_place, x), norm), rtol=1e-9)
+    assert len(told) == 1
+
+
+@pytest.mark.parametrize("count", [2, 3, 5, 8])
+@pytest.mark.parametrize("method", [Exact(), ROWS, Candidates(3), Certified()], ids=str)
+def test_statistics_of_a_batch(method, count):
+    """Kills: the check for mixed examples weakened. Of two examples normalised together, no gradient shows the other one."""
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(20, 30), nn.Tanh(), nn.Linear(30, 90)).double()
+
+    def model(x):
+        return net(x + F.batch_norm(x, None, None, training=True))
+
+    with pytest.raises(ValueError, match="mixes the examples"):
+        analyze(model, torch.randn(count, 20, dtype=torch.float64), method=method)
+
+
+class TestMemory:
+    def test_the_anchor_of_a_visit_that_failed_is_forgotten(self, monkeypatch):
+        """Kills: the anchor stored before a visit succeeded, after which every row is measured from a wrong one."""
+        right, calls = base.ops.row_distances, []
+
+        def short_of_memory(anchor, rows, *options):
+            calls.append(rows.shape[1])
+            if rows.shape[1] > 3:
+                raise torch.OutOfMemoryError("out of memory")
+            return right(anchor, rows, *options)
+
+        monkeypatch.setattr(base.ops, "row_distances", short_of_memory)
+        model, x = network(classes=30)
+        found = analyze(model, x, method=ROWS, chunk_size=16)
+        monkeypatch.undo()
+        assert max(calls) > 3
+        assert_kept(found, ratios(*dense(model, x)), rtol=1e-9)
+        assert (found.linearized_robustness > 0).all()
+
+    def test_products_that_run_out_of_memory_are_taken_a_few_at_a_time(self, monkeypatch):
+        """Kills: out of memory swallowed in `jvp`, after which slower ways are taken, or all rows."""
+        right, taken = ModelPasses._forward_mode, []
+
+        def short_of_memory(self, examples, tangents):
+            if len(tangents) > 2:
+                raise torch.OutOfMemoryError("out of memory")
+            taken.append(len(tangents))
+            return right(self, examples, tangents)
+
+        monkeypatch.setattr(ModelPasses, "_forward_mode", short_of_memory)
+        monkeypatch.setattr(ModelPasses, "_double_backward", lambda *_: pytest.fail("another way was taken"))
+        model, x = network()
+        found, told = reported(assert_right, model, x, rtol=1e-9)
+        assert told == []
+        assert set(taken) <= {1, 2}
+        assert (found.vjps < 120).any()
+
+    @pytest.mark.parametrize("way", ["_forward_mode", "_double_backward", "_vjp"])
+    def test_memory_that_is_not_there_is_an_error(self, monkeypatch, way):
+        """Kills the same: no answer comes of a pass that never had room."""
+
+        def full(self, *_):
+            raise torch.OutOfMemoryError("out of memory")
+
+        monkeypatch.setattr(ModelPasses, way, full)
+        if way == "_double_backward":
+            monkeypatch.setattr(ModelPasses, "_forward_mode", lambda *_: 1 / 0)
+        model, x = network()
+        with pytest.raises(torch.OutOfMemoryError):
+            analyze(model, x, method=Certified())
+
+
+@pytest.mark.parametrize("factor", [0.0, 0.5, 2.0, -1.0, 100.0])
+def test_products_of_a_trace_too_large_or_too_small(factor):
+    """Kills: `abs` dropped where products are compared with known gradients, which sees those alone that are too small."""
+    model, x = network(count=2)
+    with linearize(model, x) as graph:
+        passes, examples = ModelPasses(graph, np.arange(2), None), np.arange(2)
+        cotangents = torch.zeros(2, 1, 120, dtype=torch.float64)
+        cotangents[:, 0, 5] = 1.0
+        rows = passes.vjp(examples, cotangents)
+        tangents = rows.transpose(0, 1)
+        products = torch.einsum("end,ked->ken", dense(model, x)[1], tangents)
+        assert not passes._disagree(examples, tangents, products)
+        assert passes._disagree(examples, tangents, factor * products)
+
+
+def test_geometry_with_a_gradient_of_x_alone():
+    """Kills: `x.requires_grad` dropped in `margin_geometry`."""
+    torch.manual_seed(0)
+    logits, jacobian, x = (torch.randn(*shape, dtype=torch.float64) for shape in ((3, 5), (3, 5, 4), (3, 4)))
+    x.requires_grad_()
+    found = margin_geometry(logits, jacobian, x)
+    assert found.alignment.requires_grad
+    (gradient,) = torch.autograd.grad(found.alignment.sum(), x)
+    row = jacobian[torch.arange(3), logits.argmax(1)]
+    want = row * (x * row).sum(1, keepdim=True).sign() / row.norm(dim=1, keepdim=True)
+    torch.testing.assert_close(gradient, want.detach(), rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("slope", [2e-39, 1e-30])
+def test_a_step_that_ends_at_infinity_is_no_success(slope):
+    """Kills: `isfinite` dropped from deepfool's success. There the logits are NaN, and their argmax is another class."""
+    weight = torch.tensor([[0.0, 0.0], [1.0, 2.0], [0.5, -1.0]]) * slope
+    bias = torch.tensor([0.0, 5.0, 1.0])
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        found = fastsal.deepfool(lambda x: F.linear(x, weight, bias), torch.ones(2, 2))
+    reached = F.linear(found.adversarial, weight, bias).argmax(1)
+    assert found.adversarial.isfinite().all()
+    assert found.success.tolist() == [slope == 1e-30] * 2
+    assert (found.distance.isfinite() == found.success).all()
+    assert torch.equal(reached != 1, found.success)
+
+
+def test_a_row_is_taken_once():
+    """A pass of the model for each row and no more: what a second recording of the batch would double."""
+    model, x = network(classes=30)
+    taken, right = [], Linearization.vjp
+
+    def counted(self, cotangents, *options):
+        taken.append(cotangents.shape[0])
+        return right(self, cotangents, *options)
+
+    Linearization.vjp = counted
+    try:
+        found = analyze(model, x, method=ROWS)
+    finally:
+        Linearization.vjp = right
+    assert found.vjps.tolist() == [30] * 7
+    assert 30 <= sum(taken) <= 31  # and one that shows whether examples are mixed
