@@ -95,7 +95,7 @@ class Device(TorchFunctionMode):
 def test_a_certificate_waits_once_a_round(monkeypatch, norm, max_passes):
     """One decision before there is a basis, two on rounding, one a step of the basis, a round of probes and a round of rows.
 
-    And two for the mixture of the rows that nobody took: where it is needed, and whether all is well.
+    And two for the mixture of the rows that were not evaluated: where it is needed, and whether all is well.
     """
     calls = Counter()
     for owner, name in (

@@ -204,10 +204,11 @@ __global__ void __launch_bounds__(kWarps* kWarpSize, 4)
   const unsigned owns = __ballot_sync(kAllLanes, first + r == own);
   const unsigned bad_norms = __ballot_sync(kAllLanes, is_other && !norm_in_range<q>(sums.norm));
   const unsigned bad_dots = __ballot_sync(kAllLanes, is_other && !in_range(sums.dot));
+  const unsigned again = owns | bad_norms | bad_dots;
 #pragma unroll 1
-  for (int other = 0; other < kGroupRows; ++other) {
+  for (int other = 0; again != 0 && other < kGroupRows; ++other) {
     const unsigned bit = 1u << (other * (kWarpSize / kGroupRows));
-    if (((owns | bad_norms | bad_dots) & bit) == 0) continue;
+    if ((again & bit) == 0) continue;
     const T* row = (owns & bit) != 0 ? nullptr : rows + (first + other) * p.in.stride_n;
     if (row && terms_are_zero(s, row, (bad_norms & bit) == 0)) continue;
     const RowSums exact = sum_in_float64<q>(s, row);
@@ -218,7 +219,7 @@ __global__ void __launch_bounds__(kWarps* kWarpSize, 4)
   }
 }
 
-// The sums of a row from those of its segments, by `lanes` neighbouring threads, which take turns. They take the place
+// The sums of a row from those of its segments, by `lanes` neighbouring threads. They take the place
 // of the first's.
 template <int q>
 __global__ void __launch_bounds__(kJoinThreads) row_sums_join_kernel(const __grid_constant__ Problem p, int lanes) {

@@ -58,20 +58,23 @@ __device__ __forceinline__ void begin_unwritten(V& shared) {
 #endif
 }
 
-// Joins the values of all threads of the block; each has the result.
+// Joins the values of all threads of the block, whose warps are a power of two; each has the result.
 template <class V, class Join>
 __device__ V join_threads(V v, Join join) {
   __shared__ V of_warp[kWarpSize];
   begin_unwritten(of_warp);
+  const auto of_lanes = [&](V value, int lanes) {
 #pragma unroll 1  // these instructions run once and cold
-  for (int distance = kWarpSize / 2; distance > 0; distance /= 2) v = join(v, exchange(v, distance));
+    for (int distance = lanes / 2; distance > 0; distance /= 2) value = join(value, exchange(value, distance));
+    return value;
+  };
+  v = of_lanes(v, kWarpSize);
   if (lane_id() == 0) of_warp[warp_id()] = v;
   __syncthreads();
-  v = of_warp[0];
-#pragma unroll 1
-  for (int warp = 1; warp < static_cast<int>(blockDim.x) / kWarpSize; ++warp) v = join(v, of_warp[warp]);
+  const int warps = static_cast<int>(blockDim.x) / kWarpSize;
+  v = of_warp[lane_id() % warps];
   __syncthreads();  // of_warp may be used again
-  return v;
+  return of_lanes(v, warps);
 }
 template <int q>
 __device__ double join_block(double fold) {

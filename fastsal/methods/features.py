@@ -26,7 +26,8 @@ from fastsal.model.linearization import Linearization
 from fastsal.tensor import ops, reference
 
 TILE_BYTES = 1 << 26
-ROUNDING = 1000.0  # units of it that two ways to one row may be apart
+ROUNDING = 1000.0  # units of it that two ways to one row may be apart, at most
+SPARE = 8.0  # and in units of what they are apart for the rows of the winners
 
 
 @contextlib.contextmanager
@@ -66,6 +67,8 @@ def _why_not(head: nn.Module, calls: list[tuple[nn.Module, Tensor, Tensor]], gra
         return f"its input has shape {tuple(inputs.shape)}, wants one vector of {weight.shape[1]} features an example"
     if not inputs.dtype == output.dtype == weight.dtype == graph.x.dtype:
         return "it works in another precision than x"
+    if graph.x.dtype not in (torch.float32, torch.float64):
+        return f"in {graph.x.dtype} what a head leaves out cannot be told from rounding"
     if output.numel() != graph.logits.numel() or not torch.equal(
         output.detach().reshape(graph.logits.shape), graph.graph_logits.detach()
     ):
@@ -113,11 +116,11 @@ def _jacobian(features: Linearization, chunk_size: int | None) -> Tensor:
     return held
 
 
-def _disagreement(rows: Tensor, mixed: Tensor, ratio: Tensor) -> float:
-    """The largest relative distance of two vectors [B, D]; inf for a NaN in an example without one in its ratios [B, n]."""
-    scale = torch.maximum(reference.vector_norm(rows, 2.0), reference.vector_norm(mixed, 2.0))
-    gap = reference.ratios(reference.vector_norm(rows.double() - mixed.double(), 2.0), scale)
-    return float(torch.where(ratio.isnan().any(1), 0.0, gap.nan_to_num(math.inf)).max())
+def _disagreement(rows: Tensor, formed: Tensor) -> float:
+    """The largest relative distance of two vectors [B, D]; inf where one of them has a NaN."""
+    scale = torch.maximum(reference.vector_norm(rows, 2.0), reference.vector_norm(formed, 2.0))
+    gap = reference.ratios(reference.vector_norm(rows.double() - formed.double(), 2.0), scale)
+    return float(gap.nan_to_num(math.inf).max()) if len(gap) else 0.0
 
 
 def through_features(
@@ -158,10 +161,10 @@ def through_features(
 
     prediction, margin = nearest.prediction, nearest.margin
     distance = torch.zeros_like(margin)
-    cotangents, mixed = graph.logits.new_zeros(1, B, n), graph.x.new_zeros(B, D)
+    winners = torch.zeros_like(margin[:, :2], dtype=torch.int64)
+    cotangents, formed = graph.logits.new_zeros(1, B, n), graph.x.new_zeros(B, 3, D)  # the winners' rows, and a mixture
     weights = mixture(n, 0, margin.device)
     examples = torch.arange(B, device=prediction.device)
-    tolerance = min(0.3, ROUNDING * torch.finfo(graph.x.dtype).eps)
     tile = max(1, TILE_BYTES // (min(size, B) * D * graph.x.element_size()))
     for start in range(0, B, size):
         part = slice(start, min(start + size, B))
@@ -180,9 +183,16 @@ def through_features(
         own = ops.row_distances(nothing, winner.to(graph.x.dtype) @ jacobian, question.norm, question.backend)
         scale = torch.maximum(distance[part], own)
         cotangents[0, part] = torch.where(scale > 0, weights * own / scale, weights).to(cotangents.dtype)
-        mixed[part] = ((cotangents[0, part].to(weight.dtype) @ weight).unsqueeze(1) @ jacobian).squeeze(1)
-    ratio = reference.ratios(margin, distance)
-    if (gap := _disagreement(graph.vjp(cotangents).squeeze(1), mixed, ratio)) > tolerance:
+        ratio = reference.ratios(margin[part], distance[part])
+        winners[part, 0] = prediction[part]
+        winners[part, 1] = reference.nearest_other(ratio, margin[part], prediction[part])
+        mixed = cotangents[0, part].to(weight.dtype) @ weight
+        formed[part] = torch.cat((weight[winners[part]], mixed.unsqueeze(1)), 1) @ jacobian
+    ratio, pair = reference.ratios(margin, distance), graph.rows(winners.t())
+    unit, known = torch.finfo(graph.x.dtype).eps, ~ratio.isnan().any(1)
+    seen = max(_disagreement(pair[known, row], formed[known, row]) for row in (0, 1))
+    gap = max(seen, _disagreement(graph.vjp(cotangents)[known, 0], formed[known, 2]))
+    if gap > min(ROUNDING * unit, SPARE * max(unit, seen)):
         reason = f"the gradients of the logits differ by {gap:.1e} from those of its input times its weights"
         if wanted is not None:
             raise ValueError(f"Exact: cannot go through the given head: {reason}; leave head=None for class rows")
@@ -190,7 +200,6 @@ def through_features(
             f"model: {type(head).__name__} at its end is not all of it: {reason}; taking class rows", stacklevel=2
         )
         return None
-    winners = torch.stack((prediction, reference.nearest_other(ratio, margin, prediction)), 1)
     distances = ratio.scatter(1, prediction.unsqueeze(1), math.inf).to(graph.logits.dtype)
     provenance = {"method": "exact", "distances": distances, "vjps": torch.full_like(prediction, F + 3)}
-    return Selection(graph.logits, winners, graph.rows(winners.t()), provenance)
+    return Selection(graph.logits, winners, pair, provenance)

@@ -60,14 +60,15 @@ class Batch:
 
     def __init__(self, model: Model, x: Tensor, autocast: tuple[bool, torch.dtype]) -> None:
         self.model, self.x, self.whole, self._autocast = model, x, False, autocast
+        self._cut = len(x) // 2 | 1  # an odd number of examples, so that what is mixed in pairs shows
         self._logits: Tensor | None = None
-        self._halves: Tensor | None = None
+        self._parts: Tensor | None = None
         self._checks = True  # until differences have turned out to be rounding
         parameters = model.parameters() if isinstance(model, nn.Module) else ()
         dtypes = {value.dtype for value in (x, *parameters) if value.dtype.is_floating_point}
         self._eps = max(torch.finfo(dtype).eps for dtype in dtypes | ({autocast[1]} if autocast[0] else set()))
         try:
-            self._halves = torch.cat([self._run(half) for half in x.tensor_split(min(2, len(x)))])
+            self._parts = torch.cat([self._run(part) for part in x.split((self._cut, len(x) - self._cut)) if len(part)])
         except Exception as error:
             if len(x) > 1 and not is_out_of_memory(error):
                 self._logits = self._run(x)  # where this fails as well, that is the error
@@ -79,21 +80,21 @@ class Batch:
 
     def _whole_logits(self) -> Tensor | None:
         """The model's logits at the whole batch, [B, n], run in the caller's order; None where memory does not allow it."""
-        if self._logits is None and self._halves is not None:
+        if self._logits is None and self._parts is not None:
             try:
                 self.check_whole(self._run(self.x))
             except RuntimeError as error:
                 if not is_out_of_memory(error):
                     raise
-                self._halves = None
+                self._parts = None
         return self._logits
 
     def check_whole(self, logits: Tensor) -> Tensor:
-        """Compares the logits of the whole batch with those of its halves, the first time, and returns them."""
+        """Compares the logits of the whole batch with those of its two parts, the first time, and returns them."""
         if self._logits is None:
             self._logits = logits
-            if self._halves is not None:
-                self._agree(self._halves, logits, slice(None))
+            if self._parts is not None:
+                self._agree(self._parts, logits, slice(None))
         return self._logits
 
     def record(self, call_at: Callable[[Model], Tensor], examples: Tensor | None, moved: bool) -> Tensor:
@@ -144,25 +145,25 @@ class Batch:
         return self._same(part, logits[examples]) or self._explain(apart(part, logits[examples]), logits)
 
     def _mixes(self, logits: Tensor) -> bool:
-        """Whether the logits of one half of the batch change where the other half has other inputs."""
-        half, others = (len(self.x) + 1) // 2, 0.5 * self.x.roll(1, 0)
+        """Whether the logits of one part of the batch change where the other part has other inputs."""
+        cut, others = self._cut, 0.5 * self.x.roll(1, 0)
         try:
-            first = self._run(torch.cat((self.x[:half], others[half:])))[:half]
-            second = self._run(torch.cat((others[:half], self.x[half:])))[half:]
+            first = self._run(torch.cat((self.x[:cut], others[cut:])))[:cut]
+            second = self._run(torch.cat((others[:cut], self.x[cut:])))[cut:]
         except Exception:  # user code, which may not take these inputs
             return False
         return not self._same(torch.cat((first, second)), logits)
 
     def _rounds(self) -> bool | None:
-        """Whether in float64 the halves have the logits of the whole batch; None where the model cannot be run in float64."""
+        """Whether in float64 the parts have the logits of the whole batch; None where the model cannot be run in float64."""
         if not isinstance(self.model, nn.Module):
             return None
         x = self.x.double()
         try:
             with torch.no_grad(), torch.autocast(x.device.type, enabled=False):
                 model = copy.deepcopy(self.model).double()
-                halves = torch.cat([call(model, half.clone()) for half in x.tensor_split(2)])
-                return apart(halves, call(model, x.clone())) <= EXACT
+                parts = torch.cat([call(model, part.clone()) for part in x.split((self._cut, len(x) - self._cut))])
+                return apart(parts, call(model, x.clone())) <= EXACT
         except Exception:  # user code, which may be made for one precision
             return None
 

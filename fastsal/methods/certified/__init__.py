@@ -4,7 +4,7 @@ One JVP along a standard normal v gives ⟨v, Δ_j⟩ of every class j. Sums of 
 every ratio m_j / ‖Δ_j‖ from below, with a known probability; classes are evaluated exactly, by VJPs, in ascending order of the
 bounds until the next is no less than the best ratio found, which then is ρ̃. docs/certified.md has the theorem and its proof.
 
-The rooms, from the ground up: `state` (products and rows that are counted, what is undecided), `basis`, `probes`, `rounding`,
+The modules, from the ground up: `state` (products and rows that are counted, what is undecided), `basis`, `probes`, `rounding`,
 `plan`, and `search`, the order of the steps; `chi_square` and `norms` are the mathematics.
 """
 

@@ -10,7 +10,7 @@ from fastsal.methods.certified.state import TOP, State, write
 PILOT_PROBES = 2
 # Range finder directions a step, PILOT_PROBES of them from the pilot probes: a pass fewer than with 4, and fewer steps.
 BLOCK = 6
-ROOM = TOP + 1 + 2 * BLOCK  # for directions, to begin with
+CAPACITY = TOP + 1 + 2 * BLOCK  # for directions, to begin with
 # Pilot probes that have chosen directions see too little outside the basis: 0.5 to 1 times what there is.
 UNDERESTIMATE = 1.3
 PRIOR = 4.0  # the average over classes counts as this many pilot probes in the estimate for one class
@@ -31,8 +31,8 @@ class Basis:
         self._state, self.pilot_probes = state, pilot_probes
         E, margin = len(state.examples), state.margin
         self.rank, self._widened = 0, False
-        self._directions = margin.new_empty(E, ROOM, state.passes.dimension)
-        self._components = margin.new_empty(E, ROOM, state.n)
+        self._directions = margin.new_empty(E, CAPACITY, state.passes.dimension)
+        self._components = margin.new_empty(E, CAPACITY, state.n)
         self.pilot_products = margin.new_zeros(E, PILOT_PROBES, state.n)
         self.residual = margin.new_zeros(E, PILOT_PROBES, state.n)
 

@@ -94,7 +94,7 @@ class Euclidean:
         """About ‖Δ_j‖_q itself."""
         return (known + rest).sqrt()
 
-    def room(self, e: np.ndarray, known: Tensor, limit: Tensor) -> Tensor:
+    def allowance(self, e: np.ndarray, known: Tensor, limit: Tensor) -> Tensor:
         """The largest `rest` for which `expected` is no more than a limit; below 0 where there is none."""
         return limit.square() - known
 
@@ -178,7 +178,7 @@ class Summed(Euclidean):
     def likely(self, e: np.ndarray, known: Tensor, rest: Tensor) -> Tensor:
         return self._root * take(self._typical, e) * (known + rest).sqrt()
 
-    def room(self, e: np.ndarray, known: Tensor, limit: Tensor) -> Tensor:
+    def allowance(self, e: np.ndarray, known: Tensor, limit: Tensor) -> Tensor:
         cosine, length, limit = self._cosine(e, known), known.sqrt(), limit / self._root
         sine = ((1 - cosine) * (1 + cosine)).sqrt()
         straight = (limit - cosine * length) / sine

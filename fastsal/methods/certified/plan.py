@@ -48,7 +48,7 @@ def forecast(
     the expected passes, and the first round's count of probes that attains both, 0 for exact rows alone: [e] each.
     """
     target = at.target(known, rest).unsqueeze(1)
-    room = torch.where(at.waiting, at.norm.room(at.e, known, at.margin / target) / rest, math.inf)
+    room = torch.where(at.waiting, at.norm.allowance(at.e, known, at.margin / target) / rest, math.inf)
     counts = to_device((0, *FIRST), left.device)
     cost = torch.cat((at.waiting.sum(1, keepdim=True), left_over.expected(room) + counts[1:]), 1)
     promise = (cost <= left.unsqueeze(1)).double()

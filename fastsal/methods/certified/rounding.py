@@ -14,8 +14,7 @@ from fastsal.methods.certified.state import State
 from fastsal.methods.mixtures import mixture, stream
 
 SPARE = 8.0  # η in units of the largest disagreement that was seen
-UNSTABLE = 0.3  # η from which on bounds say nothing
-UNSEEN = 1e-3  # the slack grows beyond η, for what a mixture of all classes does not show, up to this
+UNSTABLE = 0.3  # slack from which on bounds say nothing
 
 
 class Rounding:
@@ -57,15 +56,15 @@ class Rounding:
         state = self._state
         seen = self.row_gap(e, take(state.early, e), take(state.early_rows, e))
         self.eta[state.on_device(e)] = torch.maximum(take(self.eta, e), SPARE * seen)
-        trusted = (take(self.eta, e) <= UNSTABLE) & ~seen.isnan()
+        trusted = (self.slack(e) <= UNSTABLE) & ~seen.isnan()
         self._note(e, ~trusted, seen)
         usable: np.ndarray = to_host(trusted)[0] > 0
         return usable
 
     def slack(self, e: np.ndarray) -> Tensor:
         """How far products may be off, [e], relative to the size of a gradient: as far as `verify` would not notice."""
-        eta = take(self.eta, e)
-        return torch.maximum(eta, (eta * torch.linalg.vector_norm(self._weights)).clamp(max=UNSEEN))
+        slack: Tensor = take(self.eta, e) * torch.linalg.vector_norm(self._weights)
+        return slack
 
     def compare(self, e: np.ndarray) -> None:
         """Compares one JVP along a random combination of all directions so far with the combination of their products."""
@@ -95,7 +94,7 @@ class Rounding:
         self.disagreement[self._state.on_device(e)] = torch.where(bad, worst, take(self.disagreement, e))
 
     def verify(self, e: np.ndarray) -> None:
-        """Compares a mixture of the rows that nobody took with the same mixture of the products, over all directions.
+        """Compares a mixture of the rows that were not evaluated with the same mixture of the products, over all directions.
 
         Each class counts in units of what its products may be off by; one that is off by more than `slack` shows.
         """

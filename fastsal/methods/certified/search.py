@@ -167,7 +167,7 @@ class Search:
                 return
 
     def finish(self) -> None:
-        """Exact rows until the matter is settled, and the check of the rows that nobody took; those that fail it take all."""
+        """Exact rows until the answer is decided; the check of the others; all rows where it fails."""
         state, rounding = self.state, self.rounding
         e = state.examples[self.probes.drawn > 0]
         if len(e):

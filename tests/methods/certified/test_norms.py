@@ -178,8 +178,8 @@ def test_figures_for_planning(norm):
     expected = made.expected(examples, known, rest)
     torch.testing.assert_close(expected, made.upper(examples, known, rest, torch.zeros_like(known)))
     outside = rest > 1e-6 * known
-    torch.testing.assert_close(made.room(examples, known, expected)[outside], rest[outside], rtol=1e-6, atol=0.0)
-    assert (made.room(examples, known, 0.5 * made.expected(examples, known, 0 * rest)) < 0).all()
+    torch.testing.assert_close(made.allowance(examples, known, expected)[outside], rest[outside], rtol=1e-6, atol=0.0)
+    assert (made.allowance(examples, known, 0.5 * made.expected(examples, known, 0 * rest)) < 0).all()
     assert (made.likely(examples, known, rest) <= expected * (1 + 1e-12)).all()
 
 
