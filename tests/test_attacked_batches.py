@@ -188,3 +188,37 @@ def test_dropout_as_a_function(classes, method):
             analyze(model, torch.randn(count, 20), method=METHODS[method])
     with pytest.raises(ValueError, match="two runs"):
         fastsal.deepfool(model, torch.randn(5, 20), method=METHODS[method])
+
+
+class Padded(nn.Module):
+    """torch's encoder, which without gradients takes a fast path that gives other values where tokens are masked."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        layer = nn.TransformerEncoderLayer(8, 2, 16, batch_first=True)
+        self.encoder, self.out = nn.TransformerEncoder(layer, 2), nn.Linear(8, 80)
+
+    def forward(self, x):
+        masked = (x[:, :, 0].detach() > 0.8) & (torch.arange(x.shape[1]) > 0)
+        return self.out(self.encoder(x, src_key_padding_mask=masked).mean(1))
+
+
+class Quicker(Padded):
+    """Less precise where no gradient is wanted."""
+
+    def forward(self, x):
+        return self.out(torch.tanh(x if torch.is_grad_enabled() else x.bfloat16().float()).mean(1))
+
+
+@each_method
+@pytest.mark.parametrize("kind", [Padded, Quicker])
+def test_another_way_without_gradients(kind, method):
+    """The model that has gradients is meant, and it is neither random nor mixed."""
+    model, x = kind().eval(), torch.randn(4, 5, 8, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        assert (model(x) - dense(model, x)[0]).abs().max() > 1e-3
+    found, _ = reported(analyze, model, x, method=METHODS[method])
+    if method != "candidates":
+        assert found.certified.all()
+        assert_kept(found, ratios(*dense(model, x)))
