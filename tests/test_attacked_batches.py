@@ -31,17 +31,26 @@ MIXING = {
 class TestBatchesAreMixed:
     """What ∂logits[0]/∂x[1:] does not show."""
 
-    def network(self, kind, classes, batch, largest):
+    def network(self, kind, classes, batch, largest, low=None):
         torch.manual_seed(classes + batch)
         net, mix = nn.Sequential(nn.Linear(20, 30), nn.Tanh(), nn.Linear(30, classes)), MIXING[kind]
         x = torch.randn(batch, 20)
         x[largest, 0] = 5.0
-        return (lambda value: net(mix(value))), x
+        masked = (torch.arange(classes) % 3 == 1) & (low is not None)
+        return (lambda value: net(mix(value)).masked_fill(masked, low or 0.0)), x
 
     @each_method
     @pytest.mark.parametrize(("classes", "batch", "largest"), [(5, 6, 5), (100, 7, 0), (70, 4, 3), (12, 2, 0)])
     def test_is_an_error_of_every_method(self, kind, classes, batch, largest, method):
         model, x = self.network(kind, classes, batch, largest)
+        with pytest.raises(ValueError, match="mixes the examples"):
+            analyze(model, x, method=METHODS[method])
+
+    @pytest.mark.parametrize("low", [-1e3, -1e9])
+    @pytest.mark.parametrize("method", ["rows", "certified"])
+    def test_masked_logits_hide_nothing(self, kind, method, low):
+        """A large negative number in place of some logits is a large range, and no measure of rounding."""
+        model, x = self.network(kind, 90, 6, 5, low)
         with pytest.raises(ValueError, match="mixes the examples"):
             analyze(model, x, method=METHODS[method])
 
@@ -55,17 +64,21 @@ class TestBatchesAreMixed:
 class Tokens(nn.Module):
     """Tokens [B, 4, 6], of which a mask [B, 4] says which count."""
 
-    def __init__(self, classes=90, seed=0):
+    def __init__(self, classes=90, seed=0, low=None):
         super().__init__()
         torch.manual_seed(seed)
-        self.into, self.out = nn.Linear(6, 24), nn.Linear(24, classes)
+        self.into, self.out, self.low = nn.Linear(6, 24), nn.Linear(24, classes), low
         self.double().requires_grad_(False)
 
     def pooled(self, x, mask):
         return (torch.tanh(2 * self.into(x)) * mask.unsqueeze(2)).sum(1) / mask.sum(1, keepdim=True)
 
+    def head(self, pooled):
+        logits = self.out(pooled)
+        return logits if self.low is None else torch.cat((logits[..., :60], 0 * logits[..., 60:] + self.low), -1)
+
     def forward(self, x, mask):
-        return self.out(self.pooled(x, mask))
+        return self.head(self.pooled(x, mask))
 
 
 class Wrapped(nn.Module):
@@ -85,9 +98,9 @@ def only(value, sizes, error=ValueError):
     return value
 
 
-def by_place(kind):
+def by_place(kind, low=None):
     """A model that knows each of 8 examples by its place, or wants all of them; the examples; and a model for each of them."""
-    net = Tokens()
+    net = Tokens(low=low)
     x = torch.randn(8, 4, 6, dtype=torch.float64)
     mask = (torch.rand(8, 4) < 0.6).double()
     mask[:, 0] = 1.0
@@ -97,8 +110,8 @@ def by_place(kind):
         "closure": lambda e: net(e, mask),
         "the first masks": lambda e: net(e, mask[: len(e)]),
         "some sizes": lambda e: net(only(e, (1, 3, 8)), mask[: len(e)]),
-        "squeeze": lambda e: net.out(net.pooled(e, mask[:1]).unsqueeze(2).squeeze()),
-        "view": lambda e: net.out(net.pooled(e, mask[:1]).view(8, 24)),
+        "squeeze": lambda e: net.head(net.pooled(e, mask[:1]).unsqueeze(2).squeeze()),
+        "view": lambda e: net.head(net.pooled(e, mask[:1]).view(8, 24)),
         "assertion": lambda e: net(only(e, (8,), AssertionError), mask[:1]),
     }[kind]
     return model, x, [lambda e, own=one: net(e, own) for one in mask.split(1)]
@@ -128,6 +141,13 @@ class TestExamplesAreKnownByPlace:
             assert found.certified.all()
             assert_kept(found, ratios(*dense(model, x), norm), rtol=1e-9)
         assert len(told) == 1 or (len(told) == 0 and method != "certified")
+
+    @pytest.mark.parametrize("low", [-1e9, -1e30])
+    def test_masked_logits_hide_nothing(self, kind, low):
+        model, x, _ = by_place(kind, low)
+        found, _ = reported(analyze, model, x, method=Certified())
+        assert found.certified.all()
+        assert_kept(found, ratios(*dense(model, x)), rtol=1e-9)
 
     @pytest.mark.parametrize("norm", [2.0, math.inf])
     @pytest.mark.parametrize("method", ["candidates", "exact", "certified"])
@@ -168,3 +188,38 @@ def test_dropout_as_a_function(classes, method):
             analyze(model, torch.randn(count, 20), method=METHODS[method])
     with pytest.raises(ValueError, match="two runs"):
         fastsal.deepfool(model, torch.randn(5, 20), method=METHODS[method])
+
+
+class Padded(nn.Module):
+    """torch's encoder, which without gradients takes a fast path that gives other values where tokens are masked."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        layer = nn.TransformerEncoderLayer(8, 2, 16, batch_first=True)
+        self.encoder, self.out = nn.TransformerEncoder(layer, 2), nn.Linear(8, 80)
+
+    def forward(self, x):
+        masked = (x[:, :, 0].detach() > 0.8) & (torch.arange(x.shape[1]) > 0)
+        return self.out(self.encoder(x, src_key_padding_mask=masked).mean(1))
+
+
+class Quicker(Padded):
+    """Less precise where no gradient is wanted."""
+
+    def forward(self, x):
+        return self.out(torch.tanh(x if torch.is_grad_enabled() else x.bfloat16().float()).mean(1))
+
+
+@each_method
+@pytest.mark.parametrize("kind", [Padded, Quicker])
+def test_another_way_without_gradients(kind, method):
+    """The model that has gradients is meant, and it is neither random nor mixed."""
+    model, x = kind().eval(), torch.randn(4, 5, 8, generator=torch.Generator().manual_seed(0))
+    logits, rows = dense(model, x)
+    with torch.no_grad():
+        assert (model(x) - logits).abs().max() > 1e-3
+    found, _ = reported(analyze, model, x, method=METHODS[method])
+    if method != "candidates":
+        assert found.certified.all()
+        assert_kept(found, ratios(logits, rows))
