@@ -65,22 +65,24 @@ class Batch:
         self._cut = len(x) // 2 | 1  # an odd number of examples, so that what is mixed in pairs shows
         self._logits: Tensor | None = None
         self._parts: Tensor | None = None
+        self._as_recorded = False  # whether runs are made as for gradients: a model may take another way without
         self._checks = True  # until differences have turned out to be rounding
         parameters = model.parameters() if isinstance(model, nn.Module) else ()
         dtypes = {value.dtype for value in (x, *parameters) if value.dtype.is_floating_point}
         self._eps = max(torch.finfo(dtype).eps for dtype in dtypes | ({autocast[1]} if autocast[0] else set()))
         try:
-            self._parts = torch.cat([self._run(part) for part in x.split((self._cut, len(x) - self._cut)) if len(part)])
+            self._parts = self._in_parts()
         except Exception as error:
             if len(x) > 1 and not is_out_of_memory(error):
                 self._logits = self._run(x)  # where this fails as well, that is the error
                 self.fails_in_part(error)
 
     def _run(self, x: Tensor) -> Tensor:
-        """The logits at x, run as for gradients, since a model may take another way without; but nothing is kept for them."""
-        nothing = torch.autograd.graph.saved_tensors_hooks(lambda _: None, lambda _: None)
-        with torch.enable_grad(), nothing, in_precision(x, self._autocast):
-            return call(self.model, x.detach().clone().requires_grad_().clone()).detach()
+        with torch.set_grad_enabled(self._as_recorded), in_precision(x, self._autocast):
+            return call(self.model, x.detach().clone().requires_grad_(self._as_recorded).clone()).detach()
+
+    def _in_parts(self) -> Tensor:
+        return torch.cat([self._run(part) for part in self.x.split((self._cut, len(self.x) - self._cut)) if len(part)])
 
     def _whole_logits(self) -> Tensor | None:
         """The model's logits at the whole batch, [B, n], run in the caller's order; None where memory does not allow it."""
@@ -146,6 +148,10 @@ class Batch:
 
     def _agree(self, part: Tensor, logits: Tensor, examples: Tensor | slice) -> bool:
         """Whether logits of a part are those of the whole batch, up to rounding; else what follows is decided."""
+        if not self._same(part, logits[examples]) and not self._as_recorded:
+            self._as_recorded = True
+            self._logits = logits = self._run(self.x)
+            part = self._in_parts() if isinstance(examples, slice) else part
         return self._same(part, logits[examples]) or self._explain(apart(part, logits[examples]), logits)
 
     def _mixes(self, logits: Tensor) -> bool:
