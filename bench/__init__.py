@@ -18,6 +18,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "bench" / "results"
 
-# Run from a checkout whose native modules were not built in place: the fastsal to measure is the installed one.
+# Run from a checkout whose native modules were not built in place: the fastsal to measure is the installed one, and the
+# checkout comes last, where a fresh process finds bench.
 if not list((ROOT / "fastsal").glob("_cpu.*")):
-    sys.path[:] = [folder for folder in sys.path if Path(folder).resolve() != ROOT]
+    sys.path[:] = [*(folder for folder in sys.path if Path(folder).resolve() != ROOT), str(ROOT)]

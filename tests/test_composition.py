@@ -127,7 +127,7 @@ class OddOne(nn.Module):
 
 
 @pytest.mark.parametrize("place", range(4))
-def test_one_odd_example_among_good_ones(place):
+def test_one_inconsistent_example_among_others(place):
     """Kills: `good.any()` for the mask of each example in `check`, and one mixture for the whole group."""
     model, x = OddOne(), torch.randn(4, 40, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
     x[place, 0] = 9.0

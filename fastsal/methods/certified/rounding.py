@@ -100,10 +100,12 @@ class Rounding:
         """
         state = self._state
         weights = torch.where(take(state.seen, e), 0.0, self._weights)
-        typical = take(self.typical, e).unsqueeze(1)
-        cotangents = (weights * typical / torch.maximum(self.sizes(e), typical)).unsqueeze(1)
-        cotangents = cotangents.to(state.passes.logits.dtype)
-        rows, size = state.mixtures(e, cotangents), typical * torch.linalg.vector_norm(weights, dim=1, keepdim=True)
+        sizes = torch.maximum(self.sizes(e), take(self.typical, e).unsqueeze(1))
+        largest = sizes.amax(
+            1, keepdim=True
+        )  # no cotangent is below 1, so that what overflows for a class alone does here
+        cotangents = (weights * largest / sizes).unsqueeze(1).to(state.passes.logits.dtype)
+        rows, size = state.mixtures(e, cotangents), largest * torch.linalg.vector_norm(weights, dim=1, keepdim=True)
         self.check(e, self._gap(e, rows, lambda values: cotangents.double() @ values.mT, size))
 
     def row_gap(self, e: np.ndarray, classes: Tensor, rows: Tensor) -> Tensor:
