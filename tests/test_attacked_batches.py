@@ -200,7 +200,7 @@ class Padded(nn.Module):
         self.encoder, self.out = nn.TransformerEncoder(layer, 2), nn.Linear(8, 80)
 
     def forward(self, x):
-        masked = (x[:, :, 0].detach() > 0.8) & (torch.arange(x.shape[1]) > 0)
+        masked = (x[:, :1, 0].detach() > -0.5) & (torch.arange(x.shape[1]) > 2)
         return self.out(self.encoder(x, src_key_padding_mask=masked).mean(1))
 
 
@@ -218,7 +218,7 @@ def test_another_way_without_gradients(kind, method):
     model, x = kind().eval(), torch.randn(4, 5, 8, generator=torch.Generator().manual_seed(0))
     logits, rows = dense(model, x)
     with torch.no_grad():
-        assert (model(x) - logits).abs().max() > 1e-3
+        assert (model(x) - logits).abs().max() > 1e-4
     found, _ = reported(analyze, model, x, method=METHODS[method])
     if method != "candidates":
         assert found.certified.all()
