@@ -121,44 +121,46 @@ class Composed(nn.Module):
 
     def __init__(self, **properties):
         super().__init__()
-        self.of = of = properties
-        torch.manual_seed(of["seed"])
-        width, classes, self.part, self.times, self.steer = of["width"], of["classes"], of["part"], 1.0, [1.0]
-        generator = random.Random(of["seed"])
-        kinds = [generator.choice(HONEST) for _ in range(of["blocks"])]
-        if of["trick"]:
-            kinds.insert(generator.randrange(len(kinds) + 1), of["trick"])
-        self.first = nn.Linear(of["entries"], width, bias=of["input"] != "zeros" or generator.random() < 0.5)
+        self.given = given = properties
+        torch.manual_seed(given["seed"])
+        width, classes, self.part, self.times, self.steer = given["width"], given["classes"], given["part"], 1.0, [1.0]
+        generator = random.Random(given["seed"])
+        kinds = [generator.choice(HONEST) for _ in range(given["blocks"])]
+        if given["trick"]:
+            kinds.insert(generator.randrange(len(kinds) + 1), given["trick"])
+        self.first = nn.Linear(given["entries"], width, bias=given["input"] != "zeros" or generator.random() < 0.5)
         self.blocks = nn.Sequential(*(Block(kind, width) for kind in kinds))
         self.last = nn.Linear(width, classes)
-        self.extra = Underflow(of["entries"], self.part) if of["twist"] == "underflow" else None
-        self.skip = nn.Linear(of["entries"], classes, bias=False)
+        self.extra = Underflow(given["entries"], self.part) if given["twist"] == "underflow" else None
+        self.skip = nn.Linear(given["entries"], classes, bias=False)
         self.register_buffer("mask", torch.rand(classes) < 0.3)
         with torch.no_grad():
             self.last.weight.mul_(2.0)
             self.last.weight[-self.part :] *= generator.choice((0.02, 0.3, 1.0))
             self.last.bias[-self.part :] -= generator.choice((0.0, 1.0, 4.0))
-            if of["head"] == "sizes":
+            if given["head"] == "sizes":
                 size = 10 ** generator.uniform(1, 5.5)
                 self.last.weight[classes // 4 : -self.part] *= size
                 self.last.bias[classes // 4 : -self.part] -= 30 * size
-            if of["trick"] == "underflow" or self.extra is not None:
+            if given["trick"] == "underflow" or self.extra is not None:
                 self.last.weight.mul_(1e-8)
                 self.last.bias.mul_(1e-8)
         self.below = generator.choice((20.0, 60.0, 88.8, 90.0, 95.0))
-        self.to(getattr(torch, of["dtype"])).eval()
+        self.to(getattr(torch, given["dtype"])).eval()
 
     def inputs(self):
         """The examples [batch, entries]."""
-        x = torch.randn(self.of["batch"], self.of["entries"], generator=torch.Generator().manual_seed(self.of["seed"]))
-        if self.of["input"] != "normal":
-            x = F.relu(x - 0.5) if self.of["input"] == "sparse" else torch.zeros_like(x)
+        x = torch.randn(
+            self.given["batch"], self.given["entries"], generator=torch.Generator().manual_seed(self.given["seed"])
+        )
+        if self.given["input"] != "normal":
+            x = F.relu(x - 0.5) if self.given["input"] == "sparse" else torch.zeros_like(x)
         return x.to(self.last.weight.dtype)
 
     def forward(self, x):
         part, logits = self.part, self.last(self.blocks(self.first(x)))
         low = logits[:, -part:]
-        match self.of["twist"]:
+        match self.given["twist"]:
             case "underflow":
                 low = low + self.times * self.extra(x)
             case "":
@@ -166,7 +168,7 @@ class Composed(nn.Module):
             case kind:
                 low = TWISTS[kind](low, self.times)
         logits = torch.cat((logits[:, :-part], low), 1)
-        match self.of["head"]:
+        match self.given["head"]:
             case "log-softmax":
                 drop = F.pad(logits.new_full((part,), self.below), (logits.shape[1] - part, 0))
                 logits = torch.log(torch.softmax(logits - drop, 1))
@@ -180,10 +182,10 @@ class Composed(nn.Module):
 def calibrate(model, x):
     """Makes the last part's nearest class at x[0] nearer than all others, by the share `gap`, if gradients can."""
     logits, rows = dense(model, x[:1])
-    part, gap = model.part, model.of["gap"]
+    part, gap = model.part, model.given["gap"]
 
     def answers(times):
-        ratio = ratios(logits, torch.cat((rows[:, :-part], times * rows[:, -part:]), 1), model.of["norm"])[0]
+        ratio = ratios(logits, torch.cat((rows[:, :-part], times * rows[:, -part:]), 1), model.given["norm"])[0]
         return ratio[-part:].min() / ratio[:-part].min()
 
     low, high = 0.01, 1e4
@@ -193,55 +195,55 @@ def calibrate(model, x):
     model.times = high if high < 5e3 else 3.0
 
 
-def examine(**of):
+def examine(**given):
     """Raises AssertionError where something false is said of the model of these properties; else tells how it ended."""
-    model = Composed(**of)
+    model = Composed(**given)
     x = model.inputs()
-    if of["twist"] and of["trick"] not in MIXING:
+    if given["twist"] and given["trick"] not in MIXING:
         calibrate(model, x)
     with torch.no_grad():
         alone, together = torch.cat([model(one) for one in x.split(1)]), model(x)
     # In 16 bits less than a twentieth of the range may be rounding.
-    share = 0.4 if of["dtype"] == "bfloat16" else 1e-3
+    share = 0.4 if given["dtype"] == "bfloat16" else 1e-3
     room = share * (1 + together.nan_to_num(0.0, 0.0, 0.0).abs().max().item())
-    mixed = of["trick"] in MIXING and not torch.allclose(alone, together, rtol=0.0, atol=room, equal_nan=True)
-    method = Certified(max_passes=of["max_passes"], seed=of["seed"])
+    mixed = given["trick"] in MIXING and not torch.allclose(alone, together, rtol=0.0, atol=room, equal_nan=True)
+    method = Certified(max_passes=given["max_passes"], seed=given["seed"])
     try:
-        if of["head"] == "steered":
-            reported(analyze, model, x, norm=of["norm"], method=method)
-            model.steer[0] = random.Random(of["seed"]).choice((0.0, 1.5, -3.0, 30.0))
-        found, told = reported(analyze, model, x, norm=of["norm"], method=method)
+        if given["head"] == "steered":
+            reported(analyze, model, x, norm=given["norm"], method=method)
+            model.steer[0] = random.Random(given["seed"]).choice((0.0, 1.5, -3.0, 30.0))
+        found, told = reported(analyze, model, x, norm=given["norm"], method=method)
     except ValueError as error:
         refused = str(error)
     else:
         refused = ""
     if refused or mixed:
         assert "mixes the examples" in refused, refused or "a mixture went unnoticed"
-        assert of["trick"] in MIXING, refused
+        assert given["trick"] in MIXING, refused
         return "error"
     logits, rows = dense(model, x)
-    rho, near = ratios(logits, rows, of["norm"]), torch.finfo(x.dtype).eps
+    rho, near = ratios(logits, rows, given["norm"]), torch.finfo(x.dtype).eps
     rho = torch.where(logits == -math.inf, math.inf, rho)
     # Rounding of two runs of the model: of the logits against the margins, of the rows against their differences.
     own = logits.argmax(1, keepdim=True)
-    sizes = rows.double().abs().sum(2) if of["norm"] == math.inf else rows.double().norm(dim=2)
+    sizes = rows.double().abs().sum(2) if given["norm"] == math.inf else rows.double().norm(dim=2)
     offset = rows.double() - rows.double().gather(1, own.unsqueeze(2).expand(-1, 1, rows.shape[2]))
-    length = offset.abs().sum(2) if of["norm"] == math.inf else offset.norm(dim=2)
+    length = offset.abs().sum(2) if given["norm"] == math.inf else offset.norm(dim=2)
     margin = (logits.gather(1, own) - logits).double()
     finite = logits.nan_to_num(0.0, 0.0, 0.0).abs().max().double()
     noise = (sizes + sizes.gather(1, own)) / length + finite / margin
     best = rho.argmin(1, keepdim=True)
-    units = 10 if of["dtype"] == "bfloat16" else 100
-    tolerance = {"float64": 1e-9}.get(of["dtype"], 1e-4) + units * near * noise.gather(1, best).squeeze(1).nan_to_num(
-        math.inf
-    )
+    units = 10 if given["dtype"] == "bfloat16" else 100
+    tolerance = {"float64": 1e-9}.get(given["dtype"], 1e-4) + units * near * noise.gather(1, best).squeeze(
+        1
+    ).nan_to_num(math.inf)
     tolerance = torch.where(rho.amin(1) == 0, math.inf, tolerance)
     rho = rho.amin(1)
     assert not (found.certified & found.linearized_robustness.isnan()).any(), "certified NaN"
     # Where logits are equal, the distance is 0, whatever the other rows are.
     tied = found.linearized_robustness == 0
     assert not (found.certified & rho.isnan() & ~tied).any(), "certified where exact is NaN"
-    tried = tolerance < (0.5 if of["dtype"] == "bfloat16" else 0.05)
+    tried = tolerance < (0.5 if given["dtype"] == "bfloat16" else 0.05)
     wrong = found.certified & tried & ((found.linearized_robustness.double() / rho - 1).abs() > tolerance)
     assert not wrong.any(), f"certified {found.linearized_robustness.tolist()} for {rho.tolist()}"
     above = tried & (found.lower_bound.double() > rho * (1 + tolerance))

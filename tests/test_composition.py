@@ -1,4 +1,4 @@
-"""What only shows where parts meet: a second group, a second call, one odd example among good ones.
+"""What only shows where parts meet: a second group, a second call, one inconsistent example among good ones.
 
 Each test names the mutation that it is there to kill.
 """
@@ -112,7 +112,7 @@ class TestSlack:
         assert (upper[2] <= 1.5 * error).all()
 
 
-class OddOne(nn.Module):
+class Inconsistent(nn.Module):
     """Forward mode is wrong in some classes at examples whose first entry is large."""
 
     def __init__(self, times=3000.0):
@@ -129,12 +129,12 @@ class OddOne(nn.Module):
 @pytest.mark.parametrize("place", range(4))
 def test_one_inconsistent_example_among_others(place):
     """Kills: `good.any()` for the mask of each example in `check`, and one mixture for the whole group."""
-    model, x = OddOne(), torch.randn(4, 40, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    model, x = Inconsistent(), torch.randn(4, 40, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
     x[place, 0] = 9.0
     found, told = reported(assert_right, model, x, rtol=1e-9)
-    odd = torch.arange(4) == place
-    assert (found.runner_up >= 111).tolist() == odd.tolist()
-    assert ((found.vjps + found.jvps >= 120) == odd).all()
+    inconsistent = torch.arange(4) == place
+    assert (found.runner_up >= 111).tolist() == inconsistent.tolist()
+    assert ((found.vjps + found.jvps >= 120) == inconsistent).all()
     assert "1 of 4 examples" in told[0]
 
 

@@ -20,9 +20,11 @@ SMALL = {"classes": (70, 90, 130), "entries": (5, 20, 60), "batch": (1, 2, 3), "
     database=None,
     suppress_health_check=[HealthCheck.too_slow, HealthCheck.function_scoped_fixture],
 )
-@given(of=st.fixed_dictionaries({name: st.sampled_from(choices) for name, choices in (CHOICES | SMALL).items()}))
-def test_nothing_false_is_said(monkeypatch, of):
+@given(
+    properties=st.fixed_dictionaries({name: st.sampled_from(choices) for name, choices in (CHOICES | SMALL).items()})
+)
+def test_nothing_false_is_said(monkeypatch, properties):
     with monkeypatch.context() as patched, torch.random.fork_rng(devices=[]):
-        if of["traced"]:
+        if properties["traced"]:
             patched.setattr(traced, "PAYS", 0)
-        examine(**of)
+        examine(**properties)
