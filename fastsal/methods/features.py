@@ -28,6 +28,7 @@ from fastsal.tensor import ops, reference
 TILE_BYTES = 1 << 26
 ROUNDING = 1000.0  # units of it that two ways to one row may be apart, at most
 SPARE = 8.0  # and in units of what they are apart for the rows of the winners
+REDUCED = 512.0  # units of rounding between a dot product in a dtype and one in less precision (TF32: about 2000)
 
 
 @contextlib.contextmanager
@@ -73,6 +74,13 @@ def _why_not(head: nn.Module, calls: list[tuple[nn.Module, Tensor, Tensor]], gra
         output.detach().reshape(graph.logits.shape), graph.graph_logits.detach()
     ):
         return "its output is not the logits, bit for bit"
+    features = inputs.detach().double().reshape(len(output), -1)
+    exact, size = features @ weight.double().T, features.square() @ weight.double().T.square()
+    if isinstance(head.bias, Tensor):
+        exact += head.bias.detach().double()
+    off = torch.linalg.vector_norm(output.detach().reshape(exact.shape) - exact)
+    if off > REDUCED * torch.finfo(output.dtype).eps * size.sum().sqrt():
+        return "it works in less precision than x has"
     return ""
 
 
