@@ -192,13 +192,14 @@ class Search:
             if more.any():
                 state.lower[state.on_device(e)] = torch.where(rows, 0.0, take(state.lower, e))
                 self._rows(e[more])
-                e = e[self._unseen(e)]
-                target, (tolerance, share, mixture) = self._promised(e)
-            state.reserved[e] = 0
+                if len(e := e[self._unseen(e)]):
+                    target, (tolerance, share, mixture) = self._promised(e)
+        state.reserved[:] = 0
+        if len(e):
             self._verify(e, target, tolerance, share, mixture)
             self._rows(e)
-        if len(tied):  # at a distance of 0, unless a row is NaN
-            rounding.look(tied[state.left(tied) > 0])
+        if len(tied := tied[state.left(tied) > 0]):  # at a distance of 0, unless a row is NaN
+            rounding.look(tied)
             self._rows(tied)
 
     def _unseen(self, e: np.ndarray) -> np.ndarray:
