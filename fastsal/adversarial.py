@@ -3,6 +3,7 @@
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -13,13 +14,16 @@ from fastsal.methods.base import Question, Selection
 from fastsal.model.calling import Model, call, check_evaluation_mode, check_input, recording
 from fastsal.model.linearization import Linearization, linearize
 from fastsal.tensor import reference
+from fastsal.tensor.results import Results
 
 HALVINGS = 16
 
 
-@dataclass(frozen=True)
-class Adversarial:
-    """What `deepfool` found for each of B examples. Tensors have the shape [B] unless another is given.
+@dataclass(frozen=True, eq=False, repr=False)
+class Adversarial(Results):
+    """What `deepfool` found for each of B examples, an object to work with as `Geometry` is.
+
+    Tensors have the shape [B] unless another is given.
 
     Attributes:
         adversarial: The perturbed inputs, [B, *S] in x's dtype; x itself where nothing was found.
@@ -38,6 +42,8 @@ class Adversarial:
     prediction: Tensor
     adversarial_class: Tensor
     steps: Tensor
+
+    _shown: ClassVar = ("distance", "steps", "success")
 
 
 def distances(a: Tensor, b: Tensor, norm: float) -> Tensor:

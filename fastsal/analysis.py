@@ -1,7 +1,6 @@
 """analyze: every quantity of docs/design.md, "Quantities", for a model, whose Jacobian is streamed and never held."""
 
-from dataclasses import fields, replace
-from typing import Any
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -104,12 +103,9 @@ def analyze(
             pair = torch.cat([graph.rows(row.unsqueeze(0), create_graph=True) for row in selection.winners.t()], 1)
         result = margin_geometry(logits.gather(1, selection.winners), pair, flat_x, norm=p, backend=backend)
         prediction, runner_up = selection.winners.unbind(1)
-        result = replace(result, prediction=prediction, runner_up=runner_up, **selection.provenance)
+        found = {"prediction": prediction, "runner_up": runner_up} | selection.provenance
         if keep_saliency:
-            saliency, binarized = (row.reshape(-1, *x.shape[1:]) for row in (pair[:, 0], pair[:, 0] - pair[:, 1]))
-            result = replace(result, saliency=saliency, binarized_saliency=binarized)
-    if empty:
-        tensors = {field.name: getattr(result, field.name) for field in fields(result)}
-        sliced: dict[str, Any] = {name: value[:0] for name, value in tensors.items() if isinstance(value, Tensor)}
-        result = replace(result, **sliced)
-    return result
+            rows = {"saliency": pair[:, 0], "binarized_saliency": pair[:, 0] - pair[:, 1]}
+            found |= {name: row.reshape(-1, *x.shape[1:]) for name, row in rows.items()}
+        result = replace(result, **found)
+    return result[:0] if empty else result

@@ -236,7 +236,7 @@ LAYERS = (
     ("methods.base", "methods.mixtures"),
     ("model", "tensor"),
     ("model.products", "tensor.geometry", "tensor.pairwise"),
-    ("model.traced", "tensor.ops"),
+    ("model.traced", "tensor.ops", "tensor.results"),
     ("model.linearization", "tensor.backends"),
     ("model.inputs", "tensor.tolerance", "_cpu", "_cuda"),
     ("model.calling",),

@@ -25,7 +25,7 @@ from fastsal.evaluation.summary import Summary, summarize
 from fastsal.evaluation.tables import Columns, arrow, as_geometry
 from fastsal.files import changes
 from fastsal.model.calling import Model
-from fastsal.tensor.geometry import Geometry
+from fastsal.tensor import results
 
 
 def _checked(data: Any, batch_size: Any, names: Sequence[str] | None) -> Batches:
@@ -205,20 +205,23 @@ def in_memory(
     return columns, summarize(columns, tuple(analysis.example.shape[1:]), analysis.classes, f"{options['norm']:g}")
 
 
-def load(folder: str | Path) -> Geometry:
-    """The results in a folder that `evaluate` wrote, or is writing, as one `Geometry` on the CPU, in the order of their index.
+def load(path: str | Path) -> Any:
+    """The results that a result's `save` wrote into a file, or `evaluate` into a folder, on the CPU. Nothing is unpickled.
 
-    Examples that were not analysed are NaN, with prediction -1. It has no `distances` and no saliency maps.
+    Those in a folder, which may be still being written, are one `Geometry`, in the order of their index. Examples that were not
+    analysed are NaN, with prediction -1.
 
     Args:
-        folder: The folder.
+        path: The file or the folder.
 
     Returns:
-        The `Geometry`, its tensors [N] for the N examples that are there.
+        What was saved: a `Geometry`, `Adversarial` or `PairwiseMargins`. For a folder the `Geometry` of the N examples that are
+        there, its tensors [N].
 
     Raises:
-        ValueError: The folder holds no results.
-        ImportError: pyarrow is missing.
+        ValueError: There are no results.
+        FileNotFoundError: There is nothing.
+        ImportError: pyarrow is missing, for a folder.
 
     Example:
         >>> import tempfile, torch, fastsal
@@ -227,7 +230,9 @@ def load(folder: str | Path) -> Geometry:
         ...     fastsal.load(folder).linearized_robustness.shape
         torch.Size([20])
     """
-    found = shards.shards(Path(folder))
+    if Path(path).is_file():
+        return results.read(Path(path))
+    found = shards.shards(Path(path))
     if not found:
-        raise ValueError(f"results: {folder} holds no results of fastsal.evaluate")
+        raise ValueError(f"results: {path} holds no results of fastsal.evaluate")
     return as_geometry(shards.read(found))
