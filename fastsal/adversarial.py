@@ -185,7 +185,7 @@ def deepfool(
     *,
     labels: Tensor | None = None,
     norm: float | str = 2,
-    method: str | Method = "candidates",
+    method: str | Method = "auto",
     max_steps: int = 50,
     overshoot: float = 0.02,
     chunk_size: int | None = None,
@@ -211,8 +211,8 @@ def deepfool(
         labels: The true classes, int64 [B]: an example that the model gets wrong already comes back unperturbed, at distance 0.
             None stands for the model's own predictions, as ρ and ρ̃ mean it.
         norm: The p of the perturbation: 2, 1, `math.inf` or "inf".
-        method: Which classes a step considers, as in `analyze`: "candidates" (the 10 highest logits besides the predicted one,
-            DeepFool's own), "exact" (all) or "certified" (all, in fewer passes; not for p = 1), or a method with options.
+        method: Which classes a step considers, as in `analyze`: "auto" (default), "exact" or "certified" for all,
+            "candidates" for the 10 highest logits besides the predicted one (DeepFool's own), or a method with options.
         max_steps: How many linearisations to take at most. Examples that are done cost nothing more.
         overshoot: By which share to step beyond the linearised boundary. It costs no distance: the bisection takes it back.
         chunk_size: How many class gradients to take at once, as in `analyze`.

@@ -9,6 +9,7 @@ from fastsal import methods, validation
 from fastsal.methods.base import Question
 from fastsal.model.calling import Model, check_input
 from fastsal.model.linearization import linearize
+from fastsal.progress import Report, reporting
 from fastsal.tensor.geometry import Geometry, margin_geometry
 
 
@@ -17,11 +18,12 @@ def analyze(
     x: Tensor,
     *,
     norm: float | str = 2,
-    method: str | methods.Method = "exact",
+    method: str | methods.Method = "auto",
     chunk_size: int | None = None,
     backend: str = "auto",
     keep_saliency: bool = False,
     differentiable: bool = False,
+    progress: bool | Report | None = None,
 ) -> Geometry:
     """Linearised robustness, saliency alignment and the bound that ties them, for every example of a batch of a model.
 
@@ -30,9 +32,10 @@ def analyze(
 
     | method         | backward and forward-mode passes     | what comes back                | when to use it              |
     |----------------|--------------------------------------|--------------------------------|-----------------------------|
-    | `"exact"`      | n backward, or F + 3 where the       | ρ̃ and the distances of all     | few classes (some 50), or   |
-    |                | logits leave a linear layer of F     | classes                        | a narrow last layer         |
-    |                | inputs and that is fewer             |                                |                             |
+    | `"auto"`       | `"exact"` where that takes at most 100 passes an example, or p = 1; else `"certified"`; the default |
+    | `"exact"`      | n backward, or F + 3 where the       | ρ̃ and the distances of all     | few classes, or a narrow    |
+    |                | logits leave a linear layer of F     | classes                        | last layer; when every      |
+    |                | inputs and that is fewer             |                                | distance matters            |
     | `"certified"`  | some 20 to 90 at 1000 classes, of    | ρ̃, except with probability     | many classes, norm 2 or inf |
     |                | both kinds                           | 1e-6 for each example          |                             |
     | `"candidates"` | 11 backward: the predicted class and | an upper bound of ρ̃, often ρ̃   | a first look; inside loops  |
@@ -59,6 +62,7 @@ def analyze(
             origin of x is (a mean-centred input or not); ρ̃ does not.
         norm: The p of the perturbation: 2, 1, `math.inf` or "inf". Gradients are measured in the dual q-norm.
         method: The name of a method, or a `fastsal.Exact`, `fastsal.Certified` or `fastsal.Candidates` with options.
+            `Geometry.method` says which "auto" took.
         chunk_size: How many class gradients to take at once; None chooses by model and device. Where memory runs out, the chunk
             is halved.
         backend: "auto", "reference", "cpu", "cuda" or "triton"; `fastsal.info()` tells which can run.
@@ -66,6 +70,8 @@ def analyze(
         differentiable: Let the scalars, and the saliency maps where they are kept, carry gradients to any order: into the
             model's parameters, and into x where that requires a gradient. It costs two more rows, with a graph. Indices,
             `distances` and `lower_bound` carry none. Every operation of the model needs a second derivative.
+        progress: Whether to show a bar (with tqdm); None (default) does in a terminal or notebook once more than a few seconds
+            turn out to be ahead. Or a function, which is called with the share that is done.
 
     Returns:
         A `Geometry`, in float64 for float64 x and in float32 for all others.
@@ -95,7 +101,8 @@ def analyze(
     B = x.shape[0]
     empty = B == 0  # one example of zeros tells the number of classes, and is dropped at the end
     with linearize(model, x.new_zeros(1, *x.shape[1:]) if empty else x, differentiable=differentiable) as graph:
-        selection = chosen.select(graph, Question(p, chunk_size, backend))
+        with reporting(progress, "analyze") as report:
+            selection = chosen.select(graph, Question(p, chunk_size, backend, report=report))
         validation.warn_probabilities(selection.logits)
         logits, pair, flat_x = selection.logits, selection.pair, graph.x.detach()
         if differentiable:

@@ -242,7 +242,7 @@ LAYERS = (
     ("model.calling",),
     ("model.chunking",),
     ("tensor.reference",),
-    ("devices", "files", "validation"),
+    ("devices", "files", "progress", "validation"),
 )
 STRANGERS = ("model", "tensor")  # neither imports anything of the other
 LEAVES = ("files", "tensor.reference", "validation")  # these import torch at most, and nothing of fastsal

@@ -155,6 +155,14 @@ def margin_geometry(
         >>> result = fastsal.margin_geometry(logits, jacobian, x)
         >>> result.prediction.item(), result.runner_up.item(), round(result.linearized_robustness.item(), 4)
         (2, 0, 2.2361)
+
+        From a model, as long as the Jacobian of a batch fits into memory (`fastsal.analyze` streams it):
+
+        >>> from torch.func import jacrev, vmap
+        >>> model, x = torch.nn.Linear(2, 3), torch.randn(5, 2)
+        >>> jacobian = vmap(jacrev(lambda one: model(one.unsqueeze(0)).squeeze(0)))(x)  # jacrev(model)(x) is [B, n, B, *S]
+        >>> jacobian.shape, len(fastsal.margin_geometry(model(x), jacobian, x))
+        (torch.Size([5, 3, 2]), 5)
     """
     p = validation.norm(norm)
     validation.floating("x", x)  # which `validation.tensors` would let pass as None
