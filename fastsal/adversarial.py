@@ -3,6 +3,7 @@
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -13,13 +14,16 @@ from fastsal.methods.base import Question, Selection
 from fastsal.model.calling import Model, call, check_evaluation_mode, check_input, recording
 from fastsal.model.linearization import Linearization, linearize
 from fastsal.tensor import reference
+from fastsal.tensor.results import Results
 
 HALVINGS = 16
 
 
-@dataclass(frozen=True)
-class Adversarial:
-    """What `deepfool` found for each of B examples. Tensors have the shape [B] unless another is given.
+@dataclass(frozen=True, eq=False, repr=False)
+class Adversarial(Results):
+    """What `deepfool` found for each of B examples, an object to work with as `Geometry` is.
+
+    Tensors have the shape [B] unless another is given.
 
     Attributes:
         adversarial: The perturbed inputs, [B, *S] in x's dtype; x itself where nothing was found.
@@ -38,6 +42,8 @@ class Adversarial:
     prediction: Tensor
     adversarial_class: Tensor
     steps: Tensor
+
+    _shown: ClassVar = ("distance", "steps", "success")
 
 
 def distances(a: Tensor, b: Tensor, norm: float) -> Tensor:
@@ -179,7 +185,7 @@ def deepfool(
     *,
     labels: Tensor | None = None,
     norm: float | str = 2,
-    method: str | Method = "candidates",
+    method: str | Method = "auto",
     max_steps: int = 50,
     overshoot: float = 0.02,
     chunk_size: int | None = None,
@@ -205,8 +211,8 @@ def deepfool(
         labels: The true classes, int64 [B]: an example that the model gets wrong already comes back unperturbed, at distance 0.
             None stands for the model's own predictions, as ρ and ρ̃ mean it.
         norm: The p of the perturbation: 2, 1, `math.inf` or "inf".
-        method: Which classes a step considers, as in `analyze`: "candidates" (the 10 highest logits besides the predicted one,
-            DeepFool's own), "exact" (all) or "certified" (all, in fewer passes; not for p = 1), or a method with options.
+        method: Which classes a step considers, as in `analyze`: "auto" (default), "exact" or "certified" for all,
+            "candidates" for the 10 highest logits besides the predicted one (DeepFool's own), or a method with options.
         max_steps: How many linearisations to take at most. Examples that are done cost nothing more.
         overshoot: By which share to step beyond the linearised boundary. It costs no distance: the bisection takes it back.
         chunk_size: How many class gradients to take at once, as in `analyze`.

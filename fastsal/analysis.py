@@ -1,7 +1,6 @@
 """analyze: every quantity of docs/design.md, "Quantities", for a model, whose Jacobian is streamed and never held."""
 
-from dataclasses import fields, replace
-from typing import Any
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -10,6 +9,7 @@ from fastsal import methods, validation
 from fastsal.methods.base import Question
 from fastsal.model.calling import Model, check_input
 from fastsal.model.linearization import linearize
+from fastsal.progress import Report, reporting
 from fastsal.tensor.geometry import Geometry, margin_geometry
 
 
@@ -18,11 +18,12 @@ def analyze(
     x: Tensor,
     *,
     norm: float | str = 2,
-    method: str | methods.Method = "exact",
+    method: str | methods.Method = "auto",
     chunk_size: int | None = None,
     backend: str = "auto",
     keep_saliency: bool = False,
     differentiable: bool = False,
+    progress: bool | Report | None = None,
 ) -> Geometry:
     """Linearised robustness, saliency alignment and the bound that ties them, for every example of a batch of a model.
 
@@ -31,9 +32,10 @@ def analyze(
 
     | method         | backward and forward-mode passes     | what comes back                | when to use it              |
     |----------------|--------------------------------------|--------------------------------|-----------------------------|
-    | `"exact"`      | n backward, or F + 3 where the       | ρ̃ and the distances of all     | few classes (some 50), or   |
-    |                | logits leave a linear layer of F     | classes                        | a narrow last layer         |
-    |                | inputs and that is fewer             |                                |                             |
+    | `"auto"`       | `"exact"` where that takes at most 100 passes an example, or p = 1; else `"certified"`; the default |
+    | `"exact"`      | n backward, or F + 3 where the       | ρ̃ and the distances of all     | few classes, or a narrow    |
+    |                | logits leave a linear layer of F     | classes                        | last layer; when every      |
+    |                | inputs and that is fewer             |                                | distance matters            |
     | `"certified"`  | some 20 to 90 at 1000 classes, of    | ρ̃, except with probability     | many classes, norm 2 or inf |
     |                | both kinds                           | 1e-6 for each example          |                             |
     | `"candidates"` | 11 backward: the predicted class and | an upper bound of ρ̃, often ρ̃   | a first look; inside loops  |
@@ -60,6 +62,7 @@ def analyze(
             origin of x is (a mean-centred input or not); ρ̃ does not.
         norm: The p of the perturbation: 2, 1, `math.inf` or "inf". Gradients are measured in the dual q-norm.
         method: The name of a method, or a `fastsal.Exact`, `fastsal.Certified` or `fastsal.Candidates` with options.
+            `Geometry.method` says which "auto" took.
         chunk_size: How many class gradients to take at once; None chooses by model and device. Where memory runs out, the chunk
             is halved.
         backend: "auto", "reference", "cpu", "cuda" or "triton"; `fastsal.info()` tells which can run.
@@ -67,6 +70,8 @@ def analyze(
         differentiable: Let the scalars, and the saliency maps where they are kept, carry gradients to any order: into the
             model's parameters, and into x where that requires a gradient. It costs two more rows, with a graph. Indices,
             `distances` and `lower_bound` carry none. Every operation of the model needs a second derivative.
+        progress: Whether to show a bar (with tqdm); None (default) does in a terminal or notebook once more than a few seconds
+            turn out to be ahead. Or a function, which is called with the share that is done.
 
     Returns:
         A `Geometry`, in float64 for float64 x and in float32 for all others.
@@ -96,7 +101,8 @@ def analyze(
     B = x.shape[0]
     empty = B == 0  # one example of zeros tells the number of classes, and is dropped at the end
     with linearize(model, x.new_zeros(1, *x.shape[1:]) if empty else x, differentiable=differentiable) as graph:
-        selection = chosen.select(graph, Question(p, chunk_size, backend))
+        with reporting(progress, "analyze") as report:
+            selection = chosen.select(graph, Question(p, chunk_size, backend, report=report))
         validation.warn_probabilities(selection.logits)
         logits, pair, flat_x = selection.logits, selection.pair, graph.x.detach()
         if differentiable:
@@ -104,12 +110,9 @@ def analyze(
             pair = torch.cat([graph.rows(row.unsqueeze(0), create_graph=True) for row in selection.winners.t()], 1)
         result = margin_geometry(logits.gather(1, selection.winners), pair, flat_x, norm=p, backend=backend)
         prediction, runner_up = selection.winners.unbind(1)
-        result = replace(result, prediction=prediction, runner_up=runner_up, **selection.provenance)
+        found = {"prediction": prediction, "runner_up": runner_up} | selection.provenance
         if keep_saliency:
-            saliency, binarized = (row.reshape(-1, *x.shape[1:]) for row in (pair[:, 0], pair[:, 0] - pair[:, 1]))
-            result = replace(result, saliency=saliency, binarized_saliency=binarized)
-    if empty:
-        tensors = {field.name: getattr(result, field.name) for field in fields(result)}
-        sliced: dict[str, Any] = {name: value[:0] for name, value in tensors.items() if isinstance(value, Tensor)}
-        result = replace(result, **sliced)
-    return result
+            rows = {"saliency": pair[:, 0], "binarized_saliency": pair[:, 0] - pair[:, 1]}
+            found |= {name: row.reshape(-1, *x.shape[1:]) for name, row in rows.items()}
+        result = replace(result, **found)
+    return result[:0] if empty else result

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from fastsal.model.linearization import Linearization
+from fastsal.progress import Report, ignore
 from fastsal.tensor import ops, reference
 
 
@@ -40,6 +41,7 @@ class Question:
         backend: The name of the backend that measures the rows, or "auto".
         own: The classes that stand in for the predicted ones, int64 [B]; None for these.
         among: Which classes may be the nearest, bool [B, n]; None for all.
+        report: Is told, now and then, the share of the work that is done.
     """
 
     norm: float
@@ -47,6 +49,7 @@ class Question:
     backend: str = "auto"
     own: Tensor | None = None
     among: Tensor | None = None
+    report: Report = ignore
 
     def at(self, examples: slice) -> "Question":
         """The same, asked of some of the examples."""

@@ -27,6 +27,7 @@ from fastsal.tensor import ops, reference
 
 TILE_BYTES = 1 << 26
 ROUNDING = 1000.0  # units of it that two ways to one row may be apart, at most
+PASSES = 3  # besides those of the features: the winners' rows and a mixture
 SPARE = 8.0  # and in units of what they are apart for the rows of the winners
 REDUCED = 512.0  # units of rounding between a dot product in a dtype and one in less precision (TF32: about 2000)
 
@@ -84,7 +85,7 @@ def _why_not(head: nn.Module, calls: list[tuple[nn.Module, Tensor, Tensor]], gra
     return ""
 
 
-def _find(graph: Linearization, wanted: nn.Module | None) -> nn.Module | None:
+def _find(graph: Linearization, wanted: nn.Module | None, widest: float = math.inf) -> nn.Module | None:
     """The head that the caller wants, or one that is recognised and narrow enough to pay; None where there is none."""
     n = graph.logits.shape[1]
     modules = list(graph.model.modules()) if isinstance(graph.model, nn.Module) else []
@@ -96,7 +97,9 @@ def _find(graph: Linearization, wanted: nn.Module | None) -> nn.Module | None:
         else [
             module
             for module in modules
-            if (weight := _weight(module)) is not None and len(weight) == n and 2 <= weight.shape[1] < n - 2
+            if (weight := _weight(module)) is not None
+            and len(weight) == n
+            and 2 <= weight.shape[1] < min(n - PASSES + 1, widest + 1)
         ]
     )
     if not heads:
@@ -110,6 +113,15 @@ def _find(graph: Linearization, wanted: nn.Module | None) -> nn.Module | None:
         if wanted is not None:
             raise ValueError(f"Exact: cannot go through the given head: {why_not}; leave head=None for class rows")
     return None
+
+
+def pays(graph: Linearization, most: int, memory_limit: int) -> bool:
+    """Whether there is a head by which the rows of all classes take at most so many passes an example."""
+    if graph.batch is not None and graph.batch.whole:
+        return False
+    head = _find(graph, None, most - PASSES)
+    weight = None if head is None else _weight(head)
+    return weight is not None and weight.shape[1] * graph.x.shape[1] * graph.x.element_size() <= memory_limit
 
 
 def _jacobian(features: Linearization, chunk_size: int | None) -> Tensor:
@@ -159,7 +171,7 @@ def through_features(
     B, n = graph.logits.shape
     F, D = weight.shape[1], graph.x.shape[1]
     size = memory_limit // (F * D * graph.x.element_size())
-    if size == 0 or (wanted is None and F + 3 >= n):
+    if size == 0 or (wanted is None and F + PASSES >= n):
         return None
 
     def features(x: Tensor) -> Tensor:
@@ -196,6 +208,7 @@ def through_features(
         winners[part, 1] = reference.nearest_other(ratio, margin[part], prediction[part])
         mixed = cotangents[0, part].to(weight.dtype) @ weight
         formed[part] = torch.cat((weight[winners[part]], mixed.unsqueeze(1)), 1) @ jacobian
+        question.report(part.stop / B)
     ratio, pair = reference.ratios(margin, distance), graph.rows(winners.t())
     unit, known = torch.finfo(graph.x.dtype).eps, ~ratio.isnan().any(1)
     seen = max(_disagreement(pair[known, row], formed[known, row]) for row in (0, 1))
@@ -209,5 +222,5 @@ def through_features(
         )
         return None
     distances = ratio.scatter(1, prediction.unsqueeze(1), math.inf).to(graph.logits.dtype)
-    provenance = {"method": "exact", "distances": distances, "vjps": torch.full_like(prediction, F + 3)}
+    provenance = {"method": "exact", "distances": distances, "vjps": torch.full_like(prediction, F + PASSES)}
     return Selection(graph.logits, winners, pair, provenance)
