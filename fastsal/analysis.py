@@ -1,22 +1,31 @@
 """analyze: every quantity of docs/design.md, "Quantities", for a model, whose Jacobian is streamed and never held."""
 
+from collections.abc import Mapping, Sequence
 from dataclasses import fields, replace
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from fastsal import methods, validation
 from fastsal.methods.base import Question
-from fastsal.model.calling import Model, check_input
-from fastsal.model.linearization import linearize
-from fastsal.tensor.geometry import Geometry, margin_geometry
+from fastsal.model.calling import Model
+from fastsal.model.function import nonempty
+from fastsal.model.linearization import Linearization, linearize
+from fastsal.tensor.geometry import Geometry, margin_geometry, of_pair
+
+Result = TypeVar("Result", bound=Any)
 
 
 def analyze(
     model: Model,
     x: Tensor,
     *,
+    args: Sequence[Any] = (),
+    kwargs: Mapping[str, Any] | None = None,
+    layer: nn.Module | str | None = None,
+    classes: Tensor | None = None,
+    target: Tensor | None = None,
     norm: float | str = 2,
     method: str | methods.Method = "exact",
     chunk_size: int | None = None,
@@ -58,6 +67,15 @@ def analyze(
         x: [B, *S], float32, float64, float16 or bfloat16. Distances are in units of x as passed: to measure them in pixels,
             make the normalisation a part of the model. Alignments, offsets, homogeneities and the bound depend on where the
             origin of x is (a mean-centred input or not); ρ̃ does not.
+        args, kwargs: What the model takes after x. Tensors with B entries in front, in lists, tuples and dicts too, belong to
+            the examples, such as their masks, and go with them; everything else is passed as it is.
+        layer: A module of the model, or its name. Distances, alignments and saliency maps are then those in the space of its
+            output at x, in the place of x, which may be of any dtype. The module has to run once, and to return one tensor
+            [B, *S] that leads to the logits.
+        classes: Which classes may be the nearest, bool [n] or [B, n]; None for all. The others cost no rows.
+        target: int64 [B]: the class whose nearest boundary is asked for, in the place of the predicted one, whose part it
+            takes in every quantity but `prediction`. ρ̃ is then min over j of (Ψ^y − Ψʲ) / ‖g_y − g_j‖_q for the target y, the
+            signed margin: negative where another class has a higher logit. Of these "certified" takes every row.
         norm: The p of the perturbation: 2, 1, `math.inf` or "inf". Gradients are measured in the dual q-norm.
         method: The name of a method, or a `fastsal.Exact`, `fastsal.Certified` or `fastsal.Candidates` with options.
         chunk_size: How many class gradients to take at once; None chooses by model and device. Where memory runs out, the chunk
@@ -74,7 +92,8 @@ def analyze(
     Raises:
         TypeError: x is no tensor of floating dtype, or the model returns no such tensor.
         ValueError: The model returns no logits [B, n], or logits that do not depend on x; it mixes the examples of a batch, or
-            has layers in training mode that would; or an option is wrong. The message says what was found and what is wanted.
+            has layers in training mode that would; the layer runs several times or does not lead to the logits; an example has
+            no class that may be the nearest; or an option is wrong. The message says what was found and what is wanted.
         RuntimeError: A backend that was named cannot run, or the model itself failed.
         NotImplementedError: `differentiable`, and torch has no second derivative of some operation; the message names it.
 
@@ -92,24 +111,41 @@ def analyze(
     p = validation.norm(norm)
     chosen = methods.resolve(method, p)
     validation.chunk_size(chunk_size)
-    check_input(x)
-    B = x.shape[0]
-    empty = B == 0  # one example of zeros tells the number of classes, and is dropped at the end
-    with linearize(model, x.new_zeros(1, *x.shape[1:]) if empty else x, differentiable=differentiable) as graph:
-        selection = chosen.select(graph, Question(p, chunk_size, backend))
+    # Of a batch of none, one example of zeros tells the number of classes, and is dropped at the end.
+    point, args, kwargs = nonempty((x, args, kwargs))
+    with linearize(model, point, args=args, kwargs=kwargs, layer=layer, differentiable=differentiable) as graph:
+        question = Question(p, chunk_size, backend, *_asked(graph, len(x), target, classes))
+        selection = chosen.select(graph, question)
         validation.warn_probabilities(selection.logits)
         logits, pair, flat_x = selection.logits, selection.pair, graph.x.detach()
         if differentiable:
             logits, flat_x = graph.graph_logits, graph.x
             pair = torch.cat([graph.rows(row.unsqueeze(0), create_graph=True) for row in selection.winners.t()], 1)
-        result = margin_geometry(logits.gather(1, selection.winners), pair, flat_x, norm=p, backend=backend)
-        prediction, runner_up = selection.winners.unbind(1)
+        scores, (prediction, runner_up) = logits.gather(1, selection.winners), selection.winners.unbind(1)
+        if target is None:
+            result = margin_geometry(scores, pair, flat_x, norm=p, backend=backend)
+        else:
+            result, prediction = of_pair(scores, pair, flat_x, p), selection.logits.argmax(1)
         result = replace(result, prediction=prediction, runner_up=runner_up, **selection.provenance)
         if keep_saliency:
-            saliency, binarized = (row.reshape(-1, *x.shape[1:]) for row in (pair[:, 0], pair[:, 0] - pair[:, 1]))
+            shape = graph.leaf.shape
+            saliency, binarized = pair[:, 0].reshape(shape), (pair[:, 0] - pair[:, 1]).reshape(shape)
             result = replace(result, saliency=saliency, binarized_saliency=binarized)
-    if empty:
-        tensors = {field.name: getattr(result, field.name) for field in fields(result)}
-        sliced: dict[str, Any] = {name: value[:0] for name, value in tensors.items() if isinstance(value, Tensor)}
-        result = replace(result, **sliced)
-    return result
+    return result if len(x) else emptied(result)
+
+
+def _asked(
+    graph: Linearization, B: int, target: Tensor | None, classes: Tensor | None
+) -> tuple[Tensor | None, Tensor | None]:
+    """What a caller says of the target and the classes, checked, for the examples of the recorded pass: [B] and [B, n]."""
+    if target is not None:
+        validation.labels("target", target, (B, graph.n))
+        target = nonempty(target).to(graph.leaf.device, torch.int64)
+    allowed = validation.allowed(classes, (B, graph.n), graph.leaf.device)
+    return target, None if B == 0 else allowed
+
+
+def emptied(result: Result) -> Result:
+    """A dataclass of results for no example, of one for some."""
+    values = {field.name: getattr(result, field.name) for field in fields(result)}
+    return replace(result, **{name: value[:0] for name, value in values.items() if isinstance(value, Tensor)})

@@ -239,6 +239,7 @@ LAYERS = (
     ("model.traced", "tensor.ops"),
     ("model.linearization", "tensor.backends"),
     ("model.inputs", "tensor.tolerance", "_cpu", "_cuda"),
+    ("model.function",),
     ("model.calling",),
     ("model.chunking",),
     ("tensor.reference",),

@@ -13,15 +13,18 @@ to the logits may have a gradient.
 """
 
 import contextlib
+import functools
 import math
 import warnings
 from collections.abc import Iterator
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
 from fastsal.methods.base import Nearest, Question, Selection
 from fastsal.methods.mixtures import mixture
+from fastsal.model.calling import Model
 from fastsal.model.linearization import Linearization
 from fastsal.tensor import ops, reference
 
@@ -94,7 +97,7 @@ def _find(graph: Linearization, wanted: nn.Module | None) -> nn.Module | None:
     if not heads:
         return None
     with _recorded(heads) as calls, graph.same_precision():
-        graph.model(graph.leaf.detach().clone())
+        graph.function(np.arange(len(graph.leaf)))(graph.leaf.detach().clone())
     for head in heads:
         why_not = _why_not(head, calls, graph)
         if not why_not:
@@ -150,14 +153,16 @@ def through_features(
         return None
     B, n = graph.logits.shape
     F, D = weight.shape[1], graph.x.shape[1]
+    others = nearest.by_class()
     size = memory_limit // (F * D * graph.x.element_size())
-    if size == 0 or (wanted is None and F + 3 >= n):
+    if size == 0 or (wanted is None and F + 3 >= 1 + others.shape[1]):
         return None
 
-    def features(x: Tensor) -> Tensor:
+    def features(model: Model, which: Tensor, x: Tensor) -> Tensor:
         with _recorded([head]) as calls:
-            graph.model(x)
-        return calls[0][1].flatten(1)
+            model(x)
+        found = calls[0][1].flatten(1)
+        return found if len(found) == len(x) else found[which]  # of a model that has to see the whole batch
 
     prediction, margin = nearest.prediction, nearest.margin
     distance = torch.zeros_like(margin)
@@ -168,7 +173,8 @@ def through_features(
     tile = max(1, TILE_BYTES // (min(size, B) * D * graph.x.element_size()))
     for start in range(0, B, size):
         part = slice(start, min(start + size, B))
-        inner = graph.features(features, examples[part])
+        which = examples[part]
+        inner = graph.features(functools.partial(features, graph.function(which), which), which)
         if inner.mixes_examples():
             return None
         jacobian = _jacobian(inner, question.chunk_size)
@@ -183,12 +189,12 @@ def through_features(
         own = ops.row_distances(nothing, winner.to(graph.x.dtype) @ jacobian, question.norm, question.backend)
         scale = torch.maximum(distance[part], own)
         cotangents[0, part] = torch.where(scale > 0, weights * own / scale, weights).to(cotangents.dtype)
-        ratio = reference.ratios(margin[part], distance[part])
-        winners[part, 0] = prediction[part]
-        winners[part, 1] = reference.nearest_other(ratio, margin[part], prediction[part])
+        ratio, other = nearest.ratios(distance[part], part), others[part]
+        slot = reference.nearest(ratio.gather(1, other), margin[part].gather(1, other)).unsqueeze(1)
+        winners[part] = torch.cat((prediction[part].unsqueeze(1), other.gather(1, slot)), 1)
         mixed = cotangents[0, part].to(weight.dtype) @ weight
         formed[part] = torch.cat((weight[winners[part]], mixed.unsqueeze(1)), 1) @ jacobian
-    ratio, pair = reference.ratios(margin, distance), graph.rows(winners.t())
+    ratio, pair = nearest.ratios(distance), graph.rows(winners.t())
     unit, known = torch.finfo(graph.x.dtype).eps, ~ratio.isnan().any(1)
     seen = max(_disagreement(pair[known, row], formed[known, row]) for row in (0, 1))
     gap = max(seen, _disagreement(graph.vjp(cotangents)[known, 0], formed[known, 2]))
@@ -200,6 +206,9 @@ def through_features(
             f"model: {type(head).__name__} at its end is not all of it: {reason}; taking class rows", stacklevel=2
         )
         return None
-    distances = ratio.scatter(1, prediction.unsqueeze(1), math.inf).to(graph.logits.dtype)
-    provenance = {"method": "exact", "distances": distances, "vjps": torch.full_like(prediction, F + 3)}
+    provenance = {
+        "method": "exact",
+        "distances": ratio.to(graph.logits.dtype),
+        "vjps": torch.full_like(prediction, F + 3),
+    }
     return Selection(graph.logits, winners, pair, provenance)
