@@ -3,26 +3,28 @@
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
 from fastsal import methods, validation
-from fastsal.analysis import emptied
 from fastsal.methods import Method
 from fastsal.methods.base import Question, Selection
 from fastsal.model.calling import Model, call
 from fastsal.model.function import nonempty
 from fastsal.model.linearization import Linearization, linearize
 from fastsal.tensor import reference
+from fastsal.tensor.results import Results
 
 HALVINGS = 16
 
 
-@dataclass(frozen=True)
-class Adversarial:
-    """What `deepfool` found for each of B examples. Tensors have the shape [B] unless another is given.
+@dataclass(frozen=True, eq=False, repr=False)
+class Adversarial(Results):
+    """What `deepfool` found for each of B examples, an object to work with as `Geometry` is.
+
+    Tensors have the shape [B] unless another is given.
 
     Attributes:
         adversarial: The perturbed inputs, [B, *S] in x's dtype; x itself where nothing was found.
@@ -41,6 +43,8 @@ class Adversarial:
     prediction: Tensor
     adversarial_class: Tensor
     steps: Tensor
+
+    _shown: ClassVar = ("distance", "steps", "success")
 
 
 def distances(a: Tensor, b: Tensor, norm: float) -> Tensor:
@@ -182,7 +186,7 @@ def deepfool(
     classes: Tensor | None = None,
     labels: Tensor | None = None,
     norm: float | str = 2,
-    method: str | Method = "candidates",
+    method: str | Method = "auto",
     max_steps: int = 50,
     overshoot: float = 0.02,
     chunk_size: int | None = None,
@@ -211,8 +215,8 @@ def deepfool(
         labels: The true classes, int64 [B]: an example that the model gets wrong already comes back unperturbed, at distance 0.
             None stands for the model's own predictions, as ρ and ρ̃ mean it.
         norm: The p of the perturbation: 2, 1, `math.inf` or "inf".
-        method: Which classes a step considers, as in `analyze`: "candidates" (the 10 highest logits besides the predicted one,
-            DeepFool's own), "exact" (all) or "certified" (all, in fewer passes; not for p = 1), or a method with options.
+        method: Which classes a step considers, as in `analyze`: "auto" (default), "exact" or "certified" for all,
+            "candidates" for the 10 highest logits besides the predicted one (DeepFool's own), or a method with options.
         max_steps: How many linearisations to take at most. Examples that are done cost nothing more.
         overshoot: By which share to step beyond the linearised boundary. It costs no distance: the bisection takes it back.
         chunk_size: How many class gradients to take at once, as in `analyze`.
@@ -278,4 +282,4 @@ def deepfool(
         reached = predicted(run, found)
         distance = torch.where(success, distances(found, start, p), math.inf).to(begin.logits.dtype)
     result = Adversarial(found, distance, success, prediction, reached, steps)
-    return result if len(x) else emptied(result)
+    return result if len(x) else result[:0]

@@ -1,8 +1,8 @@
 """analyze: every quantity of docs/design.md, "Quantities", for a model, whose Jacobian is streamed and never held."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import fields, replace
-from typing import Any, TypeVar
+from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -12,9 +12,8 @@ from fastsal.methods.base import Question
 from fastsal.model.calling import Model
 from fastsal.model.function import nonempty
 from fastsal.model.linearization import Linearization, linearize
+from fastsal.progress import Report, reporting
 from fastsal.tensor.geometry import Geometry, margin_geometry, of_pair
-
-Result = TypeVar("Result", bound=Any)
 
 
 def analyze(
@@ -27,11 +26,12 @@ def analyze(
     classes: Tensor | None = None,
     target: Tensor | None = None,
     norm: float | str = 2,
-    method: str | methods.Method = "exact",
+    method: str | methods.Method = "auto",
     chunk_size: int | None = None,
     backend: str = "auto",
     keep_saliency: bool = False,
     differentiable: bool = False,
+    progress: bool | Report | None = None,
 ) -> Geometry:
     """Linearised robustness, saliency alignment and the bound that ties them, for every example of a batch of a model.
 
@@ -40,9 +40,10 @@ def analyze(
 
     | method         | backward and forward-mode passes     | what comes back                | when to use it              |
     |----------------|--------------------------------------|--------------------------------|-----------------------------|
-    | `"exact"`      | n backward, or F + 3 where the       | ρ̃ and the distances of all     | few classes (some 50), or   |
-    |                | logits leave a linear layer of F     | classes                        | a narrow last layer         |
-    |                | inputs and that is fewer             |                                |                             |
+    | `"auto"`       | `"exact"` where that takes at most 100 passes an example, or p = 1; else `"certified"`; the default |
+    | `"exact"`      | n backward, or F + 3 where the       | ρ̃ and the distances of all     | few classes, or a narrow    |
+    |                | logits leave a linear layer of F     | classes                        | last layer; when every      |
+    |                | inputs and that is fewer             |                                | distance matters            |
     | `"certified"`  | some 20 to 90 at 1000 classes, of    | ρ̃, except with probability     | many classes, norm 2 or inf |
     |                | both kinds                           | 1e-6 for each example          |                             |
     | `"candidates"` | 11 backward: the predicted class and | an upper bound of ρ̃, often ρ̃   | a first look; inside loops  |
@@ -78,6 +79,7 @@ def analyze(
             signed margin: negative where another class has a higher logit. Of these "certified" takes every row.
         norm: The p of the perturbation: 2, 1, `math.inf` or "inf". Gradients are measured in the dual q-norm.
         method: The name of a method, or a `fastsal.Exact`, `fastsal.Certified` or `fastsal.Candidates` with options.
+            `Geometry.method` says which "auto" took.
         chunk_size: How many class gradients to take at once; None chooses by model and device. Where memory runs out, the chunk
             is halved.
         backend: "auto", "reference", "cpu", "cuda" or "triton"; `fastsal.info()` tells which can run.
@@ -85,6 +87,8 @@ def analyze(
         differentiable: Let the scalars, and the saliency maps where they are kept, carry gradients to any order: into the
             model's parameters, and into x where that requires a gradient. It costs two more rows, with a graph. Indices,
             `distances` and `lower_bound` carry none. Every operation of the model needs a second derivative.
+        progress: Whether to show a bar (with tqdm); None (default) does in a terminal or notebook once more than a few seconds
+            turn out to be ahead. Or a function, which is called with the share that is done.
 
     Returns:
         A `Geometry`, in float64 for float64 x and in float32 for all others.
@@ -114,8 +118,9 @@ def analyze(
     # Of a batch of none, one example of zeros tells the number of classes, and is dropped at the end.
     point, args, kwargs = nonempty((x, args, kwargs))
     with linearize(model, point, args=args, kwargs=kwargs, layer=layer, differentiable=differentiable) as graph:
-        question = Question(p, chunk_size, backend, *_asked(graph, len(x), target, classes))
-        selection = chosen.select(graph, question)
+        asked = _asked(graph, len(x), target, classes)
+        with reporting(progress, "analyze") as report:
+            selection = chosen.select(graph, Question(p, chunk_size, backend, *asked, report=report))
         validation.warn_probabilities(selection.logits)
         logits, pair, flat_x = selection.logits, selection.pair, graph.x.detach()
         if differentiable:
@@ -126,12 +131,12 @@ def analyze(
             result = margin_geometry(scores, pair, flat_x, norm=p, backend=backend)
         else:
             result, prediction = of_pair(scores, pair, flat_x, p), selection.logits.argmax(1)
-        result = replace(result, prediction=prediction, runner_up=runner_up, **selection.provenance)
+        found = {"prediction": prediction, "runner_up": runner_up} | selection.provenance
         if keep_saliency:
-            shape = graph.leaf.shape
-            saliency, binarized = pair[:, 0].reshape(shape), (pair[:, 0] - pair[:, 1]).reshape(shape)
-            result = replace(result, saliency=saliency, binarized_saliency=binarized)
-    return result if len(x) else emptied(result)
+            rows = {"saliency": pair[:, 0], "binarized_saliency": pair[:, 0] - pair[:, 1]}
+            found |= {name: row.reshape(graph.leaf.shape) for name, row in rows.items()}
+        result = replace(result, **found)
+    return result if len(x) else result[:0]
 
 
 def _asked(
@@ -143,9 +148,3 @@ def _asked(
         target = nonempty(target).to(graph.leaf.device, torch.int64)
     allowed = validation.allowed(classes, (B, graph.n), graph.leaf.device)
     return target, None if B == 0 else allowed
-
-
-def emptied(result: Result) -> Result:
-    """A dataclass of results for no example, of one for some."""
-    values = {field.name: getattr(result, field.name) for field in fields(result)}
-    return replace(result, **{name: value[:0] for name, value in values.items() if isinstance(value, Tensor)})

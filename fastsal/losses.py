@@ -31,7 +31,7 @@ def margin_loss(
     layer: nn.Module | str | None = None,
     target: float | None = None,
     norm: float | str = 2,
-    method: str | methods.Method = "exact",
+    method: str | methods.Method = "auto",
     chunk_size: int | None = None,
     backend: str = "auto",
 ) -> Tensor:
@@ -53,7 +53,7 @@ def margin_loss(
         target: The ρ̃ from which on an example adds nothing, in units of x. None (default) for the mean of −m, which has no
             lower bound: it is −inf where a gradient vanishes.
         norm: The p of the perturbation, 2 (default), 1, `math.inf` or "inf".
-        method: "exact" (default), "candidates", "certified" (norm 2 or inf) or any method of `fastsal.analyze`.
+        method: "auto" (default) or any method of `fastsal.analyze`.
         chunk_size, backend: As in `fastsal.analyze`.
 
     Returns:

@@ -35,6 +35,7 @@ LABELS = {
     "binarized_offset": "offset β† (logit)",
     "binarized_logit": "binarised logit Ψ† (logit)",
 }
+SHOWN, OTHERS = 20, "others"  # classes that are told apart, and all that are not
 # In units of x, so that they can be compared with each other.
 LENGTHS = {"linearized_robustness", "alignment", "binarized_alignment", "bound"}
 
@@ -78,11 +79,29 @@ def _axes(ax: Any) -> Any:
     return files.extra("matplotlib.pyplot").subplots(layout="constrained")[1] if ax is None else ax
 
 
-def _name_axes(ax: Any, x: Quantity, y: Quantity) -> None:
-    if isinstance(x, str):
-        ax.set_xlabel(LABELS[x])
-    if isinstance(y, str):
-        ax.set_ylabel(LABELS[y])
+def _label(quantity: Quantity) -> str:
+    return LABELS[quantity] if isinstance(quantity, str) else str(getattr(quantity, "name", None) or "")
+
+
+def _by_class(
+    results: Results, by: Any, xs: dict[str, Values], ys: dict[str, Values]
+) -> tuple[dict[str, Values], dict[str, Values]]:
+    """The values of one result, by the name of each class."""
+    if isinstance(results, Mapping):
+        raise ValueError(f"by: got {len(results)} results, wants one to tell the classes of")
+    if isinstance(by, str) and by not in ("prediction", "runner_up"):
+        raise ValueError(f"by: got {by!r}, wants 'prediction', 'runner_up' or classes [B]")
+    classes = getattr(results, by) if isinstance(by, str) else by
+    classes = np.asarray(classes.detach().cpu() if isinstance(classes, Tensor) else classes)
+    ((x, y),) = zip(xs.values(), ys.values(), strict=True)
+    if classes.shape != x.shape:
+        raise ValueError(f"by: got shape {classes.shape}, wants [B] with B = {len(x)}, one class an example")
+    names, counts = np.unique(classes, return_counts=True)
+    shown = np.sort(names[np.argsort(-counts, kind="stable")[:SHOWN]])
+    groups = {str(name): classes == name for name in shown}
+    if len(shown) < len(names):
+        groups = {OTHERS: ~np.isin(classes, shown)} | groups
+    return {name: x[rows] for name, rows in groups.items()}, {name: y[rows] for name, rows in groups.items()}
 
 
 def _label_decades(axis: Any, values: dict[str, Values]) -> None:
@@ -101,16 +120,25 @@ def scatter(
     y: Quantity = "alignment",
     *,
     diagonal: bool | None = None,
+    by: Any = None,
+    x_label: str = "",
+    y_label: str = "",
     colors: Any = COLORS,
     ax: Any = None,
 ) -> Any:
     """Draws a point for every example, on logarithmic axes where every value is positive.
+
+    Values that have a `name`, as a column of pandas has, are labelled by it.
 
     Args:
         results: A `Geometry`, or a mapping from names to several.
         x: The quantity along x.
         y: The quantity along y.
         diagonal: Whether to draw the line where both are equal; None draws it where both are lengths in units of x.
+        by: Classes to tell apart, of one result: "prediction", "runner_up", or [B] of your own. The legend names them; where
+            there are many, the most frequent ones, and the others are grey.
+        x_label: What to write along x; by default what the quantity is called.
+        y_label: The same along y.
         colors: One for each result, from the first again where they run out.
         ax: The matplotlib axes to draw on.
 
@@ -132,6 +160,8 @@ def scatter(
     """
     ax = _axes(ax)
     xs, ys = _values(results, x), _values(results, y)
+    if by is not None:
+        xs, ys = _by_class(results, by, xs, ys)
     positive = all(bool((values[np.isfinite(values)] > 0).all()) for side in (xs, ys) for values in side.values())
     if positive:
         ax.set(xscale="log", yscale="log")
@@ -142,19 +172,20 @@ def scatter(
             xs[name],
             ys[name],
             linestyle="none",
-            marker=MARKERS[slot % len(MARKERS)],
+            marker=MARKERS[(slot + slot // len(colors)) % len(MARKERS)],
             markersize=3,
             markeredgewidth=0,
             alpha=0.5,
-            color=colors[slot % len(colors)],
+            color="0.7" if name == OTHERS and by is not None else colors[slot % len(colors)],
             label=name,
             rasterized=sum(map(len, xs.values())) > 2000,
         )
     if diagonal if diagonal is not None else {x, y} <= LENGTHS if isinstance(x, str) and isinstance(y, str) else False:
         ax.axline((1, 1), (2, 2), color="0.4", linewidth=1, zorder=0)
-    _name_axes(ax, x, y)
+    ax.set_xlabel(x_label or _label(x))
+    ax.set_ylabel(y_label or _label(y))
     if len(xs) > 1:
-        ax.legend(markerscale=2)
+        ax.legend(markerscale=2, title=by if isinstance(by, str) else None)
     return ax
 
 
@@ -215,7 +246,8 @@ def medians(
     )
     for bars in (*drawn.lines[1], *drawn.lines[2]):
         bars.set_alpha(0.5)  # behind the medians, not over them
-    _name_axes(ax, x, y)
+    ax.set_xlabel(_label(x))
+    ax.set_ylabel(_label(y))
     return ax
 
 

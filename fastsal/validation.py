@@ -106,6 +106,12 @@ def tensors(logits: Tensor, jacobian: Tensor, x: Tensor | None) -> tuple[Tensor,
             f"jacobian: got shape {tuple(jacobian.shape)}, wants at least one input dimension entry (D >= 1)"
         )
     if x is not None and x.shape != (jacobian.shape[0], *jacobian.shape[2:]):
+        if x.shape == jacobian.shape[2:] and len(x) == len(logits):
+            raise ValueError(
+                f"jacobian: got shape {tuple(jacobian.shape)}, which is [B, n, B, *S], torch.func.jacrev of a whole batch; "
+                f"wants [B, n, *S] = {[*logits.shape, *x.shape[1:]]}, each example by itself: "
+                "vmap(jacrev(lambda one: model(one.unsqueeze(0)).squeeze(0)))(x), with both from torch.func"
+            )
         raise ValueError(
             f"x: got shape {tuple(x.shape)}, wants [B, *S] = {[jacobian.shape[0], *jacobian.shape[2:]]} to go with jacobian"
         )

@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import math
 import warnings
 from collections.abc import Sequence
 from typing import Any, cast
@@ -11,16 +12,19 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import Dataset, TensorDataset
 
-from fastsal import validation
+from fastsal import methods, validation
 from fastsal.analysis import analyze
 from fastsal.evaluation.tables import MISSING, NO_CLASS, Columns
 from fastsal.files import one_line
 from fastsal.model.calling import Model, call
 from fastsal.model.chunking import is_out_of_memory
+from fastsal.progress import Report, ignore
 from fastsal.tensor.geometry import Geometry
 
 Data = Tensor | Dataset[Any]
 
+BATCH = 64  # examples, by default, or as many as take so many entries of gradients, one for each pass
+ENTRIES = 1 << 27
 FIRST = 8  # examples, of which one has to be good
 WARNED = 10  # bad examples that are named at once; the table names all
 
@@ -78,14 +82,28 @@ class Batches(Dataset[Batch]):
 
 
 class Analysis:
-    """A model on batches: `analyze` with options that stay the same, rows of a table out of it, bad examples set apart."""
+    """A model on batches: `analyze` with options that stay the same, rows of a table out of it, bad examples set apart.
 
-    def __init__(self, model: Model, batches: Batches, names: Sequence[str] | None, options: dict[str, Any]) -> None:
+    A batch size that is not chosen yet, 0, is chosen here, by the first example, the number of classes and the method.
+    """
+
+    def __init__(
+        self,
+        model: Model,
+        batches: Batches,
+        names: Sequence[str] | None,
+        options: dict[str, Any],
+        keep: Sequence[str] = (),
+    ) -> None:
         self.model, self.batches, self.names, self.options = model, batches, names, options
-        self.bad = 0
+        self.keep, self.bad = keep, 0
         parameter = next(model.parameters(), None) if isinstance(model, nn.Module) else None
         self.device = torch.device("cpu") if parameter is None else parameter.device
         self.example, self.dtype, self.classes, self.labelled = self._probe()
+        if not batches.size:
+            every = isinstance(options["method"], methods.Exact) or options["norm"] == 1
+            passes = self.classes if every else min(self.classes, methods.FEW)
+            batches.size = max(1, min(BATCH, ENTRIES // (passes * self.example.numel())))
         if batches.size > 1:
             batches.shape = tuple(self.example.shape[1:])
 
@@ -108,8 +126,10 @@ class Analysis:
                 problem = f"model: on x of shape {tuple(x.shape)}: {one_line(error)}"
         raise RuntimeError(problem)
 
-    def _analyze(self, x: Tensor) -> Geometry:
-        return analyze(self.model, x.to(self.device, self.dtype), **self.options)
+    def _analyze(self, x: Tensor, report: Report = ignore) -> Geometry:
+        saliency = any("saliency" in name for name in self.keep)
+        x = x.to(self.device, self.dtype)
+        return analyze(self.model, x, keep_saliency=saliency, progress=report, **self.options)
 
     def _complaint(self, x: Tensor) -> str:
         """What goes wrong with these examples, or ""."""
@@ -119,7 +139,7 @@ class Analysis:
             return one_line(error)
         return ""
 
-    def table(self, batch: Batch) -> Columns:
+    def table(self, batch: Batch, report: Report = ignore) -> Columns:
         """A row for every example of a batch. RuntimeError where the model, not an example, is at fault."""
         errors, readable, x = dict(batch.errors), batch.readable, batch.x
         result = None
@@ -127,7 +147,7 @@ class Analysis:
             self._blame_the_data(batch)
         else:
             try:
-                result = self._analyze(x)
+                result = self._analyze(x, report)
             except Exception as error:
                 found = self._complaints(batch, x, error)
                 errors |= found
@@ -193,5 +213,10 @@ class Analysis:
                 value = getattr(result, name)
                 column[rows] = value.cpu().numpy() if isinstance(value, Tensor) else value
             columns[name] = column
+        for name in self.keep:
+            shape = (self.classes,) if name == "distances" else self.example.shape[1:]
+            columns[name] = np.full((B, *shape), math.nan, dtype=precision)
+            if result is not None:
+                columns[name][rows] = getattr(result, name).float().cpu().numpy()
         columns["error"] = np.array([errors.get(index, "") for index in batch.indices], dtype=object)
         return columns

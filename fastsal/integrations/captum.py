@@ -37,7 +37,7 @@ class MarginSaliency(attr.Saliency):
             each example, and a model in evaluation mode.
         binarized: Whether to return g† instead of g.
         norm: The p of the perturbation that the nearest boundary is measured by: 2 (default), 1, `math.inf` or "inf".
-        method: How it is found: "exact" (default), "certified" (norm 2 or inf) or any method of `fastsal.analyze`.
+        method: How it is found: "auto" (default) or any method of `fastsal.analyze`.
 
     >>> import torch
     >>> linear = torch.nn.Linear(2, 3, bias=False).requires_grad_(False).eval()
@@ -55,7 +55,7 @@ class MarginSaliency(attr.Saliency):
         *,
         binarized: bool = False,
         norm: float | str = 2,
-        method: str | methods.Method = "exact",
+        method: str | methods.Method = "auto",
     ) -> None:
         super().__init__(forward_func)
         self.binarized, self.norm = binarized, validation.norm(norm)

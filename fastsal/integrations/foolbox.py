@@ -94,7 +94,7 @@ class _DeepFool(deepfool.DeepFoolAttack):
             count = logits.shape[1] if self.candidates is None else min(self.candidates, logits.shape[1])
             if count < 2:
                 raise ValueError(f"candidates: got {self.candidates} and {logits.shape[1]} classes, wants 2 at least")
-            method = methods.Exact() if self.candidates is None else methods.Candidates(count - 1)
+            method = methods.Auto() if self.candidates is None else methods.Candidates(count - 1)
             highest = logits.sort(stable=True, dim=1, descending=True).indices[:, :count]
             classes = torch.zeros_like(logits, dtype=torch.bool).scatter_(1, highest, True)
 
@@ -129,8 +129,8 @@ class L2DeepFoolAttack(_DeepFool, deepfool.L2DeepFoolAttack):
         candidates: How many of the input's highest logits a step considers, the predicted class among them; None for all.
         overshoot: How much farther than the linearised boundary to go.
         loss: "logits" or "crossentropy", which come to the same here.
-        method: "candidates" (default) for those above; "exact" for all classes, "certified" for all in fewer passes, or any
-            method of `fastsal.analyze`.
+        method: "candidates" (default) for those above, or any method of `fastsal.analyze`; "auto" for all classes, which
+            `candidates=None` means too.
 
     Raises:
         ValueError: A targeted criterion, a model in training mode or one that mixes the examples of a batch, and whatever

@@ -38,8 +38,7 @@ class FAB(torchattacks.FAB):
     The arguments are those of `torchattacks.FAB`, and one more.
 
     Args:
-        method: How the nearest boundary is found: "exact" (default), "certified" (not for L1) or any method of
-            `fastsal.analyze`.
+        method: How the nearest boundary is found: "auto" (default) or any method of `fastsal.analyze`.
 
     Raises:
         ValueError: A norm that is not "Linf", "L2" or "L1", and a model that mixes the examples of a batch.
@@ -54,7 +53,7 @@ class FAB(torchattacks.FAB):
     """
 
     def __init__(
-        self, model: Any, norm: str = "Linf", *args: Any, method: str | methods.Method = "exact", **kwargs: Any
+        self, model: Any, norm: str = "Linf", *args: Any, method: str | methods.Method = "auto", **kwargs: Any
     ):
         if norm not in NORMS:
             raise ValueError(f"norm: got {norm!r}, wants one of {list(NORMS)}")

@@ -35,13 +35,22 @@ class NextToken(nn.Module):
         inputs[self.of] = (value,) if self.of == "encoder_outputs" else value
         if "use_cache" in self.takes:
             inputs["use_cache"] = False
-        kept = isinstance(position, int) and "logits_to_keep" in self.takes
-        if kept:  # a head of a large vocabulary at every position is most of the work
-            inputs["logits_to_keep"] = 1 if position == -1 else torch.tensor([position], device=value.device)
-        logits: Tensor = self.model(**inputs).logits
-        if isinstance(position, int):
-            return logits[:, 0 if kept else position]
-        return logits[torch.arange(len(logits), device=logits.device), position]
+
+        def at(values: Tensor) -> Tensor:
+            if isinstance(position, int):
+                return values[:, position]
+            return values[torch.arange(len(values), device=values.device), position]
+
+        # A head for a large vocabulary, at every position, would be most of the work.
+        head, handle = self.model.get_output_embeddings(), None
+        if head is not None:
+            handle = head.register_forward_pre_hook(lambda module, hidden: at(hidden[0]).unsqueeze(1))
+        try:
+            logits: Tensor = self.model(**inputs).logits
+        finally:
+            if handle is not None:
+                handle.remove()
+        return at(logits) if handle is None else logits[:, 0]
 
 
 def next_token(

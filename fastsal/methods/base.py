@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from fastsal.model.linearization import Linearization
+from fastsal.progress import Report, ignore
 from fastsal.tensor import ops, reference
 
 
@@ -42,6 +43,7 @@ class Question:
         classes: Which classes may be the nearest, bool [B, n]; None for all.
         signed: Whether the distance of a boundary that x lies beyond, where a class has a higher logit than the target, is
             negative. Else all are positive, as DeepFool and FAB have them.
+        report: Is told, now and then, the share of the work that is done.
     """
 
     norm: float
@@ -50,6 +52,7 @@ class Question:
     target: Tensor | None = None
     classes: Tensor | None = None
     signed: bool = True
+    report: Report = ignore
 
     def at(self, examples: Tensor | slice) -> "Question":
         """The same, asked of some of the examples."""

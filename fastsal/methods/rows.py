@@ -56,7 +56,7 @@ class Exact(Method):
         selection = through_features(graph, nearest, question, self.head, self.memory_limit)
         if selection is not None:
             return selection
-        vjps = _stream(graph, nearest, nearest.by_class(), question.chunk_size)
+        vjps = _stream(graph, nearest, nearest.by_class(), question)
         provenance = {"method": self.name, "distances": nearest.distances.to(graph.logits.dtype), "vjps": vjps}
         return Selection(graph.logits, nearest.winners, nearest.pair, provenance)
 
@@ -93,15 +93,23 @@ class Candidates(Method):
     def select(self, graph: Linearization, question: Question) -> Selection:
         """Looks at the classes of the smallest margins, the lowest class first among equals."""
         nearest = Nearest(graph.logits, question)
-        vjps = _stream(graph, nearest, nearest.by_margin()[:, : self.k], question.chunk_size)
+        vjps = _stream(graph, nearest, nearest.by_margin()[:, : self.k], question)
         # Of boundaries that x lies beyond nothing is known.
         least = torch.zeros_like(graph.logits[:, 0]).masked_fill((nearest.margin < 0).any(1), -math.inf)
         provenance = {"method": self.name, "distances": None, "certified": least > 0, "lower_bound": least}
         return Selection(graph.logits, nearest.winners, nearest.pair, provenance | {"vjps": vjps})
 
 
-def _stream(graph: Linearization, nearest: Nearest, others: Tensor, chunk_size: int | None) -> Tensor:
+def _stream(graph: Linearization, nearest: Nearest, others: Tensor, question: Question) -> Tensor:
     """Lets `nearest` visit the predicted class and the others, int64 [B, k], of every example; returns the number of VJPs."""
     order = torch.cat((nearest.prediction.unsqueeze(1), others), 1)
-    graph.sweep(order.t(), chunk_size, nearest.visit)
+    done = 0
+
+    def visit(classes: Tensor, rows: Tensor) -> None:
+        nonlocal done
+        nearest.visit(classes, rows)
+        done += classes.shape[1]
+        question.report(done / order.shape[1])
+
+    graph.sweep(order.t(), question.chunk_size, visit)
     return torch.full_like(nearest.prediction, order.shape[1])

@@ -99,7 +99,7 @@ class Batch:
         """The model's logits at the whole batch, [B, n], run in the caller's order; None where memory does not allow it."""
         if self._logits is None and self._parts is not None:
             try:
-                self.check_whole(self._run())
+                self.check_whole(self._parts if len(self.x) == 1 else self._run())
             except RuntimeError as error:
                 if not is_out_of_memory(error):
                     raise

@@ -92,6 +92,7 @@ class Certified(Method):
             passes = ModelPasses(graph, np.arange(start, stop), question.chunk_size)
             parts.append(certify(passes, self, question.at(slice(start, stop)), normals))
             recorded.append(passes.logits)
+            question.report(stop / len(graph.leaf))
         logits = torch.cat(recorded)
 
         def joined(name: str) -> Tensor:

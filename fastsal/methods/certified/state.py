@@ -33,6 +33,7 @@ class State:
         seen: The classes that are settled, bool [E, n]: those evaluated exactly, and those of margin +inf, which are no
             candidates.
         lower: A lower bound of the ratio of every class, float64 [E, n]; NaN where nothing is known to hold.
+        rest, quantile: S_j / x and x of the round of probes that bounds the class best, float64 [E, n]; +inf and 1 before.
         unit: The examples' gradient scales, float64 [E].
         vjps, jvps: The passes used, int64 [E]; reserved: those kept back for a check.
         early: The predicted class and the highest other logits, the lowest first among equals, int64 [E, c].
@@ -48,6 +49,7 @@ class State:
         self.seen = self.margin == math.inf
         # Of a boundary that x lies beyond nothing is known: a bound of the gradient bounds its distance from the wrong side.
         self.lower = torch.zeros_like(self.margin).masked_fill(self.margin < 0, -math.inf)
+        self.rest, self.quantile = torch.full_like(self.margin, math.inf), torch.ones_like(self.margin)
         self.unit = torch.ones_like(self.margin[:, 0])
         self.vjps, self.jvps, self.reserved = np.zeros((3, E), np.int64)
         highest = nearest.by_margin()[:, : min(TOP, self.left(self.examples).min() - 1)]
