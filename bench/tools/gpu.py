@@ -1,8 +1,9 @@
 """Everything that wants a GPU, in one command: `python -m bench gpu`, from the root of a checkout.
 
-Four phases, each with a deadline, all within nine minutes: `build` (fastsal._cuda in place, for this device), `test` (the GPU
-tier, on each backend), `sanitize` (compute-sanitizer's four tools on a small run) and `bench` (the cases of `python -m bench
---device cuda`, whose tables are printed last).
+Four phases, within eight minutes: `build` (fastsal._cuda in place, for this device), `test` (the GPU tier, on each backend),
+`sanitize` (compute-sanitizer's four tools on a small run) and `bench` (the cases of `python -m bench --device cuda`, whose
+tables are printed last). Each has a share of the time, and what the phases before left of theirs; at its end it is killed, and
+the next one begins.
 
 What succeeded on this machine at this commit, with nothing changed since, is not done again: a run that was interrupted or
 killed resumes, and a step that failed is tried once more. Outcomes are in build/gpu.json, figures in bench/results/gpu.json.
@@ -12,12 +13,14 @@ motions on a CPU, with small shapes.
 """
 
 import argparse
+import contextlib
 import functools
 import importlib.util
 import math
 import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
@@ -31,7 +34,7 @@ from bench import RESULTS, ROOT, cases
 from bench.harness.store import Record, Store
 from bench.report.tables import everything
 
-DEADLINES = {"build": 130, "test": 150, "sanitize": 110, "bench": 140}  # seconds
+SHARES = {"build": 100, "test": 120, "sanitize": 90, "bench": 150}  # seconds; the other 20 are for what is around them
 PYTHON_M = (sys.executable, "-m")
 SANITIZERS = ("memcheck", "racecheck", "initcheck", "synccheck")
 # For every backend.
@@ -49,26 +52,31 @@ def step(store: Store, name: str, work: Callable[[], Record]) -> None:
 
 
 def run(command: list[str], deadline: float, folder: Path = ROOT, **environment: str) -> Record:
-    """Runs a command in a folder until its deadline; seconds, exit code (124 past it) and the end of its output."""
+    """Runs a command in a folder until its deadline; seconds, exit code (124 past it) and the end of its output.
+
+    The output goes to a file: a pipe would be waited for while any descendant holds it.
+    """
     start = time.monotonic()
     paths = os.pathsep.join((str(ROOT), str(ROOT / "tests")))
-    process = subprocess.Popen(
-        command,
-        cwd=folder,
-        env={**os.environ, "PYTHONPATH": paths, **environment},
-        stdin=subprocess.DEVNULL,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        errors="replace",
-        start_new_session=True,
-    )
-    try:
-        output, code = process.communicate(timeout=max(deadline, 1))[0], process.returncode
-    except subprocess.TimeoutExpired:
-        os.killpg(process.pid, 9)
-        output, code = process.communicate()[0], 124
-    return {"code": code, "seconds": round(time.monotonic() - start, 1), "tail": output[-6000:]}
+    with tempfile.TemporaryFile() as output:
+        process = subprocess.Popen(
+            command,
+            cwd=folder,
+            env={**os.environ, "PYTHONPATH": paths, **environment},
+            stdin=subprocess.DEVNULL,
+            stdout=output,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+        )
+        try:
+            code = process.wait(max(deadline, 1))
+        except subprocess.TimeoutExpired:
+            code = 124
+        with contextlib.suppress(ProcessLookupError):  # descendants too, which may have outlived the command
+            os.killpg(process.pid, signal.SIGKILL)
+        output.seek(0)
+        tail = output.read().decode(errors="replace")[-6000:]
+    return {"code": code, "seconds": round(time.monotonic() - start, 1), "tail": tail}
 
 
 def build(store: Store, device: str, deadline: float) -> None:
@@ -200,8 +208,10 @@ def main() -> int:
         small_run(device)
         return 0
     store = Store(ROOT / "build" / "gpu.json").begin(options.fresh, device)
+    start, due = time.monotonic(), 0.0
     for phase in options.only or PHASES:
-        PHASES[phase](store, device, DEADLINES[phase])
+        due += SHARES[phase]
+        PHASES[phase](store, device, due - (time.monotonic() - start))
     failed = [name for name, found in store.records.items() if found.get("code", 0) and not found.get("refused")]
     print(f"written to {store.path}" + (f"; failed: {', '.join(failed)}" if failed else ""))
     return 1 if failed else 0
