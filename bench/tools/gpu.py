@@ -151,10 +151,12 @@ def small_run(device: str) -> None:
 
     backend = "cuda" if device == "cuda" else "auto"
     for dtype in (torch.float32, torch.float64, torch.bfloat16):
-        for B, n, D in ((2, 10, 133), (2, 10, 160), (1, 20, 2500), (1, 40, 40_000), (1, 4100, 24), (1100, 10, 24)):
+        for B, n, D in ((2, 10, 133), (2, 10, 160), (1, 20, 2500), (1, 40, 40_000), (1, 4100, 24), (360, 3, 4200)):
             logits, jacobian, x = _inputs((B, n, D), dtype, device)
             if max(B, n) > 100:
                 ops.margin_geometry(logits, jacobian, x, 2.0, backend)
+                if n < 100:
+                    ops.pairwise_margins(logits, jacobian, x, 2.0, backend)
                 continue
             w = torch.ones(B, n, n, dtype=torch.float64, device=device)
             for norm in (2.0, math.inf, 1.0):
