@@ -6,7 +6,8 @@ result, a mapping from the same names for several. Every function draws on the a
 returns them. The colours can be told apart by colour-blind readers.
 """
 
-from collections.abc import Mapping
+import html
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -316,3 +317,78 @@ def saliency_grid(x: Tensor, results: Results | Mapping[str, Tensor], *, columns
         drawn, ax=list(axes[1:].flat), location="bottom", shrink=0.6, aspect=40, label="saliency g / ‖g‖₂ (signed)"
     )
     return axes
+
+
+def _shades(values: Any) -> list[tuple[str, float]]:
+    """A colour for each value, and how much of it from 0 to 1: orange above 0, blue below."""
+    array = _array(values)
+    largest = np.abs(array).max(initial=0.0) or 1.0
+    return [(COLORS[2] if value >= 0 else COLORS[1], float(abs(value) / largest)) for value in array]
+
+
+def tokens_html(tokens: Sequence[str], values: Any) -> str:
+    """Text for a notebook, each token on a ground that shows its value: orange above 0, blue below, white at 0.
+
+    Args:
+        tokens: The tokens, L of them.
+        values: A number for each, [L].
+
+    Returns:
+        The HTML.
+
+    Example:
+        >>> import fastsal
+        >>> fastsal.plot.tokens_html(["a", "<b>"], [1.0, 0.0]).count("span")
+        4
+    """
+    spans = []
+    for token, (color, share) in zip(tokens, _shades(values), strict=True):
+        ground = ", ".join(str(int(color[place : place + 2], 16)) for place in (1, 3, 5))
+        spans.append(f'<span style="background: rgba({ground}, {0.7 * share:.2f})">{html.escape(token)}</span>')
+    return f'<span style="white-space: pre-wrap">{"".join(spans)}</span>'
+
+
+def tokens(tokens: Sequence[str], values: Any, *, width: int = 60, ax: Any = None) -> Any:
+    """Draws text, each token on a ground that shows its value: orange above 0, blue below, white at 0.
+
+    Args:
+        tokens: The tokens, L of them, such as the `inputs` of `fastsal.integrations.transformers.foils`.
+        values: A number for each, [L], such as a foil's `contribution`.
+        width: How many characters a line holds.
+        ax: The axes to draw on; new ones where it is None.
+
+    Returns:
+        The axes.
+
+    Raises:
+        ImportError: matplotlib is missing.
+
+    Example:
+        >>> import fastsal
+        >>> ax = fastsal.plot.tokens(["a", " loss", " of", " words"], [0.3, -1.0, 0.0, 2.0])
+        >>> [text.get_text() for text in ax.texts]
+        ['a', ' loss', ' of', ' words']
+    """
+    if ax is None:
+        lines = 1 + sum(len(token) for token in tokens) // width
+        figure = files.extra("matplotlib.pyplot").figure(figsize=(width / 9, 0.3 * (lines + 1)))
+        ax = figure.add_axes((0, 0, 1, 1))
+    inches = ax.get_window_extent().width / ax.figure.dpi
+    line = column = 0
+    for token, (color, share) in zip(tokens, _shades(values), strict=True):
+        shown = token.replace("\n", "⏎")
+        if column + len(shown) > width and column:
+            line, column = line + 1, 0
+        ax.text(
+            column,
+            -line,
+            shown,
+            family="monospace",
+            fontsize=72 * inches / width / 0.602,  # what a character of DejaVu Sans Mono is wide, in units of its size
+            verticalalignment="center",
+            bbox={"facecolor": color, "alpha": 0.7 * share, "edgecolor": "none", "pad": 1},
+        )
+        column += len(shown)
+    ax.set(xlim=(-0.5, width + 0.5), ylim=(-line - 0.7, 0.7))
+    ax.axis("off")
+    return ax

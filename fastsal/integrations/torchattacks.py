@@ -68,7 +68,7 @@ class FAB(torchattacks.FAB):
         """
         norm = NORMS[self.norm]
         with linearize(Logits(self.get_logits, self.model), imgs) as graph:
-            selection, _, row = nearest_boundary(graph, self.method, Question(norm, own=la))
+            selection, _, row = nearest_boundary(graph, self.method, Question(norm, target=la))
         own, other = selection.logits.double().gather(1, selection.winners).split(1, 1)
         margin = other - own
         largest = row.abs().amax(1, keepdim=True)

@@ -180,7 +180,24 @@ def _geometry(logits: Tensor, jacobian: Tensor, x: Tensor, norm: float, backend:
         rows = reference.rows_of(jacobian, winners)
         recomputed = reference.two_row_scalars(logits.gather(1, winners), rows, x, norm)
         scalars = _KernelValues.apply(values, *(recomputed[key] for key in reference.SCALARS))
-    named = dict(zip(reference.SCALARS, scalars, strict=True))
+    return _filled(dict(zip(reference.SCALARS, scalars, strict=True)), prediction, runner_up, distances)
+
+
+def of_pair(logits: Tensor, pair: Tensor, x: Tensor, norm: float) -> Geometry:
+    """The same of two classes, the first of which is in the place of the predicted one, whatever its logit.
+
+    Args:
+        logits: Theirs, [B, 2].
+        pair: Their rows, [B, 2, D].
+        x: [B, D].
+        norm: The p of the perturbation.
+    """
+    named = {key: value.to(logits.dtype) for key, value in reference.two_row_scalars(logits, pair, x, norm).items()}
+    first = torch.zeros_like(logits[:, 0], dtype=torch.int64)
+    return _filled(named, first, first + 1, None)
+
+
+def _filled(named: dict[str, Tensor], prediction: Tensor, runner_up: Tensor, distances: Tensor | None) -> Geometry:
     none, robustness = torch.zeros_like(prediction), named["linearized_robustness"].detach()
     return Geometry(
         prediction=prediction,

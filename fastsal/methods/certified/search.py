@@ -68,7 +68,9 @@ class Search:
         state.lower = torch.where(usable.unsqueeze(1), state.lower, torch.nan)
         state.unit = torch.where(usable & (scale > 0), scale, 1.0)
         counts = np.zeros_like(state.vjps)
-        worthwhile = to_host(usable & (state.undecided(state.examples).sum(1) > WORTHWHILE))[0] > 0
+        # Of classes above a target nothing but rows will do, and these settle it.
+        undecided = state.undecided(state.examples) & (state.margin >= 0)
+        worthwhile = to_host(usable & (undecided.sum(1) > WORTHWHILE))[0] > 0
         enough = state.left(state.examples) >= state.early.shape[1] + PILOT_PROBES + CHECKS + FIRST[0]
         e = state.examples[worthwhile & enough]
         if not len(e):
