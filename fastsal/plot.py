@@ -327,6 +327,9 @@ def tokens_html(tokens: Sequence[str], values: Any) -> str:
     Returns:
         The HTML.
 
+    Raises:
+        ValueError: There is not one value for each token.
+
     Example:
         >>> import fastsal
         >>> fastsal.plot.tokens_html(["a", "<b>"], [1.0, 0.0]).count("span")
@@ -353,6 +356,7 @@ def tokens(tokens: Sequence[str], values: Any, *, width: int = 60, ax: Any = Non
 
     Raises:
         ImportError: matplotlib is missing.
+        ValueError: There is not one value for each token.
 
     Example:
         >>> import fastsal

@@ -18,9 +18,11 @@ ROOT = Path(__file__).resolve().parent.parent
 
 
 @pytest.mark.parametrize("name", [name for name in MODULES if name not in NATIVE and not name.endswith("__main__")])
-def test_examples(name):
+def test_examples(name, request):
     if "triton" in name:
         pytest.importorskip("triton")
+    if name.endswith(".transformers"):
+        request.getfixturevalue("torchvision")
     if name.startswith("fastsal.integrations."):
         pytest.importorskip(name.rpartition(".")[2])
     results = doctest.testmod(importlib.import_module(name))
@@ -51,8 +53,11 @@ def test_every_parameter_and_field_is_described(thing):
 
 
 @pytest.mark.parametrize("guide", sorted(ROOT.glob("docs/*.md")), ids=lambda path: path.name)
-def test_guides(guide):
+def test_guides(guide, request):
     """The sessions of a guide, which say what they print."""
+    if "import transformers" in guide.read_text(encoding="utf-8"):
+        request.getfixturevalue("torchvision")
+        pytest.importorskip("transformers")
     assert doctest.testfile(str(guide), module_relative=False).failed == 0
 
 
