@@ -29,11 +29,16 @@ class RowNorms {
   int64_t segment_count() const { return count_; }
   int64_t group_count() const { return (rows_.n + group_rows_ - 1) / group_rows_; }
 
+  // Where a group begins of `total` rows in all. Groups are of even height: a lone last row would read at half speed.
+  int64_t first_of(int64_t group, int64_t total) const {
+    const int64_t whole = total / group_count(), more = total - whole * group_count();
+    return group * whole + (group < more ? group : more);
+  }
+
   // One group and segment of example b. skip: a row that is left out, or -1. partial: [n, segment_count()].
   void run(int64_t b, int64_t group, int64_t segment, const char* anchor, int64_t skip, Scaled* partial) const {
-    const int64_t total = rows_.n - (skip >= 0), n_groups = group_count();
-    const int64_t first = group * total / n_groups;  // groups of even height: a lone last row would read at half speed
-    const int n_rows = static_cast<int>((group + 1) * total / n_groups - first);
+    const int64_t total = rows_.n - (skip >= 0), first = first_of(group, total);
+    const int n_rows = static_cast<int>(first_of(group + 1, total) - first);
     if (n_rows <= 0) return;
     const int64_t begin = segment * kSegment, offset = begin * kElementSize[rows_.dtype];
     const int64_t length = segment_length(begin, rows_.D);
@@ -58,26 +63,14 @@ class RowNorms {
       for (int64_t s = 0; s < count_; ++s)
         for (int64_t group = 0; group < group_count(); ++group) run(b, group, s, anchor, skip, partial);
     }
-    if (skip < 0 || !is_small() || b + 1 == rows_.B || skip >= rows_.n - left()) return;  // the one next() leaves out
+    if (skip < 0 || !is_small() || b + 1 == rows_.B) return;
     for (int64_t k = 0; k < row_bytes_; k += 64) __builtin_prefetch(rows_.row(b + 1, skip) + k, 0, 2);
-  }
-
-  // Where the rows of the next example lie that are left to this segment of the winner sums to prefetch, or null.
-  const char* left_ahead(int64_t b, int64_t segment) const {
-    if (left() == 0 || b + 1 == rows_.B) return nullptr;
-    return rows_.row(b + 1, rows_.n - left()) + segment * kSegment * kElementSize[rows_.dtype] * kRowsAhead;
   }
 
  private:
   static constexpr int64_t kLongRow = 16384;  // bytes
   static constexpr int kFewRows = 4;
 
-  // How many rows of the next example the winner sums prefetch, lest memory idle meanwhile; they must lie one behind
-  // the other.
-  int64_t left() const {
-    if (!is_small() || rows_.stride_n != rows_.D) return 0;
-    return rows_.n < kRowsAhead ? rows_.n : kRowsAhead;
-  }
   static int64_t index(int64_t k, int64_t skip) { return k + (skip >= 0 && k >= skip); }
   bool is_small() const { return rows_.n * row_bytes_ <= 128 * 1024; }
 
@@ -88,8 +81,7 @@ class RowNorms {
     if (row_bytes_ > kLongRow) return static_cast<const char*>(row) + kAlong;
     if (one_stream_) return static_cast<const char*>(row) + kStream;
     if (is_small()) {
-      const int64_t j = index(k, skip);
-      return b + 1 < rows_.B && j < rows_.n - left() ? rows_.row(b + 1, j) : row;
+      return b + 1 < rows_.B ? rows_.row(b + 1, index(k, skip)) : row;
     }
     const int64_t later = k + n_rows;
     if (later < total) return rows_.row(b, index(later, skip));

@@ -5,12 +5,20 @@
 
 #include "vectors.h"
 
-static inline VecF magnitude(VecF v) { return (VecF)((VecI)v & 0x7fffffff); }
-static inline VecD magnitude(VecD v) { return (VecD)((VecL)v & 0x7fffffffffffffffll); }
+// Integers as wide as the entries of V, as its comparisons give them.
+template <class V>
+using Bits = decltype(V{} < V{});
+
+template <class V>
+static inline V magnitude(V v) {
+  return (V)((Bits<V>)v & ~(Bits<V>)(-V{}));
+}
 
 // As integers NaN > infinity > every number, so a maximum of magnitudes never loses a NaN.
-static inline VecF larger(VecF a, VecF b) { return (VecF)((VecI)a > (VecI)b ? (VecI)a : (VecI)b); }
-static inline VecD larger(VecD a, VecD b) { return (VecD)((VecL)a > (VecL)b ? (VecL)a : (VecL)b); }
+template <class V>
+static inline V larger(V a, V b) {
+  return (V)((Bits<V>)a > (Bits<V>)b ? (Bits<V>)a : (Bits<V>)b);
+}
 
 // What an entry d contributes to a fold, and how two folds become one.
 template <int Q, class V>
@@ -51,28 +59,46 @@ static inline V fold(V sum, V d) {
   return join<Q>(sum, term<Q>(d));
 }
 
-// The entries of a vector joined, in a fixed order.
+// The entries of each of four vectors joined, every vector in the same fixed order: the first half with the second
+// until one is left. The four are transposed meanwhile, so that none waits for additions of its own alone.
+template <int Q>
+static inline void reduce_four(VecD a, VecD b, VecD c, VecD d, double* out) {
+#if FASTSAL_BYTES == 16
+  const VecD ab = join<Q>(pick<0, 2>(a, b), pick<1, 3>(a, b)), cd = join<Q>(pick<0, 2>(c, d), pick<1, 3>(c, d));
+  __builtin_memcpy(out, &ab, sizeof ab);
+  __builtin_memcpy(out + 2, &cd, sizeof cd);
+#else
+  typedef VectorsOf<4>::D Four;
+#if FASTSAL_BYTES == 64
+  auto halved = [](VecD v) { return join<Q>(pick<0, 1, 2, 3>(v, v), pick<4, 5, 6, 7>(v, v)); };
+#else
+  auto halved = [](VecD v) { return v; };
+#endif
+  auto quartered = [](Four v, Four w) { return join<Q>(pick<0, 1, 4, 5>(v, w), pick<2, 3, 6, 7>(v, w)); };
+  const Four ac = quartered(halved(a), halved(c)), bd = quartered(halved(b), halved(d));
+  const Four all = join<Q>(pick<0, 4, 2, 6>(ac, bd), pick<1, 5, 3, 7>(ac, bd));
+  __builtin_memcpy(out, &all, sizeof all);
+#endif
+}
 template <int Q>
 static inline double reduce(VecD v) {
-  double entry[kDoubles];
-  __builtin_memcpy(entry, &v, sizeof v);
-  for (int width = kDoubles / 2; width > 0; width /= 2) {
-    for (int l = 0; l < width; ++l) {
-      if constexpr (Q == kMax) {
-        if (!(entry[l + width] <= entry[l]) && entry[l] == entry[l]) entry[l] = entry[l + width];
-      } else {
-        entry[l] = entry[l] + entry[l + width];
-      }
-    }
-  }
-  return entry[0];
+  double all[4];
+  reduce_four<Q>(v, v, v, v, all);
+  return all[0];
 }
 
 // A fold in double, joined with the two accumulators a and b of a run of additions.
 template <int Q>
 static inline VecD flush(VecD sum, VecF a, VecF b) {
   const VecF both = join<Q>(a, b);
-  return join<Q>(sum, join<Q>(half_as_doubles<0>(both), half_as_doubles<1>(both)));
+#if FASTSAL_BYTES == 64
+  const auto low = pick<0, 1, 2, 3, 4, 5, 6, 7>(both, both), high = pick<8, 9, 10, 11, 12, 13, 14, 15>(both, both);
+#elif FASTSAL_BYTES == 32
+  const auto low = pick<0, 1, 2, 3>(both, both), high = pick<4, 5, 6, 7>(both, both);
+#else
+  const auto low = pick<0, 1>(both, both), high = pick<2, 3>(both, both);
+#endif
+  return join<Q>(sum, join<Q>(to_doubles(low), to_doubles(high)));
 }
 template <int Q>
 static inline VecD flush(VecD sum, VecD a, VecD b) {

@@ -14,8 +14,6 @@ namespace fastsal {
 constexpr int kMaxRows = 10;
 constexpr int kPairRows = 4;
 constexpr int kMaxAnchors = 2;
-// While the winner sums read their two rows, they prefetch up to so many others.
-constexpr int kRowsAhead = 4;
 
 struct Strides {
   int64_t anchor, row;
@@ -29,7 +27,7 @@ using FoldRowsFn = void (*)(const void* const* anchors, int n_anchors, const voi
                             bool one_stream, const void* x, int64_t len, const void* const* ahead, Scaled* norm,
                             Scaled* dot, Strides out);
 // One segment of the winner sums; the norms are still folds, that of x with the perturbation's p. `ahead` says where
-// data that is needed soon begins, and may be null: up to kRowsAhead times the bytes of a row are prefetched.
+// the same segment of an x that is needed soon lies; it may be null.
 using WinnerSumsFn = void (*)(const void* g, const void* row, const void* x, int64_t len, const char* ahead,
                               TwoRowSums* out);
 // One segment of the fold of d/‖d‖ - g/‖g‖.

@@ -2,6 +2,8 @@
 // of the vectors.
 #pragma once
 
+#include "folds.h"
+
 // A sum that is flushed every 64 additions, as vectors are, so that a long sum of equal terms does not drift.
 struct FlushedSum {
   double total = 0, recent = 0;
@@ -76,5 +78,15 @@ static Scaled scaled_dot(const GetX& x, const GetV& v, int64_t len) {
 static inline bool in_range(double sum, int64_t len, double tiny) {
   const double v = sum < 0 ? -sum : sum;
   return v >= static_cast<double>(len) * tiny && v <= __DBL_MAX__;
+}
+static inline bool all_in_range(const double* four, int64_t len, double tiny) {
+  typedef VectorsOf<kBytes == 16 ? 2 : 4>::D V;
+  bool all = true;
+  for (int k = 0; k < 4; k += sizeof(V) / sizeof(double)) {
+    const V v = magnitude(load_vector<V>(four + k));
+    const auto holds = (v >= static_cast<double>(len) * tiny) & (v <= __DBL_MAX__);
+    for (unsigned l = 0; l < sizeof(V) / sizeof(double); ++l) all = all & (holds[l] != 0);
+  }
+  return all;
 }
 constexpr double kTinyFloat = 0x1p-100, kTinyDouble = 0x1p-960;

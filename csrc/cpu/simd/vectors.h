@@ -7,10 +7,7 @@ constexpr int kDoubles = kBytes / 8;  // doubles in a vector
 
 #define FASTSAL_VECTOR(type, bytes) type __attribute__((vector_size(bytes)))
 typedef FASTSAL_VECTOR(float, kBytes) VecF;
-typedef FASTSAL_VECTOR(int32_t, kBytes) VecI;
 typedef FASTSAL_VECTOR(double, kBytes) VecD;
-typedef FASTSAL_VECTOR(int64_t, kBytes) VecL;
-typedef FASTSAL_VECTOR(float, kBytes / 2) HalfVecF;
 
 template <class V>
 static inline V load_vector(const void* p) {
@@ -19,9 +16,10 @@ static inline V load_vector(const void* p) {
   return v;
 }
 
-// Vectors of N elements: floats, their bits, and elements of two bytes.
+// Vectors of N elements: doubles, floats, the bits of floats, and elements of two bytes.
 template <int N>
 struct VectorsOf {
+  typedef FASTSAL_VECTOR(double, 8 * N) D;
   typedef FASTSAL_VECTOR(float, 4 * N) F;
   typedef FASTSAL_VECTOR(uint32_t, 4 * N) U;
   typedef FASTSAL_VECTOR(uint16_t, 2 * N) H;
@@ -62,10 +60,12 @@ static inline typename VectorsOf<N>::F load_floats(const Half* p) {
 #endif
 }
 
-// The instruction is named where the level has it: left to itself, GCC 12 converts eight floats in two halves.
+// The instruction is named where the level has it: left to itself, GCC 12 converts in two halves.
 static inline VecD to_doubles(VectorsOf<kDoubles>::F v) {
 #if defined(FASTSAL_F16C) && FASTSAL_BYTES == 64
   return (VecD)_mm512_maskz_cvtps_pd(0xff, (__m256)v);
+#elif defined(FASTSAL_F16C)
+  return (VecD)_mm256_cvtps_pd((__m128)v);
 #else
   return __builtin_convertvector(v, VecD);
 #endif
@@ -77,42 +77,34 @@ static inline VecD load_doubles(const T* p) {
 }
 static inline VecD load_doubles(const double* p) { return load_vector<VecD>(p); }
 
+// The entries I of a and then of b.
+template <int... I, class V>
+static inline auto pick(V a, V b) {
 #if defined(__has_builtin)
 #if __has_builtin(__builtin_shufflevector)
 #define FASTSAL_SHUFFLE
 #endif
 #endif
-
-// The first half (Which = 0) or the second (Which = 1) of a vector of floats, as doubles.
-template <int Which>
-static inline VecD half_as_doubles(VecF v) {
-  constexpr int k = Which * kDoubles;
-#if defined(FASTSAL_SHUFFLE) && FASTSAL_BYTES == 64
-  return to_doubles(__builtin_shufflevector(v, v, k, k + 1, k + 2, k + 3, k + 4, k + 5, k + 6, k + 7));
-#elif defined(FASTSAL_SHUFFLE) && FASTSAL_BYTES == 32
-  return __builtin_convertvector(__builtin_shufflevector(v, v, k, k + 1, k + 2, k + 3), VecD);
+#ifdef FASTSAL_SHUFFLE
+  return __builtin_shufflevector(a, b, I...);
 #else
-  return __builtin_convertvector(load_vector<HalfVecF>(reinterpret_cast<const float*>(&v) + k), VecD);
+  constexpr int n = sizeof(V) / sizeof(a[0]);
+  typedef FASTSAL_VECTOR(__typeof__(a[0] + a[0]), sizeof...(I) * sizeof(a[0])) Picked;
+  return Picked{(I < n ? a[I % n] : b[I % n])...};
 #endif
 }
 
 // Of a and then of b, the entries 0, 2, 4, ... (First = 0) or 1, 3, 5, ... (First = 1).
 template <int First>
 static inline VecF every_second(VecF a, VecF b) {
-#if defined(FASTSAL_SHUFFLE) && FASTSAL_BYTES == 64
-  return __builtin_shufflevector(a, b, First, First + 2, First + 4, First + 6, First + 8, First + 10, First + 12,
-                                 First + 14, First + 16, First + 18, First + 20, First + 22, First + 24, First + 26,
-                                 First + 28, First + 30);
-#elif defined(FASTSAL_SHUFFLE) && FASTSAL_BYTES == 32
-  return __builtin_shufflevector(a, b, First, First + 2, First + 4, First + 6, First + 8, First + 10, First + 12,
-                                 First + 14);
+  constexpr int i = First;
+#if FASTSAL_BYTES == 64
+  return pick<i, i + 2, i + 4, i + 6, i + 8, i + 10, i + 12, i + 14, i + 16, i + 18, i + 20, i + 22, i + 24, i + 26,
+              i + 28, i + 30>(a, b);
+#elif FASTSAL_BYTES == 32
+  return pick<i, i + 2, i + 4, i + 6, i + 8, i + 10, i + 12, i + 14>(a, b);
 #else
-  VecF v;
-  for (int l = 0; l < kFloats / 2; ++l) {
-    v[l] = a[2 * l + First];
-    v[l + kFloats / 2] = b[2 * l + First];
-  }
-  return v;
+  return pick<i, i + 2, i + 4, i + 6>(a, b);
 #endif
 }
 
@@ -128,3 +120,7 @@ struct Padded {
   T value[N] = {};
   Padded(const T* p, int64_t count) { __builtin_memcpy(value, p, static_cast<size_t>(count) * sizeof(T)); }
 };
+template <int N, class T>
+static inline Padded<T, N> padded(const T* p, int64_t count) {
+  return {p, count};
+}

@@ -1,62 +1,76 @@
-// Winner sums: one segment of all sums over the two winning rows and x, in double, flushed every kDoubleAdditions
-// entries, so that constant rows do not drift. float64 sums that leave the range of double are made again by the slow
-// path.
+// Winner sums: one segment of all sums over the two winning rows and x. For q = 2 below float64 the lanes are floats,
+// else doubles; either way they are flushed to double before constant rows drift. Sums that leave the range of their
+// lanes are made again: those of floats in double, those of float64 with an exponent.
 #pragma once
 
-#include "folds.h"
-#include "scaled_folds.h"
+#include "lanes.h"
 
-constexpr int kDoubleAdditions = 32;
+// How many entries are added to a lane before it is flushed. With u = 2^-24, a float sum that every term enters with at
+// most N roundings, and one more where the two accumulators are joined, is off by (N + 1) u of the sum of its terms'
+// magnitudes. The worst of the contract's quantities take two such sums: alpha-dagger <x,d> and half the error of
+// |d|^2, 1.5 (N + 1) u, with d itself rounded, 2 u, and the result, u. 10.5 u = 6.3e-7 at N = 4.
+// The direction gap has its own rule (kSmallSquaredGap).
+constexpr int kWinnerAdditions = 4, kDoubleAdditions = 32;
+
+template <int Q, class T, class X, class Scalar>
+__attribute__((always_inline)) static inline bool winner_sums_in(const T* g, const T* row, const X* x, int64_t len,
+                                                                 const char* ahead, TwoRowSums* out) {
+  constexpr int P = dual_norm(Q);  // the norm of x is the dual of the gradients'
+  typedef Lanes<T, Scalar> L;
+  typedef typename L::Vec Vec;
+  constexpr bool kCross = Q == kL2 && sizeof(T) < 8;
+  constexpr int kSums = kCross ? 6 : 5;
+  VecD total[6] = {};
+  Vec acc[2][kSums] = {};
+  auto step = [&](int h, auto load) __attribute__((always_inline)) {
+    const Vec gv = load(g), d = gv - load(row), xv = load(x);
+    acc[h][0] = multiply_add(xv, gv, acc[h][0]);
+    acc[h][1] = multiply_add(xv, d, acc[h][1]);
+    acc[h][2] = fold<Q>(acc[h][2], gv);
+    acc[h][3] = fold<Q>(acc[h][3], d);
+    acc[h][4] = fold<P>(acc[h][4], xv);
+    if constexpr (kCross) acc[h][5] = multiply_add(gv, d, acc[h][5]);
+  };
+  auto flush_all = [&]() __attribute__((always_inline)) {
+    total[0] = flush<kL1>(total[0], acc[0][0], acc[1][0]);
+    total[1] = flush<kL1>(total[1], acc[0][1], acc[1][1]);
+    total[2] = flush<Q>(total[2], acc[0][2], acc[1][2]);
+    total[3] = flush<Q>(total[3], acc[0][3], acc[1][3]);
+    total[4] = flush<P>(total[4], acc[0][4], acc[1][4]);
+    if constexpr (kCross) total[5] = flush<kL1>(total[5], acc[0][5], acc[1][5]);
+    for (int h = 0; h < 2; ++h)
+      for (Vec& v : acc[h]) v = Vec{};
+  };
+  auto prefetch = [=](int64_t k) __attribute__((always_inline)) {
+    constexpr int kStep = 2 * L::kWidth * sizeof(X);  // bytes
+    for (int line = 0; ahead && line < kStep; line += 64) __builtin_prefetch(ahead + k * sizeof(X) + line, 0, 2);
+  };
+  in_runs<L, L::kFloat ? kWinnerAdditions : kDoubleAdditions>(len, step, flush_all, prefetch);
+  double dots[4], norms[4];
+  reduce_four<kL1>(total[0], total[1], total[5], total[5], dots);
+  *out = {{dots[0], 0}, {dots[1], 0}, {0, 0}, {0, 0}, {0, 0}, {dots[2], 0}};
+  if constexpr (P == Q) {
+    reduce_four<Q>(total[2], total[3], total[4], total[4], norms);
+    out->norm_g.value = norms[0], out->norm_d.value = norms[1], out->norm_x.value = norms[2];
+    return L::kFloat && all_in_range(dots, len, kTinyFloat) && all_in_range(norms, len, kTinyFloat);
+  } else {
+    reduce_four<Q>(total[2], total[3], total[3], total[3], norms);
+    out->norm_g.value = norms[0], out->norm_d.value = norms[1], out->norm_x.value = reduce<P>(total[4]);
+    return false;
+  }
+}
 
 template <int Q, class T, class X>
 static void winner_sums(const void* g_ptr, const void* row_ptr, const void* x_ptr, int64_t len, const char* ahead,
                         TwoRowSums* out) {
-  constexpr int P = dual_norm(Q);  // the norm of x is the dual of the gradients'
-  constexpr bool kCross = Q == kL2 && sizeof(T) < 8;
   const T* g = static_cast<const T*>(g_ptr);
   const T* row = static_cast<const T*>(row_ptr);
   const X* x = static_cast<const X*>(x_ptr);
-  VecD total[6] = {}, acc[6] = {};
-  auto step = [&](VecD gv, VecD rv, VecD xv) {
-    const VecD d = gv - rv;
-    acc[0] = multiply_add(xv, gv, acc[0]);
-    acc[1] = multiply_add(xv, d, acc[1]);
-    acc[2] = fold<Q>(acc[2], gv);
-    acc[3] = fold<Q>(acc[3], d);
-    acc[4] = fold<P>(acc[4], xv);
-    if constexpr (kCross) acc[5] = multiply_add(gv, d, acc[5]);
-  };
-  auto flush_all = [&] {
-    total[0] = total[0] + acc[0];
-    total[1] = total[1] + acc[1];
-    total[2] = join<Q>(total[2], acc[2]);
-    total[3] = join<Q>(total[3], acc[3]);
-    total[4] = join<P>(total[4], acc[4]);
-    if constexpr (kCross) total[5] = total[5] + acc[5];
-    for (VecD& v : acc) v = VecD{};
-  };
-  constexpr int W = kDoubles;
-  constexpr int64_t kAhead = W * sizeof(T) * kRowsAhead;
-  const int64_t whole = len / W * W;
-  for (int64_t k = 0; k < whole;) {
-    const int64_t end = k + W * kDoubleAdditions < whole ? k + W * kDoubleAdditions : whole;
-    for (; k < end; k += W) {
-      if (ahead) {
-        for (int64_t line = 0; line < kAhead; line += 64) __builtin_prefetch(ahead + line, 0, 2);
-        ahead += kAhead;
-      }
-      step(load_doubles(g + k), load_doubles(row + k), load_doubles(x + k));
-    }
-    flush_all();
+  if constexpr (Q == kL2 && sizeof(T) < 8) {
+    if (winner_sums_in<Q, T, X, float>(g, row, x, len, ahead, out)) return;
+    ahead = nullptr;
   }
-  if (whole < len) {
-    const int64_t rest = len - whole;
-    step(load_doubles(Padded<T, W>(g + whole, rest).value), load_doubles(Padded<T, W>(row + whole, rest).value),
-         load_doubles(Padded<X, W>(x + whole, rest).value));
-    flush_all();
-  }
-  *out = {{reduce<kL1>(total[0]), 0}, {reduce<kL1>(total[1]), 0}, {reduce<Q>(total[2]), 0},
-          {reduce<Q>(total[3]), 0},   {reduce<P>(total[4]), 0},   {reduce<kL1>(total[5]), 0}};
+  winner_sums_in<Q, T, X, double>(g, row, x, len, ahead, out);
   if constexpr (sizeof(T) == 8) {
     auto get_x = [=](int64_t k) { return as_double(x[k]); };
     auto get_g = [=](int64_t k) { return as_double(g[k]); };
@@ -66,40 +80,27 @@ static void winner_sums(const void* g_ptr, const void* row_ptr, const void* x_pt
     if (lost(out->dot_d)) out->dot_d = scaled_dot(get_x, get_d, len);
     if (lost(out->norm_g)) out->norm_g = scaled_fold<Q>(get_g, len);
     if (lost(out->norm_d)) out->norm_d = scaled_fold<Q>(get_d, len);
-    if (lost(out->norm_x)) out->norm_x = scaled_fold<P>(get_x, len);
+    if (lost(out->norm_x)) out->norm_x = scaled_fold<dual_norm(Q)>(get_x, len);
   }
 }
 
 template <int Q, class T, bool Shifted>
 static double gap_sum(const T* g, const T* row, int64_t len, Unit du, Unit gu) {
-  constexpr int W = kDoubles;
+  typedef Lanes<T, double> L;
   VecD total = {}, acc[2] = {};
-  auto step = [&](int h, VecD gv, VecD rv) {
-    VecD d = gv - rv;
+  auto step = [&](int h, auto load) __attribute__((always_inline)) {
+    VecD gv = load(g), d = gv - load(row);
     if constexpr (Shifted) {
       d = d * du.power;
       gv = gv * gu.power;
     }
     acc[h] = fold<Q>(acc[h], d * du.inverse - gv * gu.inverse);
   };
-  auto flush_all = [&] {
-    total = join<Q>(total, join<Q>(acc[0], acc[1]));
+  auto flush_all = [&]() __attribute__((always_inline)) {
+    total = flush<Q>(total, acc[0], acc[1]);
     acc[0] = acc[1] = VecD{};
   };
-  const int64_t whole = len / (2 * W) * (2 * W);
-  for (int64_t k = 0; k < whole;) {
-    const int64_t end = k + 2 * W * kDoubleAdditions < whole ? k + 2 * W * kDoubleAdditions : whole;
-    for (; k < end; k += 2 * W) {
-      step(0, load_doubles(g + k), load_doubles(row + k));
-      step(1, load_doubles(g + k + W), load_doubles(row + k + W));
-    }
-    flush_all();
-  }
-  for (int64_t k = whole; k < len; k += W) {
-    const int64_t rest = len - k < W ? len - k : W;
-    step(0, load_doubles(Padded<T, W>(g + k, rest).value), load_doubles(Padded<T, W>(row + k, rest).value));
-  }
-  flush_all();
+  in_runs<L, kDoubleAdditions>(len, step, flush_all, [](int64_t) {});
   return reduce<Q>(total);
 }
 

@@ -110,7 +110,7 @@ class Rounding:
         known = state.differences(e, take(self._basis.components, e)).square().sum(1)
         gain = ((state.on_device(probes.drawn[e]) + PILOT_PROBES).unsqueeze(1) / take(state.quantile, e)).sqrt()
         limit = take(state.margin, e) / (target * take(state.unit, e)).unsqueeze(1)
-        limit = torch.where(target.unsqueeze(1) == 0, math.inf, limit)  # a distance is never below 0
+        limit = torch.where(target.unsqueeze(1) <= 0, math.inf, limit)  # only classes above the target are
         tolerance = state.norm.tolerance(e, known, take(state.rest, e), gain, limit, most + own) - own
         share = torch.where(tolerance > 0, (weights * honest / tolerance).square(), torch.where(unseen, math.inf, 0.0))
         half = share.clamp(max=0.5)

@@ -1,0 +1,78 @@
+// How the entries of a row go through the lanes of vectors: loads, in pairs of vectors, and runs of additions that are
+// flushed to double before rounding errors add up.
+#pragma once
+
+#include "folds.h"
+#include "scaled_folds.h"
+
+// Rows of T in lanes of Scalar: float, or double for float64 rows and wherever the range of float is too small.
+template <class T, class Scalar>
+struct Lanes {
+  static constexpr bool kFloat = sizeof(Scalar) == 4;
+  static constexpr int kWidth = kFloat ? kFloats : kDoubles;
+  typedef FASTSAL_VECTOR(Scalar, kBytes) Vec;
+
+  // One vector of rows or of x, which comes as U.
+  template <class U>
+  static inline Vec load(const U* p) {
+    if constexpr (kFloat) {
+      return load_floats<kFloats>(p);
+    } else {
+      return load_doubles(p);
+    }
+  }
+  // One of the two vectors that 2 * kWidth elements make. Two bfloat16 neighbours share a word: one load and two
+  // operations give the elements 0, 2, 4, ... and 1, 3, 5, ... An x of floats is put in the same order.
+  template <int Which, class U>
+  static inline Vec load_of_two(const U* p) {
+    if constexpr (kFloat && __is_same(U, BFloat16)) {
+      const auto words = load_vector<typename VectorsOf<kFloats>::U>(p);
+      return (Vec)(Which == 0 ? words << 16 : words & 0xffff0000u);
+    } else if constexpr (kFloat && __is_same(T, BFloat16)) {
+      return every_second<Which>(load(p), load(p + kWidth));
+    } else {
+      return load(p + Which * kWidth);
+    }
+  }
+};
+
+// The lanes of the differences of rows of T.
+template <class T>
+struct OwnLanes : Lanes<T, float> {
+  typedef float Scalar;
+  static constexpr double kTiny = kTinyFloat;
+};
+template <>
+struct OwnLanes<double> : Lanes<double, double> {
+  typedef double Scalar;
+  static constexpr double kTiny = kTinyDouble;
+};
+
+// Takes `len` entries through two accumulators a lane, each of which gets at most N additions before `flush`:
+// step(0 or 1, load), where load(p) is a vector of the row or x at p; `ahead(k)` comes before the entries k to
+// k + 2 * kWidth are read.
+template <class L, int N, class Step, class Flush, class Ahead>
+__attribute__((always_inline)) static inline void in_runs(int64_t len, Step step, Flush flush, Ahead ahead) {
+  constexpr int W = L::kWidth;
+  const int64_t whole = len / (2 * W) * (2 * W);
+  for (int64_t k = 0; k < len;) {
+    const int64_t full = k + 2 * W * N, end = full < whole ? full : whole;
+    for (; k < end; k += 2 * W) {
+      ahead(k);
+      step(0, [=](auto p) { return L::template load_of_two<0>(p + k); });
+      step(1, [=](auto p) { return L::template load_of_two<1>(p + k); });
+    }
+    if (k < full && k < len) {  // the entries that make no two vectors
+      ahead(k);
+      if (k + W <= len) {
+        step(0, [=](auto p) { return L::load(p + k); });
+        k += W;
+      }
+      if (k < len) {
+        step(1, [=](auto p) { return L::load(padded<W>(p + k, len - k).value); });
+        k = len;
+      }
+    }
+    flush();
+  }
+}
