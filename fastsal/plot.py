@@ -332,8 +332,8 @@ def tokens_html(tokens: Sequence[str], values: Any) -> str:
 
     Example:
         >>> import fastsal
-        >>> fastsal.plot.tokens_html(["a", "<b>"], [1.0, 0.0]).count("span")
-        4
+        >>> fastsal.plot.tokens_html(["a", "<b>"], [1.0, 0.0]).count("<span")
+        3
     """
     spans = []
     for token, (color, share) in zip(tokens, _shades(values), strict=True):

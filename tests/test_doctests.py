@@ -9,6 +9,7 @@ import re
 from pathlib import Path
 
 import pytest
+import torch
 
 import fastsal
 
@@ -65,8 +66,22 @@ def test_toy_theory_is_among_the_examples():
     assert doctest.testfile(str(ROOT / "docs" / "quantities.md"), module_relative=False).attempted > 5
 
 
-def test_readme():
-    """The README's Python, from first to last in one session."""
+class Letters:
+    """A tokenizer of which every token is a letter."""
+
+    def __call__(self, text, return_tensors):
+        return {"input_ids": torch.tensor([[ord(letter) for letter in text]])}
+
+    def decode(self, ids):
+        return "".join(map(chr, ids))
+
+
+def test_readme(torchvision, monkeypatch):
+    """The README's Python, from first to last in one session; a language model of random weights stands for the one it names."""
     blocks = re.findall(r"^```python\n(.*?)^```", (ROOT / "README.md").read_text(encoding="utf-8"), re.M | re.S)
-    assert len(blocks) == 2
+    assert len(blocks) == 3
+    tf = pytest.importorskip("transformers")
+    model = tf.GPT2LMHeadModel(tf.GPT2Config(n_embd=16, n_layer=1, n_head=2))
+    for kind, loaded in {"AutoTokenizer": Letters(), "AutoModelForCausalLM": model}.items():
+        monkeypatch.setattr(getattr(tf, kind), "from_pretrained", lambda name, loaded=loaded: loaded)
     exec("".join(blocks), {})
