@@ -209,7 +209,8 @@ def deepfool(
         model: An `nn.Module` in evaluation mode, or any callable, from x [B, *S] to logits [B, n] or to one score [B] or [B,
             1], as in `analyze`.
         x: [B, *S], float32, float64, float16 or bfloat16. Distances are in its units. No box of allowed values is imposed.
-        args, kwargs: What the model takes after x, as in `analyze`.
+        args: What the model takes after x, as in `analyze`.
+        kwargs: The same by name.
         layer: The perturbations are those of the output of this module at x, as in `analyze`; None for x itself.
         classes: Which classes to walk to, as in `analyze`: bool [n] or [B, n]; None for all.
         labels: The true classes, int64 [B]: an example that the model gets wrong already comes back unperturbed, at distance 0.

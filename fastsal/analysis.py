@@ -68,8 +68,9 @@ def analyze(
         x: [B, *S], float32, float64, float16 or bfloat16. Distances are in units of x as passed: to measure them in pixels,
             make the normalisation a part of the model. Alignments, offsets, homogeneities and the bound depend on where the
             origin of x is (a mean-centred input or not); ρ̃ does not.
-        args, kwargs: What the model takes after x. Tensors with B entries in front, in lists, tuples and dicts too, belong to
-            the examples, such as their masks, and go with them; everything else is passed as it is.
+        args: What the model takes after x. Tensors with B entries in front, in lists, tuples and dicts too, belong to the
+            examples, such as their masks, and go with them; everything else is passed as it is.
+        kwargs: The same by name.
         layer: A module of the model, or its name. Distances, alignments and saliency maps are then those in the space of its
             output at x, in the place of x, which may be of any dtype. The module has to run once, and to return one tensor
             [B, *S] that leads to the logits.

@@ -336,10 +336,13 @@ def tokens_html(tokens: Sequence[str], values: Any) -> str:
     Returns:
         The HTML.
 
+    Raises:
+        ValueError: There is not one value for each token.
+
     Example:
         >>> import fastsal
-        >>> fastsal.plot.tokens_html(["a", "<b>"], [1.0, 0.0]).count("span")
-        4
+        >>> fastsal.plot.tokens_html(["a", "<b>"], [1.0, 0.0]).count("<span")
+        3
     """
     spans = []
     for token, (color, share) in zip(tokens, _shades(values), strict=True):
@@ -362,6 +365,7 @@ def tokens(tokens: Sequence[str], values: Any, *, width: int = 60, ax: Any = Non
 
     Raises:
         ImportError: matplotlib is missing.
+        ValueError: There is not one value for each token.
 
     Example:
         >>> import fastsal

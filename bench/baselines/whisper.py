@@ -68,7 +68,9 @@ def _state(variables: dict[str, Tensor]) -> dict[str, Tensor]:
         top = f"model.{side}"
         state[f"{top}.embed_positions.weight"] = variables[f"{side}/position_encodings/encodings"]
         norm(f"{top}.layer_norm", f"{side}/layer_norm")
-        layers = {name.split("/")[1] for name in variables if name.startswith(f"{side}/layer_") and "norm/" not in name[:19]}
+        layers = {
+            name.split("/")[1] for name in variables if name.startswith(f"{side}/layer_") and "norm/" not in name[:19]
+        }
         for number in range(len(layers)):
             mine, its = f"{top}.layers.{number}", f"{side}/layer_{number}"
             width = variables[f"{its}/self_attention/layer_norm/gamma"].shape[0]
@@ -139,7 +141,9 @@ def features(path: Path) -> Tensor:
         if file.getframerate() != 16000 or file.getsampwidth() != 2:
             raise ValueError(f"{path}: wants 16 bits at 16,000 Hz")
         sound = np.frombuffer(file.readframes(file.getnframes()), np.int16).astype(np.float32) / 2**15
-    found: Tensor = transformers.WhisperFeatureExtractor()(sound, sampling_rate=16000, return_tensors="pt").input_features
+    found: Tensor = transformers.WhisperFeatureExtractor()(
+        sound, sampling_rate=16000, return_tensors="pt"
+    ).input_features
     return found
 
 

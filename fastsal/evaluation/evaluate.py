@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from fastsal import methods, validation
 from fastsal.evaluation import shards
@@ -46,16 +46,22 @@ def _options(
     method: str | methods.Method = "auto",
     chunk_size: int | None = None,
     backend: str = "auto",
+    **others: Any,
 ) -> dict[str, Any]:
     """Of `analyze`, those that it takes as they are given and those that are resolved first."""
     p = validation.norm(norm)
-    return {"norm": p, "method": methods.resolve(method, p), "chunk_size": chunk_size, "backend": backend}
+    given = {name: value for name, value in others.items() if value is not None}
+    if given.get("target", "y") != "y":
+        raise ValueError(f"target: got {given['target']!r}, wants 'y' for the true classes, or None")
+    return {"norm": p, "method": methods.resolve(method, p), "chunk_size": chunk_size, "backend": backend} | given
 
 
 def _check_kept(keep: Sequence[str], options: dict[str, Any]) -> None:
     """Raises where what is asked for is not there to be kept. Distances of all classes want "exact", which "auto" becomes."""
     if isinstance(keep, str) or (unknown := [name for name in keep if name not in KEPT]):
         raise ValueError(f"keep: got {keep if isinstance(keep, str) else unknown[0]!r}, wants some of {list(KEPT)}")
+    if "layer" in options and any("saliency" in name for name in keep):
+        raise ValueError("keep: got saliency maps with a layer, whose shape is not that of x; wants none of them")
     if "distances" in keep and isinstance(options["method"], methods.Auto):
         options["method"] = methods.Exact()
     if "distances" in keep and not isinstance(options["method"], methods.Exact):
@@ -67,6 +73,9 @@ def evaluate(
     data: Data,
     out: str | Path,
     *,
+    layer: nn.Module | str | None = None,
+    classes: Tensor | None = None,
+    target: str | None = None,
     norm: float | str = 2,
     method: str | methods.Method = "auto",
     batch_size: int | None = None,
@@ -95,6 +104,10 @@ def evaluate(
             for each example: `index`, `name` and `y` where given, the scalars of `Geometry`, and `error`, null but for an
             example that could not be read or analysed, where the others are null.
             `fastsal.load(out)` gives it back as one `Geometry`; any reader of Parquet reads it.
+        layer: As for `analyze`.
+        classes: As for `analyze`, the same for all examples: bool [n].
+        target: "y" for the signed margin of each example's true class: the least robust examples are those whose labels the
+            model doubts most. None (default) for the predicted one's.
         norm: As for `analyze`.
         method: As for `analyze`.
         batch_size: How many examples are analysed together: what is lost when a run is stopped. Results may differ in the last
@@ -137,7 +150,7 @@ def evaluate(
     """
     if not isinstance(save_every, int | float) or not save_every >= 0:
         raise ValueError(f"save_every: got {save_every!r}, wants seconds from 0")
-    options = _options(norm, method, chunk_size, backend)
+    options = _options(norm, method, chunk_size, backend, layer=layer, classes=classes, target=target)
     _check_kept(keep, options)
     batches = _checked(data, batch_size, names)
     arrow()

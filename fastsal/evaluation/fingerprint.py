@@ -53,6 +53,11 @@ def _data_fingerprint(batches: Batches, names: Sequence[str] | None) -> str:
     return digest.hexdigest()[:16]
 
 
+def _name(model: Model, layer: nn.Module) -> str:
+    modules = model.named_modules() if isinstance(model, nn.Module) else ()
+    return next((name for name, module in modules if module is layer), type(layer).__name__)
+
+
 def made_from(
     model: Model, batches: Batches, names: Sequence[str] | None, options: dict[str, Any], keep: Sequence[str] = ()
 ) -> Record:
@@ -60,6 +65,12 @@ def made_from(
     parameter = next(model.parameters(), None) if isinstance(model, nn.Module) else None
     device = "cpu" if parameter is None else parameter.device.type
     text, tensors = _model_fingerprint(model)
+    # Which layer, classes and target, where any is chosen.
+    chosen: Record = {name: options[name] for name in ("layer", "target", "classes") if name in options}
+    if isinstance(layer := chosen.get("layer"), nn.Module):
+        chosen["layer"] = _name(model, layer)
+    if "classes" in chosen:
+        chosen["classes"] = _digest(chosen["classes"]).hex()[:16]
     autocast = str(torch.get_autocast_dtype(device)) if torch.is_autocast_enabled(device) else None
     return {
         "fastsal": importlib.metadata.version("fastsal"),
@@ -75,4 +86,5 @@ def made_from(
         "keep": sorted(keep),
         "device": device,
         "autocast": autocast,
+        **chosen,
     }

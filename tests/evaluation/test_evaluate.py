@@ -249,3 +249,37 @@ class TestBatches:
         monkeypatch.setattr(sharing.Bar, "reach", lambda self, done: shown.append(done))
         evaluate(model, data, tmp_path, batch_size=40, chunk_size=1)
         assert shown == [10, 20, 30, 40, 40, 41, 42, 43, 45, 45]
+
+
+class TestAsked:
+    """A layer, some classes, and the margins of the labels."""
+
+    def problem(self):
+        torch.manual_seed(0)
+        model = torch.nn.Sequential(torch.nn.Linear(6, 9), torch.nn.Tanh(), torch.nn.Linear(9, 5)).double()
+        x, y = torch.randn(23, 6, dtype=torch.float64), torch.randint(5, (23,))
+        return model, x, y, torch.utils.data.TensorDataset(x, y)
+
+    def test_equal_to_analyze(self, tmp_path):
+        model, x, y, data = self.problem()
+        classes = torch.tensor([True, True, False, True, True])
+        options = {"layer": "0", "classes": classes}
+        summary = fastsal.evaluate(model, data, tmp_path / "out", batch_size=5, target="y", **options)
+        found, want = fastsal.load(tmp_path / "out"), fastsal.analyze(model, x, target=y, **options)
+        for name in ("linearized_robustness", "runner_up", "prediction", "alignment"):
+            torch.testing.assert_close(getattr(found, name), getattr(want, name))
+        least = want.linearized_robustness.argsort()[:3].tolist()
+        assert [one.index for one in summary.least_robust[:3]] == least
+        assert (want.linearized_robustness < 0).any()
+        for others in ({"layer": "1"}, {"classes": ~classes | classes}, {"layer": None}):
+            with pytest.raises(ValueError, match=next(iter(others))):
+                fastsal.evaluate(model, data, tmp_path / "out", batch_size=5, target="y", **(options | others))
+
+    def test_errors(self, tmp_path):
+        model, x, _, data = self.problem()
+        with pytest.raises(ValueError, match="target: got 'label', wants 'y'"):
+            fastsal.evaluate(model, data, tmp_path / "a", target="label")
+        with pytest.raises(ValueError, match="target: got 'y', wants data of"):
+            fastsal.evaluate(model, x, tmp_path / "b", target="y")
+        with pytest.raises(ValueError, match="keep: got saliency maps with a layer"):
+            fastsal.evaluate(model, data, tmp_path / "c", layer="0", keep=["saliency"])
