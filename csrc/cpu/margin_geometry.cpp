@@ -105,8 +105,8 @@ class Example {
   // gap is not small. By winner_sums.h <g,d> is off by 5 u of |g| |d|, and each of the norms by 2.5 u. That makes 20 u
   // of the squared gap, 10 u / gap = 8.4e-7 of a gap of 0.71, and with what d and the result are rounded by 9.7e-7.
   bool needs_gap(const TwoRowSums& sums) const {
-    constexpr double kSmallSquaredGap = 0.5;
-    return q_ != kL2 || jacobian_.dtype == kFloat64 || !(squared_gap(sums) > kSmallSquaredGap);
+    constexpr double kSmall = 0.5;
+    return q_ != kL2 || jacobian_.dtype == kFloat64 || !(squared_gap(sums) > kSmall);
   }
 
   Scaled gap(int64_t b, int64_t segment, const Winners& rows, const TwoRowSums& sums) const {
