@@ -12,6 +12,7 @@ from fastsal.methods import Candidates, Certified, Exact
 from fastsal.tensor.geometry import Geometry, margin_geometry
 from fastsal.tensor.ops import info
 from fastsal.tensor.pairwise import PairwiseMargins, pairwise_margins
+from fastsal.tensor.results import cat
 
 __version__ = "0.1.0"
 __all__ = [
@@ -22,6 +23,7 @@ __all__ = [
     "Geometry",
     "PairwiseMargins",
     "analyze",
+    "cat",
     "deepfool",
     "evaluate",
     "info",

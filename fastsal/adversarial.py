@@ -1,25 +1,30 @@
 """Adversarial perturbations: DeepFool, which takes the step that ρ̃ measures until the prediction changes."""
 
 import math
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, ClassVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from fastsal import methods, validation
 from fastsal.methods import Method
 from fastsal.methods.base import Question, Selection
-from fastsal.model.calling import Model, call, check_evaluation_mode, check_input, recording
+from fastsal.model.calling import Model, call
+from fastsal.model.function import nonempty
 from fastsal.model.linearization import Linearization, linearize
 from fastsal.tensor import reference
+from fastsal.tensor.results import Results
 
 HALVINGS = 16
 
 
-@dataclass(frozen=True)
-class Adversarial:
-    """What `deepfool` found for each of B examples. Tensors have the shape [B] unless another is given.
+@dataclass(frozen=True, eq=False, repr=False)
+class Adversarial(Results):
+    """What `deepfool` found for each of B examples, an object to work with as `Geometry` is.
+
+    Tensors have the shape [B] unless another is given.
 
     Attributes:
         adversarial: The perturbed inputs, [B, *S] in x's dtype; x itself where nothing was found.
@@ -39,6 +44,8 @@ class Adversarial:
     adversarial_class: Tensor
     steps: Tensor
 
+    _shown: ClassVar = ("distance", "steps", "success")
+
 
 def distances(a: Tensor, b: Tensor, norm: float) -> Tensor:
     """‖a − b‖_p of every example, float64 [B], for a and b [B, *S]."""
@@ -46,7 +53,7 @@ def distances(a: Tensor, b: Tensor, norm: float) -> Tensor:
     return norms
 
 
-def classes(model: Model, x: Tensor) -> Tensor:
+def predicted(model: Model, x: Tensor) -> Tensor:
     """What the model predicts: int64 [B]."""
     with torch.no_grad():
         return call(model, x).argmax(1)
@@ -64,10 +71,10 @@ def to_boundary(model: Model, x: Tensor, adversarial: Tensor, reference: Tensor)
         return torch.lerp(x, adversarial, fraction.to(x.dtype).view(column))
 
     low, high = (torch.full((len(x),), value, dtype=torch.float64, device=x.device) for value in (0.0, 1.0))
-    high = torch.where(classes(model, x) != reference, low, high)
+    high = torch.where(predicted(model, x) != reference, low, high)
     for _ in range(HALVINGS):
         middle = (low + high) / 2
-        errs = classes(model, at(middle)) != reference
+        errs = predicted(model, at(middle)) != reference
         low, high = torch.where(errs, low, middle), torch.where(errs, middle, high)
     return at(high)
 
@@ -78,13 +85,13 @@ def nearest_boundary(graph: Linearization, method: Method, question: Question) -
     Args:
         graph: The model's forward pass at B examples.
         method: How to find the boundary.
-        question: The norm, and the class c of every example, its `own`.
+        question: The norm, and the class c of every example, its `target`.
 
     Returns:
         What the method found, whose `winners` are c and the class j ≠ c for which |Ψᶜ − Ψʲ| / ‖g_c − g_j‖_q is smallest; and in
         float64 that distance [B] and the row g_c − g_j [B, D].
     """
-    selection = method.select(graph, question)
+    selection = method.select(graph, replace(question, signed=False))
     pair = selection.pair.double()
     row = pair[:, 0] - pair[:, 1]
     scores = selection.logits.double().gather(1, selection.winners)
@@ -106,8 +113,7 @@ def _step(length: Tensor, row: Tensor, norm: float) -> Tensor:
 
 
 def walk(
-    model: Model,
-    start: Tensor,
+    begin: Linearization,
     own: Tensor,
     norm: float,
     method: Method,
@@ -117,7 +123,7 @@ def walk(
     max_steps: int,
     overshoot: float,
     bounds: tuple[float, float] = (-math.inf, math.inf),
-    among: Tensor | None = None,
+    classes: Tensor | None = None,
     chunk_size: int | None = None,
     backend: str = "auto",
 ) -> tuple[Tensor, Tensor]:
@@ -127,8 +133,7 @@ def walk(
     example that is finished, or without a way out (zero gradients, NaN), stays where it is and costs nothing any more.
 
     Args:
-        model: As in `analyze`.
-        start: Where the examples begin, [B, *S] with B >= 1.
+        begin: The model's forward pass where the examples begin, B >= 1 of them.
         own: The class that each is to leave, int64 [B].
         norm: The norm p of a perturbation.
         method: How to find the nearest boundary.
@@ -137,39 +142,37 @@ def walk(
         max_steps: How many steps to take at most.
         overshoot: By how much the sum of the steps is lengthened.
         bounds: The box that the points are clipped to.
-        among: Which classes may be the nearest, bool [B, n]; None for all.
+        classes: Which classes may be the nearest, bool [B, n]; None for all.
         chunk_size: As in `analyze`.
         backend: As in `analyze`.
 
     Returns:
-        Where the examples are in the end, in the dtype of `start`, and how many steps each took, int64 [B].
+        Where the examples are in the end, [B, *S], and how many steps each took, int64 [B].
     """
+    start, graph = begin.leaf.detach(), begin
     found, total = start.clone(), torch.zeros_like(start, dtype=torch.float64)
     steps, active = torch.zeros_like(own), torch.arange(len(own), device=own.device)
-    with linearize(model, start) as begin:
-        graph = begin
-        validation.warn_probabilities(graph.logits)
-        logits = graph.logits.clone()
-        for step in range(max_steps):
-            if step:
-                graph = begin.at(active, found[active])
-                logits[active] = graph.logits
-            going = ~finished(found, logits)[active]
-            if not going.any():
-                break
-            if not going.all():
-                active, graph = active[going], graph.at(going.nonzero().squeeze(1))
-            steps[active] += 1
-            counted = None if among is None else among[active]
-            question = Question(norm, chunk_size, backend, own[active], counted)
-            _, distance, row = nearest_boundary(graph, method, question)
-            movable = distance.isfinite() & (row != 0).any(1) & row.isfinite().all(1)
-            active, distance, row = active[movable], distance[movable], row[movable]
-            if not len(active):
-                break
-            total[active] += _step(length(distance, found[active]), row, norm).view_as(total[active])
-            moved = start[active].double() + (1 + overshoot) * total[active]
-            found[active] = moved.to(start.dtype).clamp(*bounds)
+    whole = Question(norm, chunk_size, backend, own, classes)
+    validation.warn_probabilities(graph.logits)
+    logits = graph.logits.clone()
+    for step in range(max_steps):
+        if step:
+            graph = begin.at(active, found[active])
+            logits[active] = graph.logits
+        going = ~finished(found, logits)[active]
+        if not going.any():
+            break
+        if not going.all():
+            active, graph = active[going], graph.at(going.nonzero().squeeze(1))
+        steps[active] += 1
+        _, distance, row = nearest_boundary(graph, method, whole.at(active))
+        movable = distance.isfinite() & (row != 0).any(1) & row.isfinite().all(1)
+        active, distance, row = active[movable], distance[movable], row[movable]
+        if not len(active):
+            break
+        total[active] += _step(length(distance, found[active]), row, norm).view_as(total[active])
+        moved = start[active].double() + (1 + overshoot) * total[active]
+        found[active] = moved.to(start.dtype).clamp(*bounds)
     return found, steps
 
 
@@ -177,9 +180,13 @@ def deepfool(
     model: Model,
     x: Tensor,
     *,
+    args: Sequence[Any] = (),
+    kwargs: Mapping[str, Any] | None = None,
+    layer: nn.Module | str | None = None,
+    classes: Tensor | None = None,
     labels: Tensor | None = None,
     norm: float | str = 2,
-    method: str | Method = "candidates",
+    method: str | Method = "auto",
     max_steps: int = 50,
     overshoot: float = 0.02,
     chunk_size: int | None = None,
@@ -202,11 +209,15 @@ def deepfool(
         model: An `nn.Module` in evaluation mode, or any callable, from x [B, *S] to logits [B, n] or to one score [B] or [B,
             1], as in `analyze`.
         x: [B, *S], float32, float64, float16 or bfloat16. Distances are in its units. No box of allowed values is imposed.
+        args: What the model takes after x, as in `analyze`.
+        kwargs: The same by name.
+        layer: The perturbations are those of the output of this module at x, as in `analyze`; None for x itself.
+        classes: Which classes to walk to, as in `analyze`: bool [n] or [B, n]; None for all.
         labels: The true classes, int64 [B]: an example that the model gets wrong already comes back unperturbed, at distance 0.
             None stands for the model's own predictions, as ρ and ρ̃ mean it.
         norm: The p of the perturbation: 2, 1, `math.inf` or "inf".
-        method: Which classes a step considers, as in `analyze`: "candidates" (the 10 highest logits besides the predicted one,
-            DeepFool's own), "exact" (all) or "certified" (all, in fewer passes; not for p = 1), or a method with options.
+        method: Which classes a step considers, as in `analyze`: "auto" (default), "exact" or "certified" for all,
+            "candidates" for the 10 highest logits besides the predicted one (DeepFool's own), or a method with options.
         max_steps: How many linearisations to take at most. Examples that are done cost nothing more.
         overshoot: By which share to step beyond the linearised boundary. It costs no distance: the bisection takes it back.
         chunk_size: How many class gradients to take at once, as in `analyze`.
@@ -229,44 +240,47 @@ def deepfool(
         (6.0, 1, 0, 1)
     """
     p = validation.norm(norm)
-    check_input(x)
-    check_evaluation_mode(model)
     if not isinstance(max_steps, int) or max_steps < 1:
         raise ValueError(f"max_steps: got {max_steps!r}, wants an integer >= 1")
     if not overshoot >= 0:
         raise ValueError(f"overshoot: got {overshoot!r}, wants a number >= 0")
-    if labels is not None and (labels.shape != x.shape[:1] or labels.is_floating_point()):
-        raise ValueError(f"labels: got {labels.dtype} of shape {tuple(labels.shape)}, wants integers [B] = [{len(x)}]")
     chosen = methods.resolve(method, p)
     validation.chunk_size(chunk_size)
-    with recording(model, x), torch.no_grad():
-        found = start = x.detach().clone()
-        reached = prediction = classes(model, start) if len(x) else torch.zeros(0, dtype=torch.int64, device=x.device)
-        success, steps = torch.zeros_like(prediction, dtype=torch.bool), torch.zeros_like(prediction)
-        if len(x):
-            target = prediction if labels is None else labels.to(prediction)
+    points, args, kwargs = nonempty((x, args, kwargs))
+    with linearize(model, points, args=args, kwargs=kwargs, layer=layer) as begin:
+        start, prediction = begin.leaf.detach(), begin.logits.argmax(1)
+        target = prediction
+        if labels is not None:
+            validation.labels("labels", labels, (len(x), begin.logits.shape[1]))
+            target = nonempty(labels).to(prediction)
+        function = begin.function(torch.arange(len(start), device=start.device))
 
-            def beyond(distance: Tensor, point: Tensor) -> Tensor:
-                # On the boundary itself the step is empty: go one rounding error of x farther, to the other side of it.
-                tiny = torch.finfo(x.dtype).eps * distances(point, torch.zeros_like(point), p)
-                return torch.maximum(distance, tiny)
+        def run(points: Tensor) -> Tensor:
+            with begin.same_precision():
+                return function(points)
 
-            found, steps = walk(
-                model,
-                start,
-                target,
-                p,
-                chosen,
-                finished=lambda points, logits: logits.argmax(1) != target,
-                length=beyond,
-                max_steps=max_steps,
-                overshoot=overshoot,
-                chunk_size=chunk_size,
-                backend=backend,
-            )
-            success = (classes(model, found) != target) & found.flatten(1).isfinite().all(1)
-            column = (-1, *(1,) * (x.dim() - 1))
-            found = torch.where(success.view(column), to_boundary(model, start, found, target), start)
-            reached = classes(model, found)
-        distance = torch.where(success, distances(found, start, p), math.inf).to(validation.output_dtype(x.dtype))
-    return Adversarial(found, distance, success, prediction, reached, steps)
+        def beyond(distance: Tensor, point: Tensor) -> Tensor:
+            # On the boundary itself the step is empty: go one rounding error of x farther, to the other side of it.
+            tiny = torch.finfo(start.dtype).eps * distances(point, torch.zeros_like(point), p)
+            return torch.maximum(distance, tiny)
+
+        found, steps = walk(
+            begin,
+            target,
+            p,
+            chosen,
+            finished=lambda points, logits: logits.argmax(1) != target,
+            length=beyond,
+            max_steps=max_steps,
+            overshoot=overshoot,
+            classes=validation.allowed(classes, begin.logits.shape, start.device) if len(x) else None,
+            chunk_size=chunk_size,
+            backend=backend,
+        )
+        success = (predicted(run, found) != target) & found.flatten(1).isfinite().all(1)
+        column = (-1, *(1,) * (start.dim() - 1))
+        found = torch.where(success.view(column), to_boundary(run, start, found, target), start)
+        reached = predicted(run, found)
+        distance = torch.where(success, distances(found, start, p), math.inf).to(begin.logits.dtype)
+    result = Adversarial(found, distance, success, prediction, reached, steps)
+    return result if len(x) else result[:0]

@@ -1,28 +1,37 @@
 """analyze: every quantity of docs/design.md, "Quantities", for a model, whose Jacobian is streamed and never held."""
 
-from dataclasses import fields, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from fastsal import methods, validation
 from fastsal.methods.base import Question
-from fastsal.model.calling import Model, check_input
-from fastsal.model.linearization import linearize
-from fastsal.tensor.geometry import Geometry, margin_geometry
+from fastsal.model.calling import Model
+from fastsal.model.function import nonempty
+from fastsal.model.linearization import Linearization, linearize
+from fastsal.progress import Report, reporting
+from fastsal.tensor.geometry import Geometry, margin_geometry, of_pair
 
 
 def analyze(
     model: Model,
     x: Tensor,
     *,
+    args: Sequence[Any] = (),
+    kwargs: Mapping[str, Any] | None = None,
+    layer: nn.Module | str | None = None,
+    classes: Tensor | None = None,
+    target: Tensor | None = None,
     norm: float | str = 2,
-    method: str | methods.Method = "exact",
+    method: str | methods.Method = "auto",
     chunk_size: int | None = None,
     backend: str = "auto",
     keep_saliency: bool = False,
     differentiable: bool = False,
+    progress: bool | Report | None = None,
 ) -> Geometry:
     """Linearised robustness, saliency alignment and the bound that ties them, for every example of a batch of a model.
 
@@ -31,9 +40,10 @@ def analyze(
 
     | method         | backward and forward-mode passes     | what comes back                | when to use it              |
     |----------------|--------------------------------------|--------------------------------|-----------------------------|
-    | `"exact"`      | n backward, or F + 3 where the       | ρ̃ and the distances of all     | few classes (some 50), or   |
-    |                | logits leave a linear layer of F     | classes                        | a narrow last layer         |
-    |                | inputs and that is fewer             |                                |                             |
+    | `"auto"`       | `"exact"` where that takes at most 100 passes an example, or p = 1; else `"certified"`; the default |
+    | `"exact"`      | n backward, or F + 3 where the       | ρ̃ and the distances of all     | few classes, or a narrow    |
+    |                | logits leave a linear layer of F     | classes                        | last layer; when every      |
+    |                | inputs and that is fewer             |                                | distance matters            |
     | `"certified"`  | some 20 to 90 at 1000 classes, of    | ρ̃, except with probability     | many classes, norm 2 or inf |
     |                | both kinds                           | 1e-6 for each example          |                             |
     | `"candidates"` | 11 backward: the predicted class and | an upper bound of ρ̃, often ρ̃   | a first look; inside loops  |
@@ -58,8 +68,19 @@ def analyze(
         x: [B, *S], float32, float64, float16 or bfloat16. Distances are in units of x as passed: to measure them in pixels,
             make the normalisation a part of the model. Alignments, offsets, homogeneities and the bound depend on where the
             origin of x is (a mean-centred input or not); ρ̃ does not.
+        args: What the model takes after x. Tensors with B entries in front, in lists, tuples and dicts too, belong to the
+            examples, such as their masks, and go with them; everything else is passed as it is.
+        kwargs: The same by name.
+        layer: A module of the model, or its name. Distances, alignments and saliency maps are then those in the space of its
+            output at x, in the place of x, which may be of any dtype. The module has to run once, and to return one tensor
+            [B, *S] that leads to the logits.
+        classes: Which classes may be the nearest, bool [n] or [B, n]; None for all. The others cost no rows.
+        target: int64 [B]: the class whose nearest boundary is asked for, in the place of the predicted one, whose part it
+            takes in every quantity but `prediction`. ρ̃ is then min over j of (Ψ^y − Ψʲ) / ‖g_y − g_j‖_q for the target y, the
+            signed margin: negative where another class has a higher logit. Of these "certified" takes every row.
         norm: The p of the perturbation: 2, 1, `math.inf` or "inf". Gradients are measured in the dual q-norm.
         method: The name of a method, or a `fastsal.Exact`, `fastsal.Certified` or `fastsal.Candidates` with options.
+            `Geometry.method` says which "auto" took.
         chunk_size: How many class gradients to take at once; None chooses by model and device. Where memory runs out, the chunk
             is halved.
         backend: "auto", "reference", "cpu", "cuda" or "triton"; `fastsal.info()` tells which can run.
@@ -67,6 +88,8 @@ def analyze(
         differentiable: Let the scalars, and the saliency maps where they are kept, carry gradients to any order: into the
             model's parameters, and into x where that requires a gradient. It costs two more rows, with a graph. Indices,
             `distances` and `lower_bound` carry none. Every operation of the model needs a second derivative.
+        progress: Whether to show a bar (with tqdm); None (default) does in a terminal or notebook once more than a few seconds
+            turn out to be ahead. Or a function, which is called with the share that is done.
 
     Returns:
         A `Geometry`, in float64 for float64 x and in float32 for all others.
@@ -74,7 +97,8 @@ def analyze(
     Raises:
         TypeError: x is no tensor of floating dtype, or the model returns no such tensor.
         ValueError: The model returns no logits [B, n], or logits that do not depend on x; it mixes the examples of a batch, or
-            has layers in training mode that would; or an option is wrong. The message says what was found and what is wanted.
+            has layers in training mode that would; the layer runs several times or does not lead to the logits; an example has
+            no class that may be the nearest; or an option is wrong. The message says what was found and what is wanted.
         RuntimeError: A backend that was named cannot run, or the model itself failed.
         NotImplementedError: `differentiable`, and torch has no second derivative of some operation; the message names it.
 
@@ -92,24 +116,36 @@ def analyze(
     p = validation.norm(norm)
     chosen = methods.resolve(method, p)
     validation.chunk_size(chunk_size)
-    check_input(x)
-    B = x.shape[0]
-    empty = B == 0  # one example of zeros tells the number of classes, and is dropped at the end
-    with linearize(model, x.new_zeros(1, *x.shape[1:]) if empty else x, differentiable=differentiable) as graph:
-        selection = chosen.select(graph, Question(p, chunk_size, backend))
+    # Of a batch of none, one example of zeros tells the number of classes, and is dropped at the end.
+    point, args, kwargs = nonempty((x, args, kwargs))
+    with linearize(model, point, args=args, kwargs=kwargs, layer=layer, differentiable=differentiable) as graph:
+        asked = _asked(graph, len(x), target, classes)
+        with reporting(progress, "analyze") as report:
+            selection = chosen.select(graph, Question(p, chunk_size, backend, *asked, report=report))
         validation.warn_probabilities(selection.logits)
         logits, pair, flat_x = selection.logits, selection.pair, graph.x.detach()
         if differentiable:
             logits, flat_x = graph.graph_logits, graph.x
             pair = torch.cat([graph.rows(row.unsqueeze(0), create_graph=True) for row in selection.winners.t()], 1)
-        result = margin_geometry(logits.gather(1, selection.winners), pair, flat_x, norm=p, backend=backend)
-        prediction, runner_up = selection.winners.unbind(1)
-        result = replace(result, prediction=prediction, runner_up=runner_up, **selection.provenance)
+        scores, (prediction, runner_up) = logits.gather(1, selection.winners), selection.winners.unbind(1)
+        if target is None:
+            result = margin_geometry(scores, pair, flat_x, norm=p, backend=backend)
+        else:
+            result, prediction = of_pair(scores, pair, flat_x, p), selection.logits.argmax(1)
+        found = {"prediction": prediction, "runner_up": runner_up} | selection.provenance
         if keep_saliency:
-            saliency, binarized = (row.reshape(-1, *x.shape[1:]) for row in (pair[:, 0], pair[:, 0] - pair[:, 1]))
-            result = replace(result, saliency=saliency, binarized_saliency=binarized)
-    if empty:
-        tensors = {field.name: getattr(result, field.name) for field in fields(result)}
-        sliced: dict[str, Any] = {name: value[:0] for name, value in tensors.items() if isinstance(value, Tensor)}
-        result = replace(result, **sliced)
-    return result
+            rows = {"saliency": pair[:, 0], "binarized_saliency": pair[:, 0] - pair[:, 1]}
+            found |= {name: row.reshape(graph.leaf.shape) for name, row in rows.items()}
+        result = replace(result, **found)
+    return result if len(x) else result[:0]
+
+
+def _asked(
+    graph: Linearization, B: int, target: Tensor | None, classes: Tensor | None
+) -> tuple[Tensor | None, Tensor | None]:
+    """What a caller says of the target and the classes, checked, for the examples of the recorded pass: [B] and [B, n]."""
+    if target is not None:
+        validation.labels("target", target, (B, graph.n))
+        target = nonempty(target).to(graph.leaf.device, torch.int64)
+    allowed = validation.allowed(classes, (B, graph.n), graph.leaf.device)
+    return target, None if B == 0 else allowed

@@ -22,6 +22,7 @@ _OTHERS = (
 )
 MARK = "fastsal wrote this and may replace it"  # in the metadata of every file whose format has any
 _ENDS = 1 << 16  # bytes at either end of a file, among which these are
+NAMED = 3  # of many things that differ
 _OPTIONAL = ("name", "y", "error")  # columns that are not in every table of results
 LEFT_BEHIND = re.compile(r"\.(.+)\.\d+\.tmp")  # what `whole_file` leaves when it is killed
 
@@ -62,12 +63,14 @@ class Blame:
 
 def extra(name: str, install: str = "'fastsal[demo]'") -> ModuleType:
     """The module of this name, or one line on how to install it."""
+    library = name.partition(".")[0]
     try:
         return importlib.import_module(name)
     except ImportError as error:
-        raise MissingPackageError(f"{error}; pip install {install}") from error
+        lacking = (error.name or library).partition(".")[0]  # perhaps what the library itself imports
+        install = install if lacking == library else lacking
+        raise MissingPackageError(f"{library} cannot be imported: {error}; pip install {install}") from error
     except RuntimeError as error:  # a torchvision that was built for another torch
-        library = name.partition(".")[0]
         raise CommandError(
             f"{library} cannot be imported beside torch {torch.__version__} ({error}); wants builds of torch and {library} "
             "that belong together"
@@ -141,12 +144,18 @@ def check_folder(folder: Path, is_own: Callable[[], bool], option: str = "--out"
 
 
 def changes(before: Mapping[str, Any], now: Mapping[str, Any]) -> str:
-    """What differs between two records of what results were made from, by name."""
-    return "; ".join(
-        f"{name} was {before.get(name)!r}, is {now.get(name)!r}"
-        for name in sorted({*before, *now})
-        if before.get(name) != now.get(name)
-    )
+    """What differs between two records of what results were made from, by name. Of a record within it, the names are told."""
+    said = []
+    for name in sorted({*before, *now}):
+        old, new = before.get(name), now.get(name)
+        if old != new and isinstance(new, Mapping):
+            old = old if isinstance(old, Mapping) else {}
+            differ = [key for key in dict.fromkeys((*new, *old)) if old.get(key) != new.get(key)]
+            more = f" and {len(differ) - NAMED} more" if len(differ) > NAMED else ""
+            said.append(f"{name} differ in {', '.join(differ[:NAMED])}{more}")
+        elif old != new:
+            said.append(f"{name} was {old!r}, is {new!r}")
+    return "; ".join(said)
 
 
 def check_same(folder: Path, before: Mapping[str, Any], now: Mapping[str, Any], option: str = "--out") -> None:

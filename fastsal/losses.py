@@ -5,26 +5,20 @@ the model. They look at the model as it measures, not as it trains: layers that 
 draw random numbers (BatchNorm, dropout) have to be in evaluation mode.
 """
 
+from collections.abc import Mapping, Sequence
+from typing import Any
+
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from fastsal import methods, validation
 from fastsal.methods.base import Question
 from fastsal.model.calling import Model
-from fastsal.model.linearization import Linearization, linearize
+from fastsal.model.linearization import linearize
 from fastsal.tensor import reference
 from fastsal.tensor.pairwise import pairwise_margins
 
 __all__ = ["cross_lipschitz_loss", "margin_loss"]
-
-
-def _check_labels(y: Tensor, graph: Linearization) -> None:
-    B, n = graph.logits.shape
-    if not isinstance(y, Tensor) or y.is_floating_point() or y.shape != (B,):
-        got = f"{y.dtype} of shape {tuple(y.shape)}" if isinstance(y, Tensor) else type(y).__name__
-        raise ValueError(f"y: got {got}, wants integers [B] = [{B}]")
-    if B and not 0 <= int(y.min()) <= int(y.max()) < n:
-        raise ValueError(f"y: got classes {int(y.min())} to {int(y.max())}, wants 0 to {n - 1}")
 
 
 def margin_loss(
@@ -32,9 +26,12 @@ def margin_loss(
     x: Tensor,
     y: Tensor,
     *,
+    args: Sequence[Any] = (),
+    kwargs: Mapping[str, Any] | None = None,
+    layer: nn.Module | str | None = None,
     target: float | None = None,
     norm: float | str = 2,
-    method: str | methods.Method = "exact",
+    method: str | methods.Method = "auto",
     chunk_size: int | None = None,
     backend: str = "auto",
 ) -> Tensor:
@@ -51,10 +48,12 @@ def margin_loss(
         model: As in `fastsal.analyze`.
         x: [B, *S], of any floating dtype.
         y: int64 [B], the labels.
+        args, kwargs, layer: As in `fastsal.analyze`: with a layer, margins are those in the space of its output (Elsayed et
+            al. take them at several layers at once).
         target: The ρ̃ from which on an example adds nothing, in units of x. None (default) for the mean of −m, which has no
             lower bound: it is −inf where a gradient vanishes.
         norm: The p of the perturbation, 2 (default), 1, `math.inf` or "inf".
-        method: "exact" (default), "candidates", "certified" (norm 2 or inf) or any method of `fastsal.analyze`.
+        method: "auto" (default) or any method of `fastsal.analyze`.
         chunk_size, backend: As in `fastsal.analyze`.
 
     Returns:
@@ -78,8 +77,8 @@ def margin_loss(
     p = validation.norm(norm)
     chosen = methods.resolve(method, p)
     validation.chunk_size(chunk_size)
-    with linearize(model, x, differentiable=True) as graph:
-        _check_labels(y, graph)
+    with linearize(model, x, args=args, kwargs=kwargs, layer=layer, differentiable=True) as graph:
+        validation.labels("y", y, graph.logits.shape)
         prediction, runner_up = chosen.select(graph, Question(p, chunk_size, backend)).winners.unbind(1)
         own = y.to(prediction)
         other = torch.where(prediction == own, runner_up, prediction)
@@ -94,7 +93,15 @@ def margin_loss(
 
 
 def cross_lipschitz_loss(
-    model: Model, x: Tensor, y: Tensor | None = None, *, norm: float | str = 2, backend: str = "auto"
+    model: Model,
+    x: Tensor,
+    y: Tensor | None = None,
+    *,
+    args: Sequence[Any] = (),
+    kwargs: Mapping[str, Any] | None = None,
+    layer: nn.Module | str | None = None,
+    norm: float | str = 2,
+    backend: str = "auto",
 ) -> Tensor:
     """The cross-Lipschitz regulariser: how much the gradients of all pairs of logits differ.
 
@@ -106,6 +113,7 @@ def cross_lipschitz_loss(
         model: As in `fastsal.analyze`.
         x: [B, *S], of any floating dtype.
         y: Not looked at, since the definition asks for no labels; taken so that all losses are called alike.
+        args, kwargs, layer: As in `fastsal.analyze`.
         norm: The p of the perturbation, 2 (default), 1, `math.inf` or "inf"; gradients are measured in the dual q-norm.
         backend: As in `fastsal.analyze`.
 
@@ -123,7 +131,7 @@ def cross_lipschitz_loss(
     3.1111
     """
     p = validation.norm(norm)
-    with linearize(model, x, differentiable=True) as graph:
+    with linearize(model, x, args=args, kwargs=kwargs, layer=layer, differentiable=True) as graph:
         B, n = graph.logits.shape
         each = torch.arange(n, device=graph.logits.device).view(n, 1, 1).expand(n, 1, B)
         rows = torch.cat([graph.rows(classes, create_graph=True) for classes in each], 1)

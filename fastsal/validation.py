@@ -59,6 +59,30 @@ def _flat(name: str, value: Tensor, lead: int) -> Tensor:
     return value.view(*value.shape[:lead], stride)
 
 
+def labels(name: str, value: Any, shape: torch.Size | tuple[int, ...]) -> None:
+    """Raises unless value is a class of each example, integers [B] from 0 to n − 1, for logits of shape [B, n]."""
+    B, n = shape
+    if not isinstance(value, Tensor) or value.is_floating_point() or value.dtype == torch.bool or value.shape != (B,):
+        got = f"{value.dtype} of shape {tuple(value.shape)}" if isinstance(value, Tensor) else type(value).__name__
+        raise ValueError(f"{name}: got {got}, wants integers [B] = [{B}]")
+    if B and not 0 <= int(value.min()) <= int(value.max()) < n:
+        raise ValueError(f"{name}: got classes {int(value.min())} to {int(value.max())}, wants 0 to {n - 1}")
+
+
+def allowed(value: Any, shape: torch.Size | tuple[int, ...], device: torch.device) -> Tensor | None:
+    """Which classes may be the nearest, bool [n] or [B, n] or None, for logits of shape [B, n]: bool [B, n], or None."""
+    if value is None:
+        return None
+    if (
+        not isinstance(value, Tensor)
+        or value.dtype != torch.bool
+        or value.shape not in (tuple(shape), tuple(shape[1:]))
+    ):
+        got = f"{value.dtype} of shape {tuple(value.shape)}" if isinstance(value, Tensor) else type(value).__name__
+        raise ValueError(f"classes: got {got}, wants bool [n] = {list(shape[1:])} or [B, n] = {list(shape)}")
+    return value.to(device).expand(*shape)
+
+
 def tensors(logits: Tensor, jacobian: Tensor, x: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
     """Checks logits [B, n], jacobian [B, n, *S] and x [B, *S] or None; returns them with S flattened to D, without a copy."""
     named = {"logits": logits, "jacobian": jacobian}
@@ -82,6 +106,12 @@ def tensors(logits: Tensor, jacobian: Tensor, x: Tensor | None) -> tuple[Tensor,
             f"jacobian: got shape {tuple(jacobian.shape)}, wants at least one input dimension entry (D >= 1)"
         )
     if x is not None and x.shape != (jacobian.shape[0], *jacobian.shape[2:]):
+        if x.shape == jacobian.shape[2:] and len(x) == len(logits):
+            raise ValueError(
+                f"jacobian: got shape {tuple(jacobian.shape)}, which is [B, n, B, *S], torch.func.jacrev of a whole batch; "
+                f"wants [B, n, *S] = {[*logits.shape, *x.shape[1:]]}, each example by itself: "
+                "vmap(jacrev(lambda one: model(one.unsqueeze(0)).squeeze(0)))(x), with both from torch.func"
+            )
         raise ValueError(
             f"x: got shape {tuple(x.shape)}, wants [B, *S] = {[jacobian.shape[0], *jacobian.shape[2:]]} to go with jacobian"
         )

@@ -249,7 +249,7 @@ class TestNearestBoundary:
             chosen.append(methods.Certified())
         for method in chosen:
             with linearize(model, x) as graph:
-                selection, *got = nearest_boundary(graph, method, Question(norm, own=own))
+                selection, *got = nearest_boundary(graph, method, Question(norm, target=own))
                 assert torch.equal(graph.logits, logits)
             got = (selection.winners[:, 1], *got)
             for mine, right in zip(got, self.want(logits, jacobian, own, norm), strict=True):
@@ -264,7 +264,7 @@ class TestNearestBoundary:
         among[:, :2] = True
         for method in (methods.Exact(), methods.Candidates(11)):
             with linearize(model, x) as graph:
-                selection, *got = nearest_boundary(graph, method, Question(norm, own=own, among=among))
+                selection, *got = nearest_boundary(graph, method, Question(norm, target=own, classes=among))
             got = (selection.winners[:, 1], *got)
             for mine, right in zip(got, self.want(logits, jacobian, own, norm, among), strict=True):
                 torch.testing.assert_close(mine, right, rtol=1e-10, atol=1e-12)
@@ -274,7 +274,9 @@ class TestNearestBoundary:
         """Three equal logits: whichever class it is, the distance to another is 0."""
         weight = torch.eye(4, dtype=torch.float64)
         with linearize(lambda z: z @ weight, torch.tensor([[1.0, 1.0, 1.0, 0.5]]).double()) as graph:
-            selection, distance, row = nearest_boundary(graph, methods.Exact(), Question(2.0, own=torch.tensor([own])))
+            selection, distance, row = nearest_boundary(
+                graph, methods.Exact(), Question(2.0, target=torch.tensor([own]))
+            )
         other = selection.winners[:, 1]
         assert other.item() == (1 if own == 0 else 0)
         assert distance.item() == 0

@@ -283,9 +283,9 @@ class TestDifferentiable:
     [
         (
             {"method": "nearest"},
-            "method: got 'nearest', wants one of ['exact', 'candidates', 'certified'], fastsal.Exact(), .Candidates(k) or",
+            "method: got 'nearest', wants one of ['auto', 'exact', 'certified', 'candidates'], fastsal.Exact(), .",
         ),
-        ({"method": 3}, "method: got 3, wants one of ['exact', 'candidates'"),
+        ({"method": 3}, "method: got 3, wants one of ['auto', 'exact'"),
         ({"norm": 3}, "norm: got 3, wants 2, 1, math.inf or 'inf'"),
         ({"chunk_size": 0}, "chunk_size: got 0, wants None or an integer >= 1"),
         ({"chunk_size": 1.5}, "chunk_size: got 1.5, wants None or an integer >= 1"),

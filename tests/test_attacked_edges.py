@@ -288,7 +288,7 @@ class TestNumbers:
         assert (found.lower_bound.double() <= rho * (1 + 1e-14)).all()
 
     @each_method
-    @pytest.mark.parametrize("where", ["x", "logits", "gradient"])
+    @pytest.mark.parametrize("where", ["x", "logits", "gradient", "gradient and a tie"])
     def test_a_nan_is_not_certified(self, where, method):
         net, x = network()
 
@@ -296,9 +296,11 @@ class TestNumbers:
             logits = net(x)
             if where == "logits":
                 logits = torch.where((x[:, :1] > 9) & (torch.arange(100) == 77), math.nan, logits)
-            if where == "gradient":  # of a class of a margin above zero: 0 · inf
+            if "gradient" in where:  # of a class of a margin above zero: 0 · inf
                 hole = torch.where(x[:, :1] > 9, 0.0, 1.0)
                 logits = logits - F.pad((hole * (x[:, :1] - 9)).abs().sqrt() * 0 - 2 * (1 - hole), (77, 22))
+            if "tie" in where:
+                logits = torch.where((x[:, :1] > 9) & (torch.arange(100) < 2), 50.0, logits)
             return logits
 
         x[1, 0] = math.nan if where == "x" else 9.5

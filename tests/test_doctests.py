@@ -9,6 +9,7 @@ import re
 from pathlib import Path
 
 import pytest
+import torch
 
 import fastsal
 
@@ -18,9 +19,11 @@ ROOT = Path(__file__).resolve().parent.parent
 
 
 @pytest.mark.parametrize("name", [name for name in MODULES if name not in NATIVE and not name.endswith("__main__")])
-def test_examples(name):
+def test_examples(name, request):
     if "triton" in name:
         pytest.importorskip("triton")
+    if name.endswith(".transformers"):
+        request.getfixturevalue("torchvision")
     if name.startswith("fastsal.integrations."):
         pytest.importorskip(name.rpartition(".")[2])
     results = doctest.testmod(importlib.import_module(name))
@@ -51,8 +54,11 @@ def test_every_parameter_and_field_is_described(thing):
 
 
 @pytest.mark.parametrize("guide", sorted(ROOT.glob("docs/*.md")), ids=lambda path: path.name)
-def test_guides(guide):
+def test_guides(guide, request):
     """The sessions of a guide, which say what they print."""
+    if "import transformers" in guide.read_text(encoding="utf-8"):
+        request.getfixturevalue("torchvision")
+        pytest.importorskip("transformers")
     assert doctest.testfile(str(guide), module_relative=False).failed == 0
 
 
@@ -60,8 +66,22 @@ def test_toy_theory_is_among_the_examples():
     assert doctest.testfile(str(ROOT / "docs" / "quantities.md"), module_relative=False).attempted > 5
 
 
-def test_readme():
-    """The README's Python, from first to last in one session."""
+class Letters:
+    """A tokenizer of which every token is a letter."""
+
+    def __call__(self, text, return_tensors):
+        return {"input_ids": torch.tensor([[ord(letter) for letter in text]])}
+
+    def decode(self, ids):
+        return "".join(map(chr, ids))
+
+
+def test_readme(torchvision, monkeypatch):
+    """The README's Python, from first to last in one session; a model of random weights stands for the language model."""
     blocks = re.findall(r"^```python\n(.*?)^```", (ROOT / "README.md").read_text(encoding="utf-8"), re.M | re.S)
-    assert len(blocks) == 2
+    assert len(blocks) == 3
+    tf = pytest.importorskip("transformers")
+    model = tf.GPT2LMHeadModel(tf.GPT2Config(n_embd=16, n_layer=1, n_head=2))
+    for kind, loaded in {"AutoTokenizer": Letters(), "AutoModelForCausalLM": model}.items():
+        monkeypatch.setattr(getattr(tf, kind), "from_pretrained", lambda name, loaded=loaded: loaded)
     exec("".join(blocks), {})

@@ -233,16 +233,17 @@ LAYERS = (
     ("methods.certified.basis",),
     ("methods.certified.state",),
     ("methods.certified.chi_square", "methods.certified.norms"),
-    ("methods.base", "methods.mixtures"),
+    ("methods.base", "methods.gram", "methods.mixtures"),
     ("model", "tensor"),
     ("model.products", "tensor.geometry", "tensor.pairwise"),
-    ("model.traced", "tensor.ops"),
+    ("model.traced", "tensor.ops", "tensor.results"),
     ("model.linearization", "tensor.backends"),
     ("model.inputs", "tensor.tolerance", "_cpu", "_cuda"),
+    ("model.function",),
     ("model.calling",),
     ("model.chunking",),
     ("tensor.reference",),
-    ("devices", "files", "validation"),
+    ("devices", "files", "progress", "validation"),
 )
 STRANGERS = ("model", "tensor")  # neither imports anything of the other
 LEAVES = ("files", "tensor.reference", "validation")  # these import torch at most, and nothing of fastsal

@@ -58,6 +58,48 @@ class TestScatter:
         plot.scatter(results, rho, "homogeneity", ax=axes)
         np.testing.assert_array_equal(points(axes.lines[1])[0], np.arange(9))
         assert (axes.get_xscale(), axes.get_xlabel(), len(axes.lines)) == ("linear", "", 3)
+
+    def test_labels_what_it_is_given(self, results, axes):
+        (one, *_), values = results.values(), np.arange(1.0, 10)
+        plot.scatter(one, values, "alignment", x_label="adversarial distance", ax=axes)
+        assert (axes.get_xlabel(), axes.get_ylabel()) == ("adversarial distance", "alignment α (units of x)")
+        frame = one.to_pandas()
+        plot.scatter(one, frame.bound, values, y_label="y", ax=axes)
+        assert (axes.get_xlabel(), axes.get_ylabel()) == ("bound", "y")
+
+    @pytest.mark.parametrize("by", ["prediction", "own", "tensor"])
+    def test_colours_by_class(self, results, axes, by):
+        (one, *_) = results.values()
+        classes = {"prediction": one.prediction.numpy(), "own": [*"abcabcabc"], "tensor": torch.arange(9) % 2}[by]
+        plot.scatter(one, by=by if by == "prediction" else classes, ax=axes)
+        classes = np.asarray(classes)
+        for name, line in zip(np.unique(classes), axes.lines, strict=False):
+            assert line.get_label() == str(name)
+            np.testing.assert_array_equal(points(line)[0], one.linearized_robustness.numpy()[classes == name])
+        looks = [(line.get_color(), line.get_marker()) for line in axes.lines]
+        assert len(set(looks)) == len(looks)
+
+    def test_many_classes(self, axes):
+        found = fastsal.analyze(nn.Linear(6, 3), torch.randn(200, 6))
+        classes = torch.cat((torch.arange(30), torch.arange(5, 25).repeat(10)))[:200]
+        plot.scatter(found, by=classes, diagonal=False, ax=axes)
+        labels = [line.get_label() for line in axes.lines]
+        assert labels == ["others", *map(str, range(5, 25))]
+        assert axes.lines[0].get_color() == "0.7"
+        assert sum(len(points(line)[0]) for line in axes.lines) == 200
+        looks = [(line.get_color(), line.get_marker()) for line in axes.lines]
+        assert len(set(looks)) == 21
+
+    @pytest.mark.parametrize(
+        ("by", "message"),
+        [("bound", "by: got 'bound', wants 'prediction'"), ([1, 2], r"by: got shape \(2,\), wants \[B\] with B = 9")],
+    )
+    def test_what_are_no_classes(self, results, axes, by, message):
+        (one, *_) = results.values()
+        with pytest.raises(ValueError, match=message):
+            plot.scatter(one, by=by, ax=axes)
+        with pytest.raises(ValueError, match="by: got 3 results, wants one"):
+            plot.scatter(results, by="prediction", ax=axes)
         one = plot.scatter(next(iter(results.values())), np.ones(9), "offset", diagonal=True)
         assert one.get_legend() is None
         assert len(one.lines) == 2

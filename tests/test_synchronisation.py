@@ -95,13 +95,15 @@ class Device(TorchFunctionMode):
 def test_a_certificate_waits_once_a_round(monkeypatch, norm, max_passes):
     """One decision before there is a basis, two on rounding, one a step of the basis, a round of probes and a round of rows.
 
-    And two for the mixture of the rows that were not evaluated: where it is needed, and whether all is well.
+    And three for the check of the rows that were not evaluated, where it is needed, whether rows are to be taken instead, and
+    whether all is well; and one for what classes tolerate (two for p = ∞), where passes are few for each that is tried.
     """
     calls = Counter()
     for owner, name in (
         (Rounding, "trust"),
         (Basis, "widen"),
         (Search, "bound"),
+        (Rounding, "tolerances"),
         (Rounding, "verify"),
         (State, "evaluate"),
         (NORM_BOUNDS[norm], "measure"),
@@ -121,8 +123,10 @@ def test_a_certificate_waits_once_a_round(monkeypatch, norm, max_passes):
     assert sure.all() or max_passes
     assert calls["bound"] > 0
     steps, rounds_of_rows = calls["widen"] + 1, calls["evaluate"] - 1
-    decisions = 1 + calls["trust"] + steps + calls["bound"] + rounds_of_rows + 1 + 2 * calls["verify"]
-    assert device.waits == decisions + (calls["measure"] if norm != 2 else 0)
+    decisions = (
+        1 + calls["trust"] + steps + calls["bound"] + rounds_of_rows + 1 + 3 * calls["verify"] + calls["tolerances"]
+    )
+    assert device.waits == decisions + (calls["measure"] + calls["tolerances"] if norm != 2 else 0)
 
 
 def test_the_stub_notices_who_reads():

@@ -1,6 +1,7 @@
 """Every argument error: its type, the argument it names, what it got and what it wants."""
 
 import math
+import re
 import warnings
 
 import cases
@@ -190,3 +191,19 @@ def test_output_dtypes():
     assert [validation.output_dtype(dtype) for dtype in validation.DTYPES] == [
         cases.out_dtype(dtype) for dtype in validation.DTYPES
     ]
+
+
+@pytest.mark.parametrize("B", [2, 3])
+def test_a_jacobian_of_the_whole_batch_is_named_with_the_way_to_each_examples_own(B):
+    torch.manual_seed(0)
+    model, x = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(12, 5)), torch.randn(B, 3, 2, 2)
+    whole = torch.func.jacrev(model)(x).detach()
+    with pytest.raises(
+        ValueError, match=rf"\[B, n, B, \*S\], torch.func.jacrev .* wants \[B, n, \*S\] = \[{B}, 5, 3, 2, 2\]"
+    ) as error:
+        fastsal.margin_geometry(model(x).detach(), whole, x)
+    recipe = re.search(r"vmap\(jacrev.*\)\(x\)", str(error.value))[0]
+    jacobian = eval(recipe, {"model": model, "x": x, **vars(torch.func)}).detach()
+    assert jacobian.shape == (B, 5, 3, 2, 2)
+    found = fastsal.margin_geometry(model(x).detach(), jacobian, x)
+    torch.testing.assert_close(found.linearized_robustness, fastsal.analyze(model, x).linearized_robustness)

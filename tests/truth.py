@@ -94,8 +94,13 @@ def _system(psi: Any, margin: Any, g: Any, g_dag: Any, x: Any, p: float) -> dict
     }
 
 
-def geometry_truth(logits: Tensor, jacobian: Tensor, x: Tensor, p: float, runner_up: Tensor | None = None) -> Truth:
-    """Everything in `Geometry` for logits [B, n], jacobian [B, n, D], x [B, D]; `runner_up` overrides the selection."""
+def geometry_truth(
+    logits: Tensor, jacobian: Tensor, x: Tensor, p: float, runner_up: Tensor | None = None, own: int | None = None
+) -> Truth:
+    """Everything in `Geometry` for logits [B, n], jacobian [B, n, D], x [B, D].
+
+    `runner_up` overrides the selection, and `own` is a class that takes the place of the predicted one.
+    """
     B, n = logits.shape
     names = (*reference.SCALARS, "prediction", "runner_up")
     values: dict[str, list[Any]] = {name: [] for name in names}
@@ -106,6 +111,7 @@ def geometry_truth(logits: Tensor, jacobian: Tensor, x: Tensor, p: float, runner
             scores, rows, point = to_long(logits[b]), to_long(jacobian[b]), to_long(x[b])
             nans = np.flatnonzero(np.isnan(scores))
             prediction = int(nans[0]) if len(nans) else int(np.argmax(scores))
+            prediction = prediction if own is None else own
             classes = [j for j in range(n) if j != prediction]
             margins = [difference(scores[prediction], scores[j]) for j in classes]
             deltas = {j: difference(rows[prediction], rows[j]) for j in classes}

@@ -18,7 +18,7 @@ class Store:
         self.path = path
         self.environment: Record = {}
         self.records: dict[str, Record] = {}
-        self._commit, self._fresh = "", False
+        self._commit, self.fresh = "", False
         self._made: set[str] = set()  # in this run
         if path.exists():
             content = json.loads(path.read_text(encoding="utf-8"))
@@ -26,7 +26,7 @@ class Store:
 
     def begin(self, fresh: bool = False, device: str = "cpu") -> "Store":
         """Before measuring: forgets all records if they are of another machine or of other versions. `fresh`: uses none."""
-        now, self._commit, self._fresh = environment(device), commit(), fresh
+        now, self._commit, self.fresh = environment(device), commit(), fresh
         if now != self.environment:
             self.environment, self.records = now, {}
         return self
@@ -37,7 +37,7 @@ class Store:
         A record with a `code` other than 0 is of a command that failed, and is made again.
         """
         held = self.records.get(key, {})
-        stale = self._fresh or held.get("commit") != self._commit or self._commit.endswith("+") or held.get("code")
+        stale = self.fresh or held.get("commit") != self._commit or self._commit.endswith("+") or held.get("code")
         if stale and key not in self._made:
             self.write(key, make())
         return self.records[key]

@@ -1,8 +1,9 @@
 """Everything that wants a GPU, in one command: `python -m bench gpu`, from the root of a checkout.
 
-Four phases, each with a deadline, all within nine minutes: `build` (fastsal._cuda in place, for this device), `test` (the GPU
-tier, on each backend), `sanitize` (compute-sanitizer's four tools on a small run) and `bench` (the cases of `python -m bench
---device cuda`, whose tables are printed last).
+Four phases, within eight minutes: `build` (fastsal._cuda in place, for this device), `test` (the GPU tier, on each backend),
+`sanitize` (compute-sanitizer's four tools on a small run) and `bench` (the cases of `python -m bench --device cuda`, whose
+tables are printed last). Each has a share of the time, and what the phases before left of theirs; at its end it is killed, and
+the next one begins.
 
 What succeeded on this machine at this commit, with nothing changed since, is not done again: a run that was interrupted or
 killed resumes, and a step that failed is tried once more. Outcomes are in build/gpu.json, figures in bench/results/gpu.json.
@@ -12,12 +13,14 @@ motions on a CPU, with small shapes.
 """
 
 import argparse
+import contextlib
 import functools
 import importlib.util
 import math
 import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
@@ -31,7 +34,7 @@ from bench import RESULTS, ROOT, cases
 from bench.harness.store import Record, Store
 from bench.report.tables import everything
 
-DEADLINES = {"build": 130, "test": 150, "sanitize": 110, "bench": 140}  # seconds
+SHARES = {"build": 100, "test": 120, "sanitize": 90, "bench": 145}  # seconds; the other 25 are for what is around them
 PYTHON_M = (sys.executable, "-m")
 SANITIZERS = ("memcheck", "racecheck", "initcheck", "synccheck")
 # For every backend.
@@ -49,26 +52,31 @@ def step(store: Store, name: str, work: Callable[[], Record]) -> None:
 
 
 def run(command: list[str], deadline: float, folder: Path = ROOT, **environment: str) -> Record:
-    """Runs a command in a folder until its deadline; seconds, exit code (124 past it) and the end of its output."""
+    """Runs a command in a folder until its deadline; seconds, exit code (124 past it) and the end of its output.
+
+    The output goes to a file: a pipe would be waited for while any descendant holds it.
+    """
     start = time.monotonic()
     paths = os.pathsep.join((str(ROOT), str(ROOT / "tests")))
-    process = subprocess.Popen(
-        command,
-        cwd=folder,
-        env={**os.environ, "PYTHONPATH": paths, **environment},
-        stdin=subprocess.DEVNULL,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        errors="replace",
-        start_new_session=True,
-    )
-    try:
-        output, code = process.communicate(timeout=max(deadline, 1))[0], process.returncode
-    except subprocess.TimeoutExpired:
-        os.killpg(process.pid, 9)
-        output, code = process.communicate()[0], 124
-    return {"code": code, "seconds": round(time.monotonic() - start, 1), "tail": output[-6000:]}
+    with tempfile.TemporaryFile() as output:
+        process = subprocess.Popen(
+            command,
+            cwd=folder,
+            env={**os.environ, "PYTHONPATH": paths, **environment},
+            stdin=subprocess.DEVNULL,
+            stdout=output,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+        )
+        try:
+            code = process.wait(max(deadline, 1))
+        except subprocess.TimeoutExpired:
+            code = 124
+        with contextlib.suppress(ProcessLookupError):  # descendants too, which may have outlived the command
+            os.killpg(process.pid, signal.SIGKILL)
+        output.seek(0)
+        tail = output.read().decode(errors="replace")[-6000:]
+    return {"code": code, "seconds": round(time.monotonic() - start, 1), "tail": tail}
 
 
 def build(store: Store, device: str, deadline: float) -> None:
@@ -143,10 +151,12 @@ def small_run(device: str) -> None:
 
     backend = "cuda" if device == "cuda" else "auto"
     for dtype in (torch.float32, torch.float64, torch.bfloat16):
-        for B, n, D in ((2, 10, 133), (2, 10, 160), (1, 20, 2500), (1, 40, 40_000), (1, 4100, 24), (1100, 10, 24)):
+        for B, n, D in ((2, 10, 133), (2, 10, 160), (1, 20, 2500), (1, 40, 40_000), (1, 4100, 24), (360, 3, 4200)):
             logits, jacobian, x = _inputs((B, n, D), dtype, device)
             if max(B, n) > 100:
                 ops.margin_geometry(logits, jacobian, x, 2.0, backend)
+                if n < 100:
+                    ops.pairwise_margins(logits, jacobian, x, 2.0, backend)
                 continue
             w = torch.ones(B, n, n, dtype=torch.float64, device=device)
             for norm in (2.0, math.inf, 1.0):
@@ -171,7 +181,7 @@ def bench(store: Store, device: str, deadline: float) -> None:
     path, options = RESULTS / "gpu.json", ["--device", "cuda"]
     if device != "cuda":
         path, options = ROOT / "build" / "gpu_quick.json", ["--quick"]
-    command = [*PYTHON_M, "bench", *cases.ON_A_GPU, *options, "--out", str(path)]
+    command = [*PYTHON_M, "bench", *cases.ON_A_GPU, *options, *["--fresh"] * store.fresh, "--out", str(path)]
     step(store, "bench", lambda: run(command, deadline))
     for record in Store(path).records.values():
         print(f"\n{everything(record)}")
@@ -200,8 +210,13 @@ def main() -> int:
         small_run(device)
         return 0
     store = Store(ROOT / "build" / "gpu.json").begin(options.fresh, device)
+    built = store.records.get("build", {})
+    start, due = time.monotonic(), 0.0
     for phase in options.only or PHASES:
-        PHASES[phase](store, device, DEADLINES[phase])
+        due += SHARES[phase]
+        PHASES[phase](store, device, due - (time.monotonic() - start))
+        if phase == "build" and store.records["build"] is not built:
+            store.fresh = True  # what was tested and measured was another build, or none
     failed = [name for name, found in store.records.items() if found.get("code", 0) and not found.get("refused")]
     print(f"written to {store.path}" + (f"; failed: {', '.join(failed)}" if failed else ""))
     return 1 if failed else 0

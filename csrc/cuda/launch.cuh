@@ -51,13 +51,13 @@ T* pointer(uintptr_t address) {
 
 // Launches on a stream of the current device. The kernels of one stream run one after the other.
 template <class... Parameters>
-void launch(uintptr_t stream, const char* name, void (*kernel)(Parameters...), int64_t blocks, int threads,
+void launch(uintptr_t stream, const char* name, void (*kernel)(Parameters...), int64_t blocks, dim3 threads,
             std::common_type_t<Parameters>... arguments) {
   if (blocks == 0) return;
   if (blocks > 2147483647) throw std::runtime_error(std::string(name) + ": the problem is too large for one grid");
   cudaLaunchConfig_t config = {};
   config.gridDim = dim3(static_cast<unsigned>(blocks));
-  config.blockDim = dim3(static_cast<unsigned>(threads));
+  config.blockDim = threads;
   config.stream = pointer<std::remove_pointer_t<cudaStream_t>>(stream);
   const cudaError_t code = cudaLaunchKernelEx(&config, kernel, arguments...);
   if (code != cudaSuccess) throw std::runtime_error(std::string(name) + ": " + cudaGetErrorString(code));

@@ -13,8 +13,16 @@ namespace fastsal {
 std::string why_not();  // why the current device cannot run the kernels; empty if it can
 int runtime_version();  // of the CUDA runtime linked in: 13000 is 13.0
 
-// For every row the sums over D of its difference from an anchor: the row of class `own` [B], or x where `own` is 0.
-// `sums` [B, n, sum_segments, 3] are float64; of the first segment's the first becomes ‖anchor - row‖_q.
+// Sums over D, or over a segment of it, of Δ_j = anchor - row j. Where the row is the anchor itself, its Δ is the
+// anchor.
+struct RowSums {
+  double norm;  // the fold of Δ_j; over all of D its root, ‖Δ_j‖_q
+  double dot;   // <x, Δ_j>
+  double last;  // for q = 2 <anchor, Δ_j>; of the anchor itself the fold of x, whose root is its p-norm
+};
+
+// These for every row, where the anchor is the row of class `own` [B], or x where `own` is 0. `sums` are
+// [B, n, sum_segments]; the first segment's become those of the row. Of float64 only the norm is wanted.
 int sum_segments(const Inputs& in);
 void row_sums(const Inputs& in, uintptr_t own, uintptr_t sums, uintptr_t stream);
 

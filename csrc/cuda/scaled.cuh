@@ -12,7 +12,7 @@ __device__ double join_parts(int64_t length, Part part) {
   double sum = 0;
 #pragma unroll 4
   for (int64_t k = threadIdx.x; k < length; k += blockDim.x) sum = join<q>(sum, part(k));
-  return join_block<q>(sum);
+  return join_threads<q>(sum);
 }
 
 // The norm of `length` entries of float64, scaled by the largest where they are squared.

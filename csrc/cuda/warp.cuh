@@ -29,27 +29,6 @@ __device__ __forceinline__ double join_lanes(double fold, int lanes = kWarpSize)
   return fold;
 }
 
-// join_lanes of several folds at once: half of the folds go to the other half of the lanes in each of the first rounds,
-// so that 4 folds take 6 exchanges and not 20. Lane l ends with fold `row_of_lane<count>(l)`.
-template <int q, int count>
-__device__ __forceinline__ double join_lanes(double (&folds)[count]) {
-  int distance = kWarpSize / 2;
-#pragma unroll
-  for (int half = count / 2; half > 0; half /= 2, distance /= 2) {
-    const bool upper = lane_id() & distance;
-#pragma unroll
-    for (int i = 0; i < half; ++i) {
-      const double kept = upper ? folds[i + half] : folds[i], sent = upper ? folds[i] : folds[i + half];
-      folds[i] = join<q>(kept, exchange(sent, distance));
-    }
-  }
-  return join_lanes<q>(folds[0], 2 * distance);
-}
-template <int count>
-__device__ __forceinline__ int row_of_lane(int lane) {
-  return lane / (kWarpSize / count);
-}
-
 // Shared memory begins with any bits; in tests/cuda_emulation, with NaN.
 template <class V>
 __device__ __forceinline__ void begin_unwritten(V& shared) {
@@ -58,9 +37,10 @@ __device__ __forceinline__ void begin_unwritten(V& shared) {
 #endif
 }
 
-// Joins the values of all threads of the block, whose warps are a power of two; each has the result.
+// Joins the values of `threads` neighbouring threads, a power of two; each has the result. Where these are more than a
+// warp, they are the whole block.
 template <class V, class Join>
-__device__ V join_threads(V v, Join join) {
+__device__ V join_threads(V v, Join join, int threads) {
   __shared__ V of_warp[kWarpSize];
   begin_unwritten(of_warp);
   const auto of_lanes = [&](V value, int lanes) {
@@ -68,24 +48,26 @@ __device__ V join_threads(V v, Join join) {
     for (int distance = lanes / 2; distance > 0; distance /= 2) value = join(value, exchange(value, distance));
     return value;
   };
-  v = of_lanes(v, kWarpSize);
+  v = of_lanes(v, threads < kWarpSize ? threads : kWarpSize);
+  if (threads <= kWarpSize) return v;
   if (lane_id() == 0) of_warp[warp_id()] = v;
   __syncthreads();
-  const int warps = static_cast<int>(blockDim.x) / kWarpSize;
+  const int warps = threads / kWarpSize;
   v = of_warp[lane_id() % warps];
   __syncthreads();  // of_warp may be used again
   return of_lanes(v, warps);
 }
+// Of the threads that share threadIdx.y.
 template <int q>
-__device__ double join_block(double fold) {
-  return join_threads(fold, [](double a, double b) { return join<q>(a, b); });
+__device__ double join_threads(double fold) {
+  return join_threads(fold, [](double a, double b) { return join<q>(a, b); }, static_cast<int>(blockDim.x));
 }
 
 __device__ __forceinline__ Candidate no_candidate() { return {INFINITY, INFINITY, INT64_MAX}; }
 
-// The nearest of the candidates of all threads of the block; each has the result.
-__device__ inline Candidate nearest_of_block(const Candidate& best) {
-  return join_threads(best, [](const Candidate& a, const Candidate& b) { return is_nearer(b, a) ? b : a; });
+// The nearest of the candidates of `threads` neighbouring threads.
+__device__ inline Candidate nearest_of_threads(const Candidate& best, int threads) {
+  return join_threads(best, [](const Candidate& a, const Candidate& b) { return is_nearer(b, a) ? b : a; }, threads);
 }
 
 }  // namespace fastsal

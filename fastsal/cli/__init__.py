@@ -55,7 +55,10 @@ def main(argv: list[str] | None = None) -> int:
     """
     parser = _parser()
     try:
-        arguments = parser.parse_args(argv)
+        arguments, unknown = parser.parse_known_args(argv)
+        if unknown:
+            parser.prog = " ".join(filter(None, ("fastsal", arguments.command)))
+            parser.error(f"unrecognized arguments: {' '.join(unknown)}")
     except SystemExit as done:  # argparse's way to end: --help and --version are 0, a usage error 2
         return int(done.code or 0)
     if arguments.command is None:

@@ -34,12 +34,13 @@ from torch import distributed as dist
 
 from fastsal import plot
 from fastsal.cli import inputs, models
-from fastsal.cli.options import from_zero, natural, positive
+from fastsal.cli.options import check_device, from_zero, natural, positive
 from fastsal.evaluation import shards, tables
 from fastsal.evaluation.evaluate import evaluate, in_memory, load
 from fastsal.evaluation.summary import Summary
+from fastsal.evaluation.tables import KEPT
 from fastsal.files import Blame, CommandError, check_output, check_outside, extra, save_figure
-from fastsal.methods import METHODS
+from fastsal.methods import FEW, METHODS
 from fastsal.model.calling import call
 
 FILES = (".csv", ".npz", ".parquet")
@@ -69,14 +70,19 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--out", required=True, help="where the results go: a folder, or a file ending with .csv, .npz or .parquet"
     )
-    parser.add_argument("--method", choices=METHODS, default="exact", help="default: %(default)s, every class")
+    parser.add_argument(
+        "--method",
+        choices=METHODS,
+        default="auto",
+        help=f"default: %(default)s, exact where that takes at most {FEW} passes an example, or the norm is 1; else certified",
+    )
     parser.add_argument(
         "--norm", choices=("2", "1", "inf"), default="2", help="of the perturbation (gradients: its dual); default: 2"
     )
     parser.add_argument(
         "--device", default="cpu", help="of model and data, such as cuda or cuda:1; default: cpu. torchrun: a GPU each"
     )
-    parser.add_argument("--batch-size", type=positive, default=64, help="examples at once; default: %(default)s")
+    parser.add_argument("--batch-size", type=positive, help="examples at once; default: 64, or fewer that are large")
     parser.add_argument("--chunk-size", type=positive, help="classes at once; default: chosen by device")
     parser.add_argument("--backend", default="auto", help="see fastsal info; default: auto")
     parser.add_argument("--workers", type=natural, default=0, help="processes that read ahead; default: 0")
@@ -88,16 +94,18 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="how much work a kill may cost, into a folder; default: %(default)g",
     )
     parser.add_argument("--image-size", type=positive, help="pixels of a side, for images and a model of your own")
+    parser.add_argument("--channels", type=int, choices=(1, 3), help="1: grey levels, likewise; default: 3")
     parser.add_argument("--mean", type=float, nargs="+", help="of the channels, for a model of your own; default: none")
     parser.add_argument("--std", type=float, nargs="+", help="of the channels, likewise")
+    parser.add_argument("--keep", nargs="+", default=[], choices=KEPT, help="arrays to keep besides, in a folder")
     parser.add_argument("--plot", type=Path, metavar="FILE", help="a picture of ρ̃ and α: .pdf, .png or .svg")
     parser.add_argument("--json", action="store_true", help="print the summary as JSON, with every quantity and class")
 
 
 def _device(name: str) -> torch.device:
     """The device, which under torchrun is the GPU of this process's own where GPUs are wanted."""
+    device = check_device(name)
     with Blame(f"--device {name}"):
-        device = torch.device(name)
         local = os.environ.get("LOCAL_RANK")
         if name == "cuda" and local is not None:
             if int(local) >= torch.cuda.device_count():
@@ -106,7 +114,6 @@ def _device(name: str) -> torch.device:
                 )
             device = torch.device("cuda", int(local))
             torch.cuda.set_device(device)
-        torch.empty(0, device=device)
     return device
 
 
@@ -139,13 +146,20 @@ def _data(arguments: argparse.Namespace, loaded: models.Loaded) -> tuple[inputs.
     if transform is None:
         if arguments.image_size is None:
             raise CommandError("--image-size: is missing; a model of your own does not say how large its images are")
-        transform = inputs.Square(arguments.image_size)
-    elif arguments.image_size is not None:
-        raise CommandError(f"--image-size: {arguments.model} brings its own")
+        transform = inputs.Square(arguments.image_size, arguments.channels or 3)
+    elif given := [name for name in ("image_size", "channels") if getattr(arguments, name) is not None]:
+        raise CommandError(f"--{given[0].replace('_', '-')}: {arguments.model} brings its own")
 
     def classes(x: Tensor) -> int:
         with Blame(f"--model {arguments.model} on x of shape {tuple(x.shape)}"), torch.no_grad():
-            return call(loaded.model, x.to(dtype)).shape[1]
+            try:
+                return call(loaded.model, x.to(dtype)).shape[1]
+            except Exception as error:
+                hint = ""
+                with contextlib.suppress(Exception):
+                    call(loaded.model, x[:, :1].to(dtype))
+                    hint = f"--model {arguments.model}: takes images of one channel: --channels 1"
+                raise CommandError(hint) if hint else error from error
 
     return inputs.images(Path(arguments.data.removeprefix(inputs.FOLDER)), transform, classes)
 
@@ -180,7 +194,10 @@ def _check(arguments: argparse.Namespace) -> bool:
             raise CommandError(f"--plot {arguments.plot}: is --out too, wants another name")
         extra("matplotlib.figure")
     check_outside(out, arguments.data)
-    if out.suffix and not arguments.out.endswith(os.sep) and not (out.is_dir() and out.suffix not in FILES):
+    in_file = out.suffix and not arguments.out.endswith(os.sep) and not (out.is_dir() and out.suffix not in FILES)
+    if in_file:
+        if arguments.keep:
+            raise CommandError(f"--keep: --out {out} is a file, wants a folder to lay arrays into")
         check_output(out, FILES, columns=("index", *tables.MISSING))
         if out.suffix == ".parquet":
             extra("pyarrow.parquet", "'fastsal[dataset]'")
@@ -207,7 +224,8 @@ def run(arguments: argparse.Namespace) -> int:
         with _processes(device) as first:
             try:
                 if folder:
-                    summary = evaluate(loaded.model, data, arguments.out, save_every=arguments.save_every, **options)
+                    further: dict[str, Any] = {"save_every": arguments.save_every, "keep": arguments.keep}
+                    summary = evaluate(loaded.model, data, arguments.out, **further, **options)
                 else:
                     columns, summary = in_memory(loaded.model, data, **options)
             except (ImportError, OSError, RuntimeError, TypeError, ValueError) as error:

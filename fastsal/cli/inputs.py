@@ -31,6 +31,8 @@ class Arrays(Dataset[Any]):
 
 def arrays(path: Path) -> Arrays:
     """A .npy, or a .npz with the array x (or a single array) and perhaps y. Nothing is unpickled."""
+    if path.is_dir():
+        raise CommandError(f"--data {path}: is a folder; the images in it are --data {FOLDER}{path}")
     with Blame(f"--data {path}"):
         found = np.load(path, mmap_mode="r", allow_pickle=False)
         y = None
@@ -56,18 +58,21 @@ def arrays(path: Path) -> Arrays:
 
 
 class Square:
-    """Scales an image until its shorter side has `side` pixels and cuts out the centre: [3, side, side] in [0, 1]."""
+    """Scales an image until its shorter side has `side` pixels and cuts out the centre: [channels, side, side] in [0, 1].
 
-    def __init__(self, side: int) -> None:
-        self.side = side
+    Its three channels are red, green and blue; a single one is the grey level.
+    """
+
+    def __init__(self, side: int, channels: int = 3) -> None:
+        self.side, self.mode = side, {1: "L", 3: "RGB"}[channels]
 
     def __call__(self, image: Any) -> Tensor:
         scale = self.side / min(image.size)
         width, height = (max(self.side, round(scale * length)) for length in image.size)
         left, top = (width - self.side) // 2, (height - self.side) // 2
-        image = image.resize((width, height), extra("PIL.Image", "pillow").Resampling.BICUBIC)
+        image = image.convert(self.mode).resize((width, height), extra("PIL.Image", "pillow").Resampling.BICUBIC)
         pixels = np.asarray(image.crop((left, top, left + self.side, top + self.side)), dtype=np.float32)
-        return torch.from_numpy(pixels / 255).permute(2, 0, 1).contiguous()
+        return torch.from_numpy(pixels / 255).reshape(self.side, self.side, -1).permute(2, 0, 1).contiguous()
 
 
 class Images(Dataset[Any]):
@@ -88,7 +93,7 @@ class Images(Dataset[Any]):
 def _classes(names: Sequence[str], classes: int) -> tuple[list[int] | None, str]:
     """The true class of every file by the folder that it lies in, and how that is known or why not."""
     if not all("/" in name for name in names):
-        return None, ""
+        return None, "true classes: unknown, since not all images lie in folders of their class"
     folders = [name.partition("/")[0] for name in names]
     found = sorted(set(folders))
     if all(folder.isdecimal() and int(folder) < classes for folder in found):

@@ -2,6 +2,7 @@
 
 import importlib
 import pickle
+import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from operator import attrgetter
@@ -84,19 +85,31 @@ def _named(name: str, weights: str | None) -> Loaded:
     return Loaded(Normalized(model, mean, std).eval(), transform, note)
 
 
+def _same_weights(one: nn.Module, other: nn.Module) -> bool:
+    return all(torch.equal(a, b) for a, b in zip(one.parameters(), other.parameters(), strict=True))
+
+
 def _own(name: str, weights: str | None, mean: Sequence[float] | None, std: Sequence[float] | None) -> Loaded:
     module_name, colon, attribute = name.partition(":")
     if not (module_name and colon and attribute):
         raise CommandError(f"--model {name}: wants package.module:name, timm:NAME or torchvision:NAME")
     with Blame(f"--model {name}"):
         found = attrgetter(attribute)(importlib.import_module(module_name))
-        model = found if isinstance(found, nn.Module) or not callable(found) else found()
+        makes = callable(found) and not isinstance(found, nn.Module)
+        model = found() if makes else found
     if not isinstance(model, nn.Module):
         raise CommandError(f"--model {name}: gives {type(model).__name__}, wants a torch.nn.Module")
     if weights == RANDOM:
-        raise CommandError(f"--weights {RANDOM}: is for timm:NAME and torchvision:NAME")
+        raise CommandError(
+            f"--weights {RANDOM}: is for timm:NAME and torchvision:NAME; leave it out, and your code decides"
+        )
     if weights is not None:
         load_weights(model, Path(weights))
+    elif makes and not _same_weights(model, found()):
+        warnings.warn(
+            f"--model {name}: is untrained, with other weights each time it is made; --weights FILE loads some",
+            stacklevel=2,
+        )
     note = "distances are in units of the data as the model takes them"
     if mean is not None or std is not None:
         mean, std = mean or [0.0], std or [1.0]

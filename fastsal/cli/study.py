@@ -23,7 +23,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fastsal.cli.options import from_zero, positive
+from fastsal.cli.options import check_device, from_zero, positive
 from fastsal.files import Blame, CommandError, check_folder, check_outside, check_same, extra, replacing
 from fastsal.study import page
 from fastsal.study.attacks import ATTACKS
@@ -165,8 +165,7 @@ def run(arguments: argparse.Namespace) -> int:
     """Trains, attacks, measures, writes."""
     for module in ("matplotlib.figure", "foolbox", "scipy.stats", "tqdm"):
         extra(module)
-    with Blame(f"--device {arguments.device}"):
-        torch.empty(0, device=arguments.device)
+    check_device(arguments.device)
     data = load(arguments.data, arguments.seed)
     for name, value in dataclasses.asdict(GRIDS[data.name]).items():
         if getattr(arguments, name) is None:

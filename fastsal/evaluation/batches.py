@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import math
 import warnings
 from collections.abc import Sequence
 from typing import Any, cast
@@ -11,16 +12,19 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import Dataset, TensorDataset
 
-from fastsal import validation
+from fastsal import methods, validation
 from fastsal.analysis import analyze
 from fastsal.evaluation.tables import MISSING, NO_CLASS, Columns
 from fastsal.files import one_line
 from fastsal.model.calling import Model, call
 from fastsal.model.chunking import is_out_of_memory
+from fastsal.progress import Report, ignore
 from fastsal.tensor.geometry import Geometry
 
 Data = Tensor | Dataset[Any]
 
+BATCH = 64  # examples, by default, or as many as take so many entries of gradients, one for each pass
+ENTRIES = 1 << 27
 FIRST = 8  # examples, of which one has to be good
 WARNED = 10  # bad examples that are named at once; the table names all
 
@@ -34,6 +38,10 @@ class Batch:
     y: list[int]
     readable: list[int]
     errors: dict[int, str]
+
+    def labels(self, indices: list[int]) -> list[int]:
+        """The true classes of some of the examples."""
+        return [self.y[index - self.indices[0]] for index in indices]
 
 
 class Batches(Dataset[Batch]):
@@ -78,19 +86,37 @@ class Batches(Dataset[Batch]):
 
 
 class Analysis:
-    """A model on batches: `analyze` with options that stay the same, rows of a table out of it, bad examples set apart."""
+    """A model on batches: `analyze` with options that stay the same, rows of a table out of it, bad examples set apart.
 
-    def __init__(self, model: Model, batches: Batches, names: Sequence[str] | None, options: dict[str, Any]) -> None:
+    A batch size that is not chosen yet, 0, is chosen here, by the first example, the number of classes and the method.
+    """
+
+    def __init__(
+        self,
+        model: Model,
+        batches: Batches,
+        names: Sequence[str] | None,
+        options: dict[str, Any],
+        keep: Sequence[str] = (),
+    ) -> None:
         self.model, self.batches, self.names, self.options = model, batches, names, options
-        self.bad = 0
+        self.keep, self.bad = keep, 0
         parameter = next(model.parameters(), None) if isinstance(model, nn.Module) else None
         self.device = torch.device("cpu") if parameter is None else parameter.device
-        self.example, self.dtype, self.classes, self.labelled = self._probe()
+        self.example, self.dtype, self.classes, self.label = self._probe()
+        self.labelled = self.label != NO_CLASS
+        self.of_labels = bool(options.get("target"))
+        if self.of_labels and not self.labelled:
+            raise ValueError("target: got 'y', wants data of (x, true class)")
+        if not batches.size:
+            every = isinstance(options["method"], methods.Exact) or options["norm"] == 1
+            passes = self.classes if every else min(self.classes, methods.FEW)
+            batches.size = max(1, min(BATCH, ENTRIES // (passes * self.example.numel())))
         if batches.size > 1:
             batches.shape = tuple(self.example.shape[1:])
 
-    def _probe(self) -> tuple[Tensor, torch.dtype, int, bool]:
-        """The first example [1, *S] that the model takes, its dtype, how many classes there are, and whether it has one."""
+    def _probe(self) -> tuple[Tensor, torch.dtype, int, int]:
+        """The first example [1, *S] that the model takes, its dtype, how many classes there are, and its own, or NO_CLASS."""
         weights = self.model.parameters() if isinstance(self.model, nn.Module) else ()
         dtype = next((weight.dtype for weight in weights if weight.is_floating_point()), None)
         problem = ""
@@ -103,23 +129,26 @@ class Analysis:
             x = one.unsqueeze(0).to(self.device, dtype)
             try:
                 with torch.no_grad():
-                    return x, x.dtype, call(self.model, x).shape[1], label != NO_CLASS
+                    return x, x.dtype, call(self.model, x).shape[1], label
             except Exception as error:
                 problem = f"model: on x of shape {tuple(x.shape)}: {one_line(error)}"
         raise RuntimeError(problem)
 
-    def _analyze(self, x: Tensor) -> Geometry:
-        return analyze(self.model, x.to(self.device, self.dtype), **self.options)
+    def _analyze(self, x: Tensor, y: Sequence[int], report: Report = ignore) -> Geometry:
+        saliency = any("saliency" in name for name in self.keep)
+        x = x.to(self.device, self.dtype)
+        options = self.options | {"target": torch.tensor(y) if self.of_labels else None}
+        return analyze(self.model, x, keep_saliency=saliency, progress=report, **options)
 
-    def _complaint(self, x: Tensor) -> str:
-        """What goes wrong with these examples, or ""."""
+    def _complaint(self, x: Tensor, label: int) -> str:
+        """What goes wrong with an example, or ""."""
         try:
-            self._analyze(x)
+            self._analyze(x, [label])
         except Exception as error:
             return one_line(error)
         return ""
 
-    def table(self, batch: Batch) -> Columns:
+    def table(self, batch: Batch, report: Report = ignore) -> Columns:
         """A row for every example of a batch. RuntimeError where the model, not an example, is at fault."""
         errors, readable, x = dict(batch.errors), batch.readable, batch.x
         result = None
@@ -127,14 +156,15 @@ class Analysis:
             self._blame_the_data(batch)
         else:
             try:
-                result = self._analyze(x)
+                result = self._analyze(x, batch.labels(readable), report)
             except Exception as error:
                 found = self._complaints(batch, x, error)
                 errors |= found
                 readable = [index for index in readable if index not in found]
                 if readable:
                     try:
-                        result = self._analyze(x[[batch.readable.index(index) for index in readable]])
+                        kept = x[[batch.readable.index(index) for index in readable]]
+                        result = self._analyze(kept, batch.labels(readable))
                     except Exception as again:
                         raise RuntimeError(self._where(batch, again)) from again
         self._warn(errors)
@@ -148,9 +178,10 @@ class Analysis:
         where = self._where(batch, error)
         if isinstance(error, RuntimeError) and is_out_of_memory(error):
             raise RuntimeError(f"{where}; a smaller batch size or chunk size needs less memory") from error
-        each = {index: self._complaint(one.unsqueeze(0)) for index, one in zip(batch.readable, x, strict=True)}
+        examples = zip(batch.readable, x, batch.labels(batch.readable), strict=True)
+        each = {index: self._complaint(one.unsqueeze(0), label) for index, one, label in examples}
         found = {index: text for index, text in each.items() if text}
-        if not found or (len(found) == len(each) and self._complaint(self.example)):
+        if not found or (len(found) == len(each) and self._complaint(self.example, self.label)):
             raise RuntimeError(where) from error
         return found
 
@@ -193,5 +224,10 @@ class Analysis:
                 value = getattr(result, name)
                 column[rows] = value.cpu().numpy() if isinstance(value, Tensor) else value
             columns[name] = column
+        for name in self.keep:
+            shape = (self.classes,) if name == "distances" else self.example.shape[1:]
+            columns[name] = np.full((B, *shape), math.nan, dtype=precision)
+            if result is not None:
+                columns[name][rows] = getattr(result, name).float().cpu().numpy()
         columns["error"] = np.array([errors.get(index, "") for index in batch.indices], dtype=object)
         return columns

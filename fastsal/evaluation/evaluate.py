@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from fastsal import methods, validation
 from fastsal.evaluation import shards
@@ -22,17 +22,18 @@ from fastsal.evaluation.batches import Analysis, Batches, Data
 from fastsal.evaluation.fingerprint import made_from
 from fastsal.evaluation.sharing import Bar, Team, Work
 from fastsal.evaluation.summary import Summary, summarize
-from fastsal.evaluation.tables import Columns, arrow, as_geometry
+from fastsal.evaluation.tables import KEPT, Columns, arrow, as_geometry
 from fastsal.files import changes
 from fastsal.model.calling import Model
-from fastsal.tensor.geometry import Geometry
+from fastsal.tensor import results
 
 
 def _checked(data: Any, batch_size: Any, names: Sequence[str] | None) -> Batches:
     if not isinstance(data, Tensor) and not (hasattr(data, "__getitem__") and hasattr(data, "__len__")):
         raise TypeError(f"data: got {type(data).__name__}, wants a tensor or a map-style Dataset (with a length)")
-    validation.positive("batch_size", batch_size)
-    batches = Batches(data, batch_size)
+    if batch_size is not None:
+        validation.positive("batch_size", batch_size, "None or an integer >= 1")
+    batches = Batches(data, batch_size or 0)
     if not batches.examples:
         raise ValueError("data: holds no example, wants at least one")
     if names is not None and len(names) != batches.examples:
@@ -42,13 +43,29 @@ def _checked(data: Any, batch_size: Any, names: Sequence[str] | None) -> Batches
 
 def _options(
     norm: float | str = 2,
-    method: str | methods.Method = "exact",
+    method: str | methods.Method = "auto",
     chunk_size: int | None = None,
     backend: str = "auto",
+    **others: Any,
 ) -> dict[str, Any]:
     """Of `analyze`, those that it takes as they are given and those that are resolved first."""
     p = validation.norm(norm)
-    return {"norm": p, "method": methods.resolve(method, p), "chunk_size": chunk_size, "backend": backend}
+    given = {name: value for name, value in others.items() if value is not None}
+    if given.get("target", "y") != "y":
+        raise ValueError(f"target: got {given['target']!r}, wants 'y' for the true classes, or None")
+    return {"norm": p, "method": methods.resolve(method, p), "chunk_size": chunk_size, "backend": backend} | given
+
+
+def _check_kept(keep: Sequence[str], options: dict[str, Any]) -> None:
+    """Raises where what is asked for is not there to be kept. Distances of all classes want "exact", which "auto" becomes."""
+    if isinstance(keep, str) or (unknown := [name for name in keep if name not in KEPT]):
+        raise ValueError(f"keep: got {keep if isinstance(keep, str) else unknown[0]!r}, wants some of {list(KEPT)}")
+    if "layer" in options and any("saliency" in name for name in keep):
+        raise ValueError("keep: got saliency maps with a layer, whose shape is not that of x; wants none of them")
+    if "distances" in keep and isinstance(options["method"], methods.Auto):
+        options["method"] = methods.Exact()
+    if "distances" in keep and not isinstance(options["method"], methods.Exact):
+        raise ValueError(f"keep: got 'distances' with method={options['method'].name!r}, wants method='exact'")
 
 
 def evaluate(
@@ -56,14 +73,18 @@ def evaluate(
     data: Data,
     out: str | Path,
     *,
+    layer: nn.Module | str | None = None,
+    classes: Tensor | None = None,
+    target: str | None = None,
     norm: float | str = 2,
-    method: str | methods.Method = "exact",
-    batch_size: int = 64,
+    method: str | methods.Method = "auto",
+    batch_size: int | None = None,
     chunk_size: int | None = None,
     backend: str = "auto",
     workers: int = 0,
     save_every: float = 30.0,
     names: Sequence[str] | None = None,
+    keep: Sequence[str] = (),
     progress: bool | None = None,
 ) -> Summary:
     """`analyze` for every example of a data set, into a folder of Parquet shards; called again, it resumes.
@@ -83,16 +104,23 @@ def evaluate(
             for each example: `index`, `name` and `y` where given, the scalars of `Geometry`, and `error`, null but for an
             example that could not be read or analysed, where the others are null.
             `fastsal.load(out)` gives it back as one `Geometry`; any reader of Parquet reads it.
+        layer: As for `analyze`.
+        classes: As for `analyze`, the same for all examples: bool [n].
+        target: "y" for the signed margin of each example's true class: the least robust examples are those whose labels the
+            model doubts most. None (default) for the predicted one's.
         norm: As for `analyze`.
         method: As for `analyze`.
-        batch_size: How many examples are analysed together. Results may differ in the last bits with it, so it belongs to the
-            table.
+        batch_size: How many examples are analysed together: what is lost when a run is stopped. Results may differ in the last
+            bits with it, so it belongs to the table. None (default) for 64, or for fewer where passes are many and examples
+            large: as many as take 2^27 entries of gradients, with n passes each, or 100 where not every class is looked at.
         chunk_size: As for `analyze`.
         backend: As for `analyze`.
         workers: How many processes read the data ahead; with 0 (default) this one reads.
         save_every: Seconds between shards: what a kill costs at most, besides the batch in flight.
         names: Names of the examples, such as their files, for the table and for messages.
-        progress: Whether to show a bar (with tqdm); None (default) does where standard error is a terminal.
+        keep: What to keep besides, among "distances", "saliency" and "binarized_saliency": arrays in files of NumPy's beside
+            the shards, in float32 for x below that, which `load` puts into the `Geometry`. With distances, "auto" is exact.
+        progress: Whether to show a bar (with tqdm); None (default) does in a terminal or a notebook.
 
     Returns:
         A `Summary`: quartiles of every quantity, for all and for each true class, accuracy, the share
@@ -122,14 +150,16 @@ def evaluate(
     """
     if not isinstance(save_every, int | float) or not save_every >= 0:
         raise ValueError(f"save_every: got {save_every!r}, wants seconds from 0")
-    options = _options(norm, method, chunk_size, backend)
+    options = _options(norm, method, chunk_size, backend, layer=layer, classes=classes, target=target)
+    _check_kept(keep, options)
     batches = _checked(data, batch_size, names)
     arrow()
     folder = Path(out)
     shards.check_own(folder)
+    analysis = None if batches.size else Analysis(model, batches, names, options, keep)
     folder.mkdir(parents=True, exist_ok=True)
     team = Team()
-    origin = made_from(model, batches, names, options)
+    origin = made_from(model, batches, names, options, keep)
     written: list[str] = []
     with contextlib.ExitStack() as held:
         share = held.enter_context(shards.locked(folder, alone=True)) if team.rank == 0 else None
@@ -149,9 +179,9 @@ def evaluate(
         else:
             share()
         done = [index for name in finished for index in shards.span(folder / name)]
-        missing = sorted({*range(len(batches))} - {index // batch_size for index in done})
+        missing = sorted({*range(len(batches))} - {index // batches.size for index in done})
         if missing:
-            analysis = Analysis(model, batches, names, options)
+            analysis = analysis or Analysis(model, batches, names, options, keep)
             about: shards.Record = {
                 "made_from": origin,
                 "shape": list(analysis.example.shape[1:]),
@@ -185,7 +215,7 @@ def in_memory(
     model: Model,
     data: Data,
     *,
-    batch_size: int = 64,
+    batch_size: int | None = None,
     workers: int = 0,
     names: Sequence[str] | None = None,
     progress: bool | None = None,
@@ -205,20 +235,23 @@ def in_memory(
     return columns, summarize(columns, tuple(analysis.example.shape[1:]), analysis.classes, f"{options['norm']:g}")
 
 
-def load(folder: str | Path) -> Geometry:
-    """The results in a folder that `evaluate` wrote, or is writing, as one `Geometry` on the CPU, in the order of their index.
+def load(path: str | Path) -> Any:
+    """The results that a result's `save` wrote into a file, or `evaluate` into a folder, on the CPU. Nothing is unpickled.
 
-    Examples that were not analysed are NaN, with prediction -1. It has no `distances` and no saliency maps.
+    Those in a folder, which may be still being written, are one `Geometry`, in the order of their index. Examples that were not
+    analysed are NaN, with prediction -1. `distances` and saliency maps are those that `evaluate` was told to keep.
 
     Args:
-        folder: The folder.
+        path: The file or the folder.
 
     Returns:
-        The `Geometry`, its tensors [N] for the N examples that are there.
+        What was saved: a `Geometry`, `Adversarial` or `PairwiseMargins`. For a folder the `Geometry` of the N examples that are
+        there, its tensors [N].
 
     Raises:
-        ValueError: The folder holds no results.
-        ImportError: pyarrow is missing.
+        ValueError: There are no results.
+        FileNotFoundError: There is nothing.
+        ImportError: pyarrow is missing, for a folder.
 
     Example:
         >>> import tempfile, torch, fastsal
@@ -227,7 +260,9 @@ def load(folder: str | Path) -> Geometry:
         ...     fastsal.load(folder).linearized_robustness.shape
         torch.Size([20])
     """
-    found = shards.shards(Path(folder))
+    if Path(path).is_file():
+        return results.read(Path(path))
+    found = shards.shards(Path(path))
     if not found:
-        raise ValueError(f"results: {folder} holds no results of fastsal.evaluate")
-    return as_geometry(shards.read(found))
+        raise ValueError(f"results: {path} holds no results of fastsal.evaluate")
+    return as_geometry(shards.read(found), **shards.read_kept(found))

@@ -26,16 +26,13 @@ def _digest(*tensors: Tensor) -> bytes:
     return digest.digest()
 
 
-def _model_fingerprint(model: Model) -> str:
-    """A hash of a module's text, parameters and buffers; of any other callable only its name."""
-    digest = hashlib.sha256()
-    if isinstance(model, nn.Module):
-        digest.update(_ADDRESS.sub("", repr(model)).encode())
-        for name, tensor in itertools.chain(model.named_parameters(), model.named_buffers()):
-            digest.update(name.encode() + _digest(tensor))
-    else:
-        digest.update(f"{model.__module__}.{getattr(model, '__qualname__', type(model).__qualname__)}".encode())
-    return digest.hexdigest()[:16]
+def _model_fingerprint(model: Model) -> tuple[str, dict[str, str]]:
+    """A module's name with a hash of its text, and hashes of its parameters and buffers; of another callable the name only."""
+    if not isinstance(model, nn.Module):
+        return f"{model.__module__}.{getattr(model, '__qualname__', type(model).__qualname__)}", {}
+    text = hashlib.sha256(_ADDRESS.sub("", repr(model)).encode()).hexdigest()
+    named = itertools.chain(model.named_parameters(), model.named_buffers())
+    return f"{type(model).__name__} {text[:8]}", {name: _digest(tensor).hex()[:8] for name, tensor in named}
 
 
 def _data_fingerprint(batches: Batches, names: Sequence[str] | None) -> str:
@@ -56,14 +53,29 @@ def _data_fingerprint(batches: Batches, names: Sequence[str] | None) -> str:
     return digest.hexdigest()[:16]
 
 
-def made_from(model: Model, batches: Batches, names: Sequence[str] | None, options: dict[str, Any]) -> Record:
+def _name(model: Model, layer: nn.Module) -> str:
+    modules = model.named_modules() if isinstance(model, nn.Module) else ()
+    return next((name for name, module in modules if module is layer), type(layer).__name__)
+
+
+def made_from(
+    model: Model, batches: Batches, names: Sequence[str] | None, options: dict[str, Any], keep: Sequence[str] = ()
+) -> Record:
     """What the results depend on, each part under the name that a message calls it by."""
     parameter = next(model.parameters(), None) if isinstance(model, nn.Module) else None
     device = "cpu" if parameter is None else parameter.device.type
+    text, tensors = _model_fingerprint(model)
+    # Which layer, classes and target, where any is chosen.
+    chosen: Record = {name: options[name] for name in ("layer", "target", "classes") if name in options}
+    if isinstance(layer := chosen.get("layer"), nn.Module):
+        chosen["layer"] = _name(model, layer)
+    if "classes" in chosen:
+        chosen["classes"] = _digest(chosen["classes"]).hex()[:16]
     autocast = str(torch.get_autocast_dtype(device)) if torch.is_autocast_enabled(device) else None
     return {
         "fastsal": importlib.metadata.version("fastsal"),
-        "model": _model_fingerprint(model),
+        "model": text,
+        "parameters": tensors,
         "data": _data_fingerprint(batches, names),
         "examples": batches.examples,
         "norm": f"{options['norm']:g}",
@@ -71,6 +83,8 @@ def made_from(model: Model, batches: Batches, names: Sequence[str] | None, optio
         "batch_size": batches.size,
         "chunk_size": options["chunk_size"],
         "backend": options["backend"],
+        "keep": sorted(keep),
         "device": device,
         "autocast": autocast,
+        **chosen,
     }

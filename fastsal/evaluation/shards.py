@@ -15,11 +15,16 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from fastsal.evaluation.tables import KEY, NO_CLASS, Columns, arrow, as_arrow
+import numpy as np
+import torch
+from torch import Tensor
+
+from fastsal.evaluation.tables import KEPT, KEY, NO_CLASS, Columns, arrow, as_arrow
 from fastsal.files import LEFT_BEHIND, check_folder, check_same, whole_file
 
 Record = dict[str, Any]
 _NAME = re.compile(r"examples-(\d{9,})-(\d{9,})\.parquet")
+_ARRAY = re.compile(r"([a-z_]+)-(\d{9,}-\d{9,})\.npy")
 _LOCK = ".fastsal-results"  # by which a folder is known as one of these, too
 # What stands for null in a column of numpy's, by kind of dtype; NaN needs no filling.
 _NULL = {"i": NO_CLASS, "b": False, "O": ""}
@@ -98,17 +103,28 @@ def locked(folder: Path, *, alone: bool) -> Iterator[Any]:
 
 
 def remove_partial_files(folder: Path) -> None:
-    """Removes the partial files of killed processes. Only under an exclusive lock."""
+    """Removes what killed processes left: partial files, and arrays without their shard. Only under an exclusive lock."""
     for path in folder.iterdir():
-        found = LEFT_BEHIND.fullmatch(path.name)
-        if found and _NAME.fullmatch(found[1]):
+        found, array = LEFT_BEHIND.fullmatch(path.name), _ARRAY.fullmatch(path.name)
+        partial = found and (_NAME.fullmatch(found[1]) or _ARRAY.fullmatch(found[1]))
+        if partial or (array and not (folder / f"examples-{array[2]}.parquet").exists()):
             path.unlink(missing_ok=True)
+
+
+def _array(shard: Path, name: str) -> Path:
+    """Where an array of a shard's examples lies."""
+    return shard.with_name(shard.name.replace("examples", name)).with_suffix(".npy")
 
 
 def write(folder: Path, columns: Columns, about: Record) -> Path:
     """Writes one shard. The rows are consecutive examples."""
     first, last = int(columns["index"][0]), int(columns["index"][-1])
     path = folder / f"examples-{first:09}-{last:09}.parquet"
+    kept = {name: column for name, column in columns.items() if name in KEPT}
+    for name, column in kept.items():  # first, since a shard that is there says that all of it is
+        with whole_file(_array(path, name)) as file:
+            np.save(file, column)
+    columns = {name: column for name, column in columns.items() if name not in kept}
     with whole_file(path) as file:
         arrow().parquet.write_table(as_arrow(columns, about), file)
     return path
@@ -127,3 +143,9 @@ def read(found: Sequence[Path]) -> Columns:
             values = values.fill_null(_NULL[kind])
         columns[name] = values.to_numpy()
     return columns
+
+
+def read_kept(found: Sequence[Path]) -> dict[str, Tensor]:
+    """The arrays beside shards, joined, by the name of their field."""
+    names = [name for name in KEPT if _array(found[0], name).exists()]
+    return {name: torch.from_numpy(np.concatenate([np.load(_array(shard, name)) for shard in found])) for name in names}

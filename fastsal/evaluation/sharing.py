@@ -1,9 +1,6 @@
 """Work shared by processes: what they tell each other, and batches dealt to the processes that are free, a few at a time."""
 
 import contextlib
-import importlib
-import importlib.util
-import sys
 import time
 import uuid
 from collections.abc import Callable, Iterator
@@ -15,8 +12,9 @@ from torch.utils.data import DataLoader
 
 from fastsal.evaluation.batches import Analysis, Batches
 from fastsal.evaluation.tables import Columns
+from fastsal.progress import Report, bar
 
-HELD_ROWS = 1 << 18  # rows that wait to be written, at most: some 40 MB
+HELD_BYTES = 1 << 26  # of rows that wait to be written
 
 
 class Team:
@@ -73,15 +71,11 @@ class Team:
 
 
 class Bar:
-    """Progress with its rate and the time left, on the first process's standard error where that is a terminal."""
+    """Progress with its rate and the time left, on the first process's standard error where somebody watches."""
 
     def __init__(self, team: Team, total: int, done: int, wanted: bool | None) -> None:
-        shown = sys.stderr.isatty() if wanted is None else wanted
-        tqdm = None
-        if shown and team.rank == 0 and importlib.util.find_spec("tqdm") is not None:
-            tqdm = importlib.import_module("tqdm").tqdm
         self.before = done
-        self.bar = tqdm and tqdm(total=total, initial=done, unit="example")
+        self.bar = bar(wanted, total=total, initial=done, unit="example") if team.rank == 0 else None
 
     def __enter__(self) -> "Bar":
         return self
@@ -89,6 +83,10 @@ class Bar:
     def __exit__(self, *_: object) -> None:
         if self.bar:
             self.bar.close()
+
+    def within(self, done: int, size: int) -> Report:
+        """What to tell the share of the next `size` examples that is done."""
+        return lambda share: self.reach(done + int(share * size))
 
     def reach(self, done: int) -> None:
         """Shows that this run has done so many examples."""
@@ -125,16 +123,19 @@ class Work:
         """Analyses this process's part. What is done when anything is raised is saved first."""
         loader = DataLoader(self.batches, batch_size=None, sampler=self._deal(), num_workers=workers)
         saved = start = time.monotonic()
+        reached = 0  # by all processes
         try:
             for done, batch in enumerate(loader, 1):
-                self.waiting.append(analysis.table(batch))
+                size = len(batch.indices)
+                self.waiting.append(analysis.table(batch, bar.within(reached, size)))
                 now = time.monotonic()
                 self.pace = max((now - start) / done, 1e-9)
-                rows = self.batches.size * len(self.waiting)
-                if now - saved >= self.save_every or rows >= HELD_ROWS:
+                held = sum(column.nbytes for columns in self.waiting for column in columns.values())
+                if now - saved >= self.save_every or held >= HELD_BYTES:
                     self.flush()
                     saved = time.monotonic()
-                bar.reach(self.team.count("done", len(batch.indices)))
+                reached = self.team.count("done", size)
+                bar.reach(reached)
         finally:
             self.flush()
 

@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 
 from fastsal.evaluation.tables import NO_CLASS, Columns
+from fastsal.methods import FEW
 from fastsal.tensor.reference import SCALARS
 
 PRINTED = (
@@ -18,7 +19,6 @@ PRINTED = (
     "binarized_homogeneity",
 )
 LISTED = 10  # least robust examples, failures, and classes where there are many
-MANY_CLASSES = 50  # passes, from where on the certified method can pay
 
 
 @dataclass(frozen=True)
@@ -171,10 +171,10 @@ def _lines(summary: Summary) -> Iterator[str]:
         yield "candidates: linearized_robustness is an upper bound, from the highest logits only"
     if summary.method == "certified":
         yield f"certified: {round(summary.certified * analysed)} of {analysed} examples"
-    if summary.method == "exact" and summary.norm != "1" and summary.vjps >= MANY_CLASSES:
+    if summary.method == "exact" and summary.norm != "1" and summary.vjps > FEW:
         yield (
             "hint: --method certified finds the same minimum, except with a probability of 1e-6 an example, in fewer passes "
-            "where classes are many (the README has figures)"
+            "where classes are many (docs/benchmarks.md has figures)"
         )
     yield from _class_lines(summary)
     if summary.least_robust:

@@ -18,11 +18,15 @@ from fastsal.tensor.geometry import Geometry
 # example that was analysed. For the others the scalars are what MISSING says.
 Columns = dict[str, np.ndarray[Any, Any]]
 NO_CLASS = -1
-MISSING: dict[str, Any] = {
-    field.name: math.nan
-    for field in dataclasses.fields(Geometry)
-    if field.name not in ("distances", "saliency", "binarized_saliency")
-} | {"prediction": -1, "runner_up": -1, "vjps": -1, "jvps": -1, "certified": False, "method": ""}
+KEPT = ("distances", "saliency", "binarized_saliency")  # arrays, kept beside a table if asked for
+MISSING: dict[str, Any] = {field.name: math.nan for field in dataclasses.fields(Geometry) if field.name not in KEPT} | {
+    "prediction": -1,
+    "runner_up": -1,
+    "vjps": -1,
+    "jvps": -1,
+    "certified": False,
+    "method": "",
+}
 KEY = "fastsal"  # of the record in the metadata of a Parquet file
 
 

@@ -8,7 +8,7 @@ import contextlib
 from collections.abc import Callable, Iterator
 from typing import Any
 
-from torch import Tensor, nn
+from torch import nn
 
 
 @contextlib.contextmanager
@@ -30,11 +30,11 @@ class Logits(nn.Module):
     From the network, `fastsal.analyze` learns how many rows to take at once, and whether features are a shorter way.
     """
 
-    def __init__(self, function: Callable[[Tensor], Any], network: object) -> None:
+    def __init__(self, function: Callable[..., Any], network: object) -> None:
         super().__init__()
         self.function = function
         if isinstance(network, nn.Module):
             self.network = network
 
-    def forward(self, x: Tensor) -> Any:
-        return self.function(x)
+    def forward(self, *inputs: Any) -> Any:
+        return self.function(*inputs)

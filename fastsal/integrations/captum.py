@@ -37,7 +37,7 @@ class MarginSaliency(attr.Saliency):
             each example, and a model in evaluation mode.
         binarized: Whether to return g† instead of g.
         norm: The p of the perturbation that the nearest boundary is measured by: 2 (default), 1, `math.inf` or "inf".
-        method: How it is found: "exact" (default), "certified" (norm 2 or inf) or any method of `fastsal.analyze`.
+        method: How it is found: "auto" (default) or any method of `fastsal.analyze`.
 
     >>> import torch
     >>> linear = torch.nn.Linear(2, 3, bias=False).requires_grad_(False).eval()
@@ -55,7 +55,7 @@ class MarginSaliency(attr.Saliency):
         *,
         binarized: bool = False,
         norm: float | str = 2,
-        method: str | methods.Method = "exact",
+        method: str | methods.Method = "auto",
     ) -> None:
         super().__init__(forward_func)
         self.binarized, self.norm = binarized, validation.norm(norm)
@@ -93,36 +93,23 @@ class MarginSaliency(attr.Saliency):
         for part in parts:
             validation.floating("inputs", part)
         B = len(parts[0])
-        columns = [part.detach().reshape(B, -1) for part in parts]
-        by_example = [isinstance(one, Tensor) and one.dim() > 0 and len(one) == B for one in further]
-        if any(by_example):
-            # The model runs on some of the examples at times. A last column, which nothing depends on, says on which.
-            x = columns[0]
-            if torch.finfo(x.dtype).eps * B > 2:
-                raise ValueError(
-                    f"additional_forward_args: got tensors of {B} examples, too many to count in {x.dtype}"
-                )
-            columns.append(torch.arange(B, device=x.device).to(x.dtype).unsqueeze(1))
 
-        def forward(x: Tensor) -> Tensor:
-            which = x[:, -1].detach().long() if any(by_example) else slice(None)
-            args = [one[which] if own else one for one, own in zip(further, by_example, strict=True)]
+        def forward(x: Tensor, *args: Any) -> Tensor:
             return self.forward_func(*_separate(x, parts), *args)  # type: ignore[no-any-return]
 
-        with linearize(Logits(forward, self.forward_func), torch.cat(columns, 1)) as graph:
-            own = None
+        x = torch.cat([part.detach().reshape(B, -1) for part in parts], 1)
+        with linearize(Logits(forward, self.forward_func), x, args=further) as graph:
             if target is not None:
                 classes = torch.as_tensor(target, device=graph.x.device).reshape(-1)
                 if len(classes) not in (1, B):
                     raise ValueError(f"target: got {len(classes)} classes for {B} examples, wants one, or one for each")
-                own = classes.expand(B)
-            selection, _, row = nearest_boundary(graph, self.method, Question(self.norm, own=own))
+                target = classes.expand(B)
+            selection, _, row = nearest_boundary(graph, self.method, Question(self.norm, target=target))
             validation.warn_probabilities(selection.logits)
         return _separate(row, parts)
 
 
 def _separate(x: Tensor, parts: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-    """The columns of x [b, D] as tensors [b, *S] of the shapes and dtypes of parts; what comes after them is left out."""
-    sizes = [part[0].numel() for part in parts]
-    pieces = zip(x[:, : sum(sizes)].split(sizes, 1), parts, strict=True)
+    """The columns of x [b, D] as tensors [b, *S] of the shapes and dtypes of parts."""
+    pieces = zip(x.split([part[0].numel() for part in parts], 1), parts, strict=True)
     return tuple(piece.reshape(-1, *part.shape[1:]).to(part.dtype) for piece, part in pieces)

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from fastsal import methods
 from fastsal.adversarial import walk
 from fastsal.integrations import Logits, peer
+from fastsal.model.linearization import linearize
 
 with peer("foolbox", "foolbox"):
     import foolbox
@@ -88,32 +89,32 @@ class _DeepFool(deepfool.DeepFoolAttack):
         if self.loss not in LOSSES:
             raise ValueError(f"expected loss to be 'logits' or 'crossentropy', got '{self.loss}'")
         logits, network = _logits_and_network(model, x)
-        method, among = methods.resolve(self.method, self.norm), None
+        method, classes = methods.resolve(self.method, self.norm), None
         if self.method == "candidates":
             count = logits.shape[1] if self.candidates is None else min(self.candidates, logits.shape[1])
             if count < 2:
                 raise ValueError(f"candidates: got {self.candidates} and {logits.shape[1]} classes, wants 2 at least")
-            method = methods.Exact() if self.candidates is None else methods.Candidates(count - 1)
+            method = methods.Auto() if self.candidates is None else methods.Candidates(count - 1)
             highest = logits.sort(stable=True, dim=1, descending=True).indices[:, :count]
-            among = torch.zeros_like(logits, dtype=torch.bool).scatter_(1, highest, True)
+            classes = torch.zeros_like(logits, dtype=torch.bool).scatter_(1, highest, True)
 
         def finished(points: Tensor, scores: Tensor) -> Tensor:
             adversarial: Tensor = criterion(astensor(points), astensor(scores)).raw
             return adversarial
 
-        found, _ = walk(
-            Logits(model, network),
-            x.detach(),
-            logits.argmax(1),
-            self.norm,
-            method,
-            finished=finished,
-            length=lambda distance, point: distance + STABILITY,
-            max_steps=self.steps,
-            overshoot=self.overshoot,
-            bounds=model.bounds,
-            among=among,
-        )
+        with linearize(Logits(model, network), x.detach()) as begin:
+            found, _ = walk(
+                begin,
+                logits.argmax(1),
+                self.norm,
+                method,
+                finished=finished,
+                length=lambda distance, point: distance + STABILITY,
+                max_steps=self.steps,
+                overshoot=self.overshoot,
+                bounds=model.bounds,
+                classes=classes,
+            )
         result: T = restore_type(astensor(found))
         return result
 
@@ -128,8 +129,8 @@ class L2DeepFoolAttack(_DeepFool, deepfool.L2DeepFoolAttack):
         candidates: How many of the input's highest logits a step considers, the predicted class among them; None for all.
         overshoot: How much farther than the linearised boundary to go.
         loss: "logits" or "crossentropy", which come to the same here.
-        method: "candidates" (default) for those above; "exact" for all classes, "certified" for all in fewer passes, or any
-            method of `fastsal.analyze`.
+        method: "candidates" (default) for those above, or any method of `fastsal.analyze`; "auto" for all classes, which
+            `candidates=None` means too.
 
     Raises:
         ValueError: A targeted criterion, a model in training mode or one that mixes the examples of a batch, and whatever

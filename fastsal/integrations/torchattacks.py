@@ -38,8 +38,7 @@ class FAB(torchattacks.FAB):
     The arguments are those of `torchattacks.FAB`, and one more.
 
     Args:
-        method: How the nearest boundary is found: "exact" (default), "certified" (not for L1) or any method of
-            `fastsal.analyze`.
+        method: How the nearest boundary is found: "auto" (default) or any method of `fastsal.analyze`.
 
     Raises:
         ValueError: A norm that is not "Linf", "L2" or "L1", and a model that mixes the examples of a batch.
@@ -54,7 +53,7 @@ class FAB(torchattacks.FAB):
     """
 
     def __init__(
-        self, model: Any, norm: str = "Linf", *args: Any, method: str | methods.Method = "exact", **kwargs: Any
+        self, model: Any, norm: str = "Linf", *args: Any, method: str | methods.Method = "auto", **kwargs: Any
     ):
         if norm not in NORMS:
             raise ValueError(f"norm: got {norm!r}, wants one of {list(NORMS)}")
@@ -69,7 +68,7 @@ class FAB(torchattacks.FAB):
         """
         norm = NORMS[self.norm]
         with linearize(Logits(self.get_logits, self.model), imgs) as graph:
-            selection, _, row = nearest_boundary(graph, self.method, Question(norm, own=la))
+            selection, _, row = nearest_boundary(graph, self.method, Question(norm, target=la))
         own, other = selection.logits.double().gather(1, selection.winners).split(1, 1)
         margin = other - own
         largest = row.abs().amax(1, keepdim=True)

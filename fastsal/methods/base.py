@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from fastsal.model.linearization import Linearization
+from fastsal.progress import Report, ignore
 from fastsal.tensor import ops, reference
 
 
@@ -18,7 +19,7 @@ class Selection:
 
     Attributes:
         logits: The model's logits, [B, n].
-        winners: The prediction i* and the runner-up j*, int64 [B, 2].
+        winners: The prediction i*, or the target in its place, and the runner-up j*: int64 [B, 2].
         pair: Their rows of the Jacobian, [B, 2, D].
         provenance: The fields of `Geometry` that say how they were found: `method`, `vjps`, and those that differ from what
             `margin_geometry` fills in.
@@ -38,41 +39,47 @@ class Question:
         norm: The p of the perturbation.
         chunk_size: How many rows to take at once; None leaves it to the method.
         backend: The name of the backend that measures the rows, or "auto".
-        own: The classes that stand in for the predicted ones, int64 [B]; None for these.
-        among: Which classes may be the nearest, bool [B, n]; None for all.
+        target: The classes whose nearest boundaries are asked for, int64 [B]; None for the predicted ones.
+        classes: Which classes may be the nearest, bool [B, n]; None for all.
+        signed: Whether the distance of a boundary that x lies beyond, where a class has a higher logit than the target, is
+            negative. Else all are positive, as DeepFool and FAB have them.
+        report: Is told, now and then, the share of the work that is done.
     """
 
     norm: float
     chunk_size: int | None = None
     backend: str = "auto"
-    own: Tensor | None = None
-    among: Tensor | None = None
+    target: Tensor | None = None
+    classes: Tensor | None = None
+    signed: bool = True
+    report: Report = ignore
 
-    def at(self, examples: slice) -> "Question":
+    def at(self, examples: Tensor | slice) -> "Question":
         """The same, asked of some of the examples."""
-        own, among = (None if value is None else value[examples] for value in (self.own, self.among))
-        return replace(self, own=own, among=among)
+        target, classes = (None if value is None else value[examples] for value in (self.target, self.classes))
+        return replace(self, target=target, classes=classes)
 
-    def margins(self, logits: Tensor) -> tuple[Tensor, Tensor]:
-        """The class whose nearest boundary is asked for, int64 [B], and its margins over all classes, float64 [B, n].
+    def margins(self, logits: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
+        """The class whose nearest boundary is asked for, int64 [B], its margins, and which classes may be the nearest.
 
-        Without `own` that is the predicted class i*, with m_j = Ψ^{i*} − Ψʲ. Of a class c that need not be the predicted one
-        the margins are |Ψᶜ − Ψʲ|, where c is lifted by next to nothing over the classes that tie with it: there is no boundary
-        to one whose gradient is the same. Those of classes that do not count, outside of `among`, are +inf.
+        The class is the target c, or without one the predicted class. Its margins m_j = Ψᶜ − Ψʲ are float64 [B, n], and +inf
+        over the classes that may not be the nearest. Without a sign they are |Ψᶜ − Ψʲ|, where c is lifted by next to nothing
+        over the classes that tie with it: there is no boundary to one whose gradient is the same.
+
+        Raises:
+            ValueError: An example has no class that may be the nearest.
         """
-        if self.own is None:
-            own, margin = reference.predicted_margins(logits)
-        else:
-            own, scores = self.own, logits.double()
-            margin = (scores.gather(1, own.unsqueeze(1)) - scores).abs().clamp(min=torch.finfo(logits.dtype).tiny)
-        return own, margin if self.among is None else margin.masked_fill(~self.among, math.inf)
-
-
-def by_margin(margin: Tensor, prediction: Tensor) -> Tensor:
-    """The other classes, int64 [B, n − 1], the smallest margin first: a NaN before all, the lowest class among equals."""
-    others = reference.other_classes(prediction, margin.shape[1])
-    order = margin.gather(1, others).nan_to_num(-math.inf, posinf=math.inf).sort(stable=True, dim=1).indices
-    return others.gather(1, order)
+        own, margin = reference.margins(logits, self.target)
+        if not self.signed:
+            margin = margin.abs().clamp(min=torch.finfo(logits.dtype).tiny)
+        if self.classes is None:
+            return own, margin, None
+        allowed = self.classes.scatter(1, own.unsqueeze(1), False)
+        if not allowed.any(1).all():
+            raise ValueError(
+                "classes: allows an example no class but the one whose boundary is asked for, wants another one at least"
+            )
+        return own, margin.masked_fill(~allowed, math.inf), allowed
 
 
 class Method(ABC):
@@ -98,8 +105,9 @@ class Nearest:
     from which the distance of every other row is measured.
 
     Attributes:
-        prediction: i*, int64 [B], or the class that stands in for it.
+        prediction: i*, int64 [B], or the target in its place.
         margin: m_j of every class, float64 [B, n], as `Question.margins` has them.
+        allowed: Which classes may be the nearest, bool [B, n]; None for all but i*.
         distances: m_j / ‖g − g_j‖_q of the classes that were visited, +inf elsewhere and at i*, float64 [B, n].
         runner_up: The nearest class so far, int64 [B, 1], or [B, 0] before there is one.
         pair: The anchor and the nearest row so far, [B, 2, D], or [B, 0, D] before there is an anchor.
@@ -107,10 +115,34 @@ class Nearest:
 
     def __init__(self, logits: Tensor, question: Question) -> None:
         self._norm, self._backend = question.norm, question.backend
-        self.prediction, self.margin = question.margins(logits)
+        self.prediction, self.margin, self.allowed = question.margins(logits)
         self.distances = torch.full_like(self.margin, math.inf)
         self.runner_up = self.prediction.new_empty(len(logits), 0)
         self.pair = logits.new_empty(len(logits), 0, 0)
+
+    def by_class(self) -> Tensor:
+        """The classes that may be the nearest, int64 [B, K], ascending; where an example has fewer, the first stands in."""
+        return self._only_allowed(reference.other_classes(self.prediction, self.margin.shape[1]))
+
+    def by_margin(self) -> Tensor:
+        """The same with the smallest margin first: a NaN before all, the lowest class among equals."""
+        others = reference.other_classes(self.prediction, self.margin.shape[1])
+        margin = self.margin.gather(1, others).nan_to_num(-math.inf, posinf=math.inf)
+        return self._only_allowed(others.gather(1, margin.sort(stable=True, dim=1).indices))
+
+    def _only_allowed(self, order: Tensor) -> Tensor:
+        if self.allowed is None:
+            return order
+        allowed = self.allowed.gather(1, order)
+        order = order.gather(1, allowed.int().sort(stable=True, descending=True, dim=1).indices)
+        count = allowed.sum(1, keepdim=True)
+        order = torch.where(torch.arange(order.shape[1], device=order.device) < count, order, order[:, :1])
+        return order[:, : int(count.max())]
+
+    def ratios(self, distance: Tensor, part: slice = slice(None)) -> Tensor:
+        """m_j / ‖g − g_j‖_q of every class from ‖g − g_j‖_q, float64 [b, n]; +inf at i* and where j may not be the nearest."""
+        ratio = reference.ratios(self.margin[part], distance).scatter(1, self.prediction[part].unsqueeze(1), math.inf)
+        return ratio if self.allowed is None else ratio.masked_fill(~self.allowed[part], math.inf)
 
     def visit(self, classes: Tensor, rows: Tensor, examples: Tensor | None = None) -> None:
         """Compares more rows with the nearest so far.

@@ -3,8 +3,8 @@
 Such a layer, the head, computes Ψ = W·f(x) + b from features f(x). So the Jacobian of the logits is J = W·J_f, with J_f [F, D]
 the Jacobian of the features. The difference of two rows is formed as Δ_j = (w_{i*} − w_j)ᵀ J_f, and the weights are subtracted
 first, in float64: a class whose weights nearly equal the predicted one's keeps its digits, which the difference of two rounded
-rows would lose. (The Gram matrix J_f J_fᵀ would be cheaper still. But it squares the condition number, and serves the Euclidean
-norm only.)
+rows would lose. For p = 2 the Gram matrix J_f J_fᵀ tells, with a bound of its rounding, of which classes the rows have to be
+formed (`fastsal.methods.gram`).
 
 J is never held: Δ is formed for a tile of classes at a time, and J_f for as many examples as the memory limit allows. The rows
 of the prediction and of the runner-up are taken by two more passes, so that everything but the distances is computed from the
@@ -13,21 +13,27 @@ to the logits may have a gradient.
 """
 
 import contextlib
+import functools
 import math
 import warnings
 from collections.abc import Iterator
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
 from fastsal.methods.base import Nearest, Question, Selection
+from fastsal.methods.gram import screen
 from fastsal.methods.mixtures import mixture
+from fastsal.model.calling import Model
 from fastsal.model.linearization import Linearization
 from fastsal.tensor import ops, reference
 
 TILE_BYTES = 1 << 26
 ROUNDING = 1000.0  # units of it that two ways to one row may be apart, at most
+PASSES = 3  # besides those of the features: the winners' rows and a mixture
 SPARE = 8.0  # and in units of what they are apart for the rows of the winners
+REDUCED = 512.0  # units of rounding between a dot product in a dtype and one in less precision (TF32: about 2000)
 
 
 @contextlib.contextmanager
@@ -54,8 +60,8 @@ def _weight(head: nn.Module) -> Tensor | None:
     return None
 
 
-def _why_not(head: nn.Module, calls: list[tuple[nn.Module, Tensor, Tensor]], graph: Linearization) -> str:
-    """Says why the logits are not `head` applied to features of each example; nothing where they are."""
+def _places(head: nn.Module, calls: list[tuple[nn.Module, Tensor, Tensor]], graph: Linearization) -> Tensor | str:
+    """Where the logits of each example leave `head`, which may see several vectors of it: int64 [B]; or why they do not."""
     mine = [(inputs, output) for module, inputs, output in calls if module is head]
     weight = _weight(head)
     if weight is None:
@@ -63,21 +69,47 @@ def _why_not(head: nn.Module, calls: list[tuple[nn.Module, Tensor, Tensor]], gra
     if len(mine) != 1:
         return f"it runs {len(mine)} times in a forward pass, wants once"
     inputs, output = mine[0]
-    if inputs.shape[0] != len(graph.logits) or inputs.numel() != len(graph.logits) * weight.shape[1]:
-        return f"its input has shape {tuple(inputs.shape)}, wants one vector of {weight.shape[1]} features an example"
+    features, (B, n) = _vectors(head, inputs), graph.logits.shape
+    if features is None or len(features) != B:
+        return (
+            f"its input has shape {tuple(inputs.shape)}, wants vectors of {weight.shape[1]} features for each example"
+        )
     if not inputs.dtype == output.dtype == weight.dtype == graph.x.dtype:
         return "it works in another precision than x"
     if graph.x.dtype not in (torch.float32, torch.float64):
         return f"in {graph.x.dtype} what a head leaves out cannot be told from rounding"
-    if output.numel() != graph.logits.numel() or not torch.equal(
-        output.detach().reshape(graph.logits.shape), graph.graph_logits.detach()
-    ):
+    if output.numel() != features.shape[1] * graph.logits.numel():
+        return "its output is not the logits"
+    outputs = output.detach().reshape(B, -1, n)
+    same = (outputs == graph.logits.unsqueeze(1)).all(2)
+    if not same.any(1).all():
         return "its output is not the logits, bit for bit"
-    return ""
+    places = same.shape[1] - 1 - same.flip(1).int().argmax(1)  # of equals the last, as causal models have it
+    each = torch.arange(B, device=places.device)
+    features = features.detach()[each, places].double()
+    exact, size = features @ weight.double().T, features.square() @ weight.double().T.square()
+    if isinstance(head.bias, Tensor):
+        exact += head.bias.detach().double()
+    off = torch.linalg.vector_norm(outputs[each, places] - exact)
+    if off > REDUCED * torch.finfo(output.dtype).eps * size.sum().sqrt():
+        return "it works in less precision than x has"
+    return places
 
 
-def _find(graph: Linearization, wanted: nn.Module | None) -> nn.Module | None:
-    """The head that the caller wants, or one that is recognised and narrow enough to pay; None where there is none."""
+def _vectors(head: nn.Module, inputs: Tensor) -> Tensor | None:
+    """What a head sees of each example as vectors [B, L, F]; None where these are no vectors of an example."""
+    if isinstance(head, nn.Linear):
+        return inputs.reshape(len(inputs), -1, inputs.shape[-1]) if inputs.dim() > 1 else None
+    return inputs.flatten(1).unsqueeze(1) if inputs[0, 0].numel() == 1 else None
+
+
+def _find(
+    graph: Linearization, wanted: nn.Module | None, widest: float = math.inf
+) -> tuple[nn.Module, Tensor, Tensor] | None:
+    """The head that the caller wants, or one that is recognised and narrow enough to pay, or None where there is none.
+
+    With it come its weight [n, F], and the places in its output where the logits are, int64 [B].
+    """
     n = graph.logits.shape[1]
     modules = list(graph.model.modules()) if isinstance(graph.model, nn.Module) else []
     if wanted is not None and all(module is not wanted for module in modules):
@@ -88,20 +120,30 @@ def _find(graph: Linearization, wanted: nn.Module | None) -> nn.Module | None:
         else [
             module
             for module in modules
-            if (weight := _weight(module)) is not None and len(weight) == n and 2 <= weight.shape[1] < n - 2
+            if (weight := _weight(module)) is not None
+            and len(weight) == n
+            and 2 <= weight.shape[1] < min(n - PASSES + 1, widest + 1)
         ]
     )
     if not heads:
         return None
     with _recorded(heads) as calls, graph.same_precision():
-        graph.model(graph.leaf.detach().clone())
+        graph.function(np.arange(len(graph.leaf)))(graph.leaf.detach().clone())
     for head in heads:
-        why_not = _why_not(head, calls, graph)
-        if not why_not:
-            return head
+        places, weight = _places(head, calls, graph), _weight(head)
+        if not isinstance(places, str) and weight is not None:
+            return head, weight, places
         if wanted is not None:
-            raise ValueError(f"Exact: cannot go through the given head: {why_not}; leave head=None for class rows")
+            raise ValueError(f"Exact: cannot go through the given head: {places}; leave head=None for class rows")
     return None
+
+
+def pays(graph: Linearization, most: int, memory_limit: int) -> bool:
+    """Whether there is a head by which the rows of all classes take at most so many passes an example."""
+    if graph.batch is not None and graph.batch.whole:
+        return False
+    found = _find(graph, None, most - PASSES)
+    return found is not None and found[1].shape[1] * graph.x.shape[1] * graph.x.element_size() <= memory_limit
 
 
 def _jacobian(features: Linearization, chunk_size: int | None) -> Tensor:
@@ -114,6 +156,27 @@ def _jacobian(features: Linearization, chunk_size: int | None) -> Tensor:
 
     features.sweep(torch.arange(F, device=held.device).unsqueeze(1).expand(F, B), chunk_size, keep)
     return held
+
+
+def _to_form(
+    weight: Tensor, jacobian: Tensor, nearest: Nearest, part: slice, distance: Tensor, norm: float
+) -> Iterator[tuple[int, Tensor]]:
+    """The examples of a part, and the classes of each whose rows are to be formed, int64 [c].
+
+    For p = 2 the norms of the others are entered into `distance` [B, n].
+    """
+    n, F = weight.shape
+    every = torch.arange(n, device=weight.device)
+    wide = norm == 2 and weight.dtype == torch.float32 and jacobian.shape[2] > F
+    for example, rows in enumerate(jacobian):
+        at = part.start + example
+        if not wide:
+            yield example, every
+            continue
+        own = nearest.prediction[at]
+        candidates = (every != own) if nearest.allowed is None else nearest.allowed[at]
+        distance[at], form = screen(weight, rows, own, nearest.margin[at], candidates)
+        yield example, form.nonzero().squeeze(1)
 
 
 def _disagreement(rows: Tensor, formed: Tensor) -> float:
@@ -144,20 +207,24 @@ def through_features(
     """
     if graph.batch is not None and graph.batch.whole and wanted is None:
         return None
-    head = _find(graph, wanted)
-    weight = None if head is None else _weight(head)
-    if head is None or weight is None:
+    recognised = _find(graph, wanted)
+    if recognised is None:
         return None
+    head, weight, places = recognised
     B, n = graph.logits.shape
     F, D = weight.shape[1], graph.x.shape[1]
+    others = nearest.by_class()
     size = memory_limit // (F * D * graph.x.element_size())
-    if size == 0 or (wanted is None and F + 3 >= n):
+    if size == 0 or (wanted is None and F + PASSES >= 1 + others.shape[1]):
         return None
 
-    def features(x: Tensor) -> Tensor:
+    def features(model: Model, which: Tensor, x: Tensor) -> Tensor:
         with _recorded([head]) as calls:
-            graph.model(x)
-        return calls[0][1].flatten(1)
+            model(x)
+        found = _vectors(head, calls[0][1])
+        assert found is not None
+        found = found if len(found) == len(x) else found[which]  # of a model that has to see the whole batch
+        return found[torch.arange(len(which), device=which.device), places[which]]
 
     prediction, margin = nearest.prediction, nearest.margin
     distance = torch.zeros_like(margin)
@@ -168,27 +235,33 @@ def through_features(
     tile = max(1, TILE_BYTES // (min(size, B) * D * graph.x.element_size()))
     for start in range(0, B, size):
         part = slice(start, min(start + size, B))
-        inner = graph.features(features, examples[part])
+        which = examples[part]
+        inner = graph.features(functools.partial(features, graph.function(which), which), which)
         if inner.mixes_examples():
             return None
         jacobian = _jacobian(inner, question.chunk_size)
-        winner = weight.double()[prediction[part]].unsqueeze(1)
+        winner = weight[prediction[part]].double().unsqueeze(1)
         nothing = graph.x.new_zeros(len(jacobian), D)
-        for first in range(0, n, tile):
-            difference = (winner - weight[first : first + tile].double()).to(graph.x.dtype)
-            distance[part, first : first + tile] = ops.row_distances(
-                nothing, difference @ jacobian, question.norm, question.backend
-            )
+        for example, classes in _to_form(weight, jacobian, nearest, part, distance, question.norm):
+            for some in classes.split(tile):
+                difference = (winner[example] - weight[some].double()).to(graph.x.dtype)
+                distance[start + example, some] = ops.row_distances(
+                    nothing[example : example + 1],
+                    (difference @ jacobian[example]).unsqueeze(0),
+                    question.norm,
+                    question.backend,
+                )[0]
         # Each class counts in units of the size by which an error of its gradient would be measured.
         own = ops.row_distances(nothing, winner.to(graph.x.dtype) @ jacobian, question.norm, question.backend)
         scale = torch.maximum(distance[part], own)
         cotangents[0, part] = torch.where(scale > 0, weights * own / scale, weights).to(cotangents.dtype)
-        ratio = reference.ratios(margin[part], distance[part])
-        winners[part, 0] = prediction[part]
-        winners[part, 1] = reference.nearest_other(ratio, margin[part], prediction[part])
+        ratio, other = nearest.ratios(distance[part], part), others[part]
+        slot = reference.nearest(ratio.gather(1, other), margin[part].gather(1, other)).unsqueeze(1)
+        winners[part] = torch.cat((prediction[part].unsqueeze(1), other.gather(1, slot)), 1)
         mixed = cotangents[0, part].to(weight.dtype) @ weight
         formed[part] = torch.cat((weight[winners[part]], mixed.unsqueeze(1)), 1) @ jacobian
-    ratio, pair = reference.ratios(margin, distance), graph.rows(winners.t())
+        question.report(part.stop / B)
+    ratio, pair = nearest.ratios(distance), graph.rows(winners.t())
     unit, known = torch.finfo(graph.x.dtype).eps, ~ratio.isnan().any(1)
     seen = max(_disagreement(pair[known, row], formed[known, row]) for row in (0, 1))
     gap = max(seen, _disagreement(graph.vjp(cotangents)[known, 0], formed[known, 2]))
@@ -200,6 +273,6 @@ def through_features(
             f"model: {type(head).__name__} at its end is not all of it: {reason}; taking class rows", stacklevel=2
         )
         return None
-    distances = ratio.scatter(1, prediction.unsqueeze(1), math.inf).to(graph.logits.dtype)
-    provenance = {"method": "exact", "distances": distances, "vjps": torch.full_like(prediction, F + 3)}
+    distances = ratio.to(graph.logits.dtype)
+    provenance = {"method": "exact", "distances": distances, "vjps": torch.full_like(prediction, F + PASSES)}
     return Selection(graph.logits, winners, pair, provenance)

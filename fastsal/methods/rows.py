@@ -1,15 +1,15 @@
 """Methods that take rows of the Jacobian class by class: of every class (`Exact`) or of the highest logits (`Candidates`)."""
 
+import math
 from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
 
-from fastsal.methods.base import Method, Nearest, Question, Selection, by_margin
+from fastsal.methods.base import Method, Nearest, Question, Selection
 from fastsal.methods.features import through_features
 from fastsal.model.linearization import Linearization
-from fastsal.tensor.reference import other_classes
 
 
 @dataclass(frozen=True)
@@ -56,7 +56,7 @@ class Exact(Method):
         selection = through_features(graph, nearest, question, self.head, self.memory_limit)
         if selection is not None:
             return selection
-        vjps = _stream(graph, nearest, other_classes(nearest.prediction, nearest.margin.shape[1]), question.chunk_size)
+        vjps = _stream(graph, nearest, nearest.by_class(), question)
         provenance = {"method": self.name, "distances": nearest.distances.to(graph.logits.dtype), "vjps": vjps}
         return Selection(graph.logits, nearest.winners, nearest.pair, provenance)
 
@@ -93,14 +93,23 @@ class Candidates(Method):
     def select(self, graph: Linearization, question: Question) -> Selection:
         """Looks at the classes of the smallest margins, the lowest class first among equals."""
         nearest = Nearest(graph.logits, question)
-        vjps = _stream(graph, nearest, by_margin(nearest.margin, nearest.prediction)[:, : self.k], question.chunk_size)
-        nothing = torch.zeros_like(graph.logits[:, 0])
-        provenance = {"method": self.name, "distances": None, "certified": nothing.bool(), "lower_bound": nothing}
+        vjps = _stream(graph, nearest, nearest.by_margin()[:, : self.k], question)
+        # Of boundaries that x lies beyond nothing is known.
+        least = torch.zeros_like(graph.logits[:, 0]).masked_fill((nearest.margin < 0).any(1), -math.inf)
+        provenance = {"method": self.name, "distances": None, "certified": least > 0, "lower_bound": least}
         return Selection(graph.logits, nearest.winners, nearest.pair, provenance | {"vjps": vjps})
 
 
-def _stream(graph: Linearization, nearest: Nearest, others: Tensor, chunk_size: int | None) -> Tensor:
+def _stream(graph: Linearization, nearest: Nearest, others: Tensor, question: Question) -> Tensor:
     """Lets `nearest` visit the predicted class and the others, int64 [B, k], of every example; returns the number of VJPs."""
     order = torch.cat((nearest.prediction.unsqueeze(1), others), 1)
-    graph.sweep(order.t(), chunk_size, nearest.visit)
+    done = 0
+
+    def visit(classes: Tensor, rows: Tensor) -> None:
+        nonlocal done
+        nearest.visit(classes, rows)
+        done += classes.shape[1]
+        question.report(done / order.shape[1])
+
+    graph.sweep(order.t(), question.chunk_size, visit)
     return torch.full_like(nearest.prediction, order.shape[1])

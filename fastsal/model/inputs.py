@@ -1,6 +1,5 @@
-"""A model at a batch, as a function of the inputs of some of its examples, and whether it is one."""
+"""A function of a batch at some of its examples, and whether it is one."""
 
-import copy
 import math
 import warnings
 from collections.abc import Callable
@@ -10,6 +9,7 @@ from torch import Tensor, nn
 
 from fastsal.model.calling import Model, call
 from fastsal.model.chunking import first_line, is_out_of_memory
+from fastsal.model.function import Examples, Function
 
 # Logits of an example in batches of different sizes differ by a few units of rounding, on 27 families of timm.
 ROUNDING = 200.0  # units
@@ -52,43 +52,54 @@ class Batch:
     of them has to see all, in their order: the examples that are asked for are then put into the batch that the caller passed.
 
     Args:
-        model: The model, as the caller passed it.
-        x: The batch, [B, *S].
+        function: The model, as a function of one tensor.
+        x: Where the batch is, [B, *S].
         autocast: Whether the caller's autocast is on, and its dtype.
 
     Attributes:
         whole: Whether the model has to see the whole batch.
     """
 
-    def __init__(self, model: Model, x: Tensor, autocast: tuple[bool, torch.dtype]) -> None:
-        self.model, self.x, self.whole, self._autocast = model, x, False, autocast
-        self._cut = len(x) // 2 | 1  # an odd number of examples, so that what is mixed in pairs shows
+    def __init__(self, function: Function, x: Tensor, autocast: tuple[bool, torch.dtype]) -> None:
+        self.function, self.x, self.whole, self._autocast = function, x, False, autocast
+        cut = len(x) // 2 | 1  # an odd number of examples, so that what is mixed in pairs shows
+        self._halves = slice(0, cut), slice(cut, len(x))
         self._logits: Tensor | None = None
         self._parts: Tensor | None = None
         self._as_recorded = False  # whether runs are made as for gradients: a model may take another way without
         self._checks = True  # until differences have turned out to be rounding
-        parameters = model.parameters() if isinstance(model, nn.Module) else ()
+        parameters = function.model.parameters() if isinstance(function.model, nn.Module) else ()
         dtypes = {value.dtype for value in (x, *parameters) if value.dtype.is_floating_point}
         self._eps = max(torch.finfo(dtype).eps for dtype in dtypes | ({autocast[1]} if autocast[0] else set()))
         try:
             self._parts = self._in_parts()
         except Exception as error:
             if len(x) > 1 and not is_out_of_memory(error):
-                self._logits = self._run(x)  # where this fails as well, that is the error
+                self._logits = self._run()  # where this fails as well, that is the error
                 self.fails_in_part(error)
 
-    def _run(self, x: Tensor) -> Tensor:
+    @property
+    def n(self) -> int:
+        """How many classes there are."""
+        known = self._parts if self._logits is None else self._logits
+        assert known is not None
+        return known.shape[1]
+
+    def _run(self, examples: Examples | None = None, x: Tensor | None = None) -> Tensor:
+        """The logits of some examples, or of all; with x [B, *S] in the place of the batch where that is given."""
+        x = self.x if x is None else x
+        x = (x if examples is None else x[examples]).detach().clone().requires_grad_(self._as_recorded)
         with torch.set_grad_enabled(self._as_recorded), in_precision(x, self._autocast):
-            return call(self.model, x.detach().clone().requires_grad_(self._as_recorded).clone()).detach()
+            return call(self.function.at(examples), x.clone()).detach()
 
     def _in_parts(self) -> Tensor:
-        return torch.cat([self._run(part) for part in self.x.split((self._cut, len(self.x) - self._cut)) if len(part)])
+        return torch.cat([self._run(half) for half in self._halves if half.start < half.stop])
 
     def _whole_logits(self) -> Tensor | None:
         """The model's logits at the whole batch, [B, n], run in the caller's order; None where memory does not allow it."""
         if self._logits is None and self._parts is not None:
             try:
-                self.check_whole(self._run(self.x))
+                self.check_whole(self._parts if len(self.x) == 1 else self._run())
             except RuntimeError as error:
                 if not is_out_of_memory(error):
                     raise
@@ -109,19 +120,19 @@ class Batch:
         `call_at` runs a model at their inputs; where these have been moved from those of the batch, nothing is known of them.
         """
         if examples is None:
-            logits = call_at(self.model)
+            logits = call_at(self.function.at())
             self.check_whole(logits.detach())
             return logits
         if not self.whole:
             try:
-                logits = call_at(self.model)
+                logits = call_at(self.function.at(examples))
             except Exception as error:
                 self.fails_in_part(error)
             else:
                 whole = None if moved or not self._checks else self._whole_logits()
                 if whole is None or self._agree(logits.detach(), whole, examples):
                     return logits
-        return call_at(self.function(examples))
+        return call_at(self.at(examples))
 
     def fails_in_part(self, error: Exception) -> None:
         """Takes note of an error that the model raised for a part of the batch."""
@@ -132,16 +143,16 @@ class Batch:
     def allows(self, examples: Tensor) -> bool:
         """Whether the model can be run at some of the examples alone; takes note if it cannot."""
         try:
-            self._run(self.x[examples])
+            self._run(examples)
         except Exception as error:
             self.fails_in_part(error)
         return not self.whole
 
-    def function(self, examples: Tensor) -> Model:
-        """The model as a function of the inputs of some examples, int64 [e]: from [e, *S] to logits [e, n]."""
+    def at(self, examples: Tensor) -> Model:
+        """The function at some examples, int64 [e]: from [e, *S] to logits [e, n]."""
         if not self.whole:
-            return self.model
-        return lambda inputs: call(self.model, self.x.index_copy(0, examples, inputs))[examples]
+            return self.function.at(examples)
+        return lambda inputs: call(self.function.at(), self.x.index_copy(0, examples, inputs))[examples]
 
     def _same(self, one: Tensor, other: Tensor) -> bool:
         return apart(one, other) <= min(ROUNDING * self._eps, COARSEST)
@@ -150,30 +161,33 @@ class Batch:
         """Whether logits of a part are those of the whole batch, up to rounding; else what follows is decided."""
         if not self._same(part, logits[examples]) and not self._as_recorded:
             self._as_recorded = True
-            self._logits = logits = self._run(self.x)
+            self._logits = logits = self._run()
             part = self._in_parts() if isinstance(examples, slice) else part
         return self._same(part, logits[examples]) or self._explain(apart(part, logits[examples]), logits)
 
     def _mixes(self, logits: Tensor) -> bool:
         """Whether the logits of one part of the batch change where the other part has other inputs."""
-        cut, others = self._cut, 0.5 * self.x.roll(1, 0)
+        first, second = self._halves
+        others = 0.5 * self.x.roll(1, 0)
         try:
-            first = self._run(torch.cat((self.x[:cut], others[cut:])))[:cut]
-            second = self._run(torch.cat((others[:cut], self.x[cut:])))[cut:]
+            kept = [
+                self._run(x=torch.cat((self.x[first], others[second])))[first],
+                self._run(x=torch.cat((others[first], self.x[second])))[second],
+            ]
         except Exception:  # user code, which may not take these inputs
             return False
-        return not self._same(torch.cat((first, second)), logits)
+        return not self._same(torch.cat(kept), logits)
 
     def _rounds(self) -> bool | None:
         """Whether in float64 the parts have the logits of the whole batch; None where the model cannot be run in float64."""
-        if not isinstance(self.model, nn.Module):
+        if not isinstance(self.function.model, nn.Module):
             return None
         x = self.x.double()
         try:
             with torch.no_grad(), torch.autocast(x.device.type, enabled=False):
-                model = copy.deepcopy(self.model).double()
-                parts = torch.cat([call(model, part.clone()) for part in x.split((self._cut, len(x) - self._cut))])
-                return apart(parts, call(model, x.clone())) <= EXACT
+                function = self.function.doubled()
+                parts = torch.cat([call(function.at(half), x[half].clone()) for half in self._halves])
+                return apart(parts, call(function.at(), x.clone())) <= EXACT
         except Exception:  # user code, which may be made for one precision
             return None
 
@@ -182,7 +196,7 @@ class Batch:
             self.whole = True
             warnings.warn(
                 f"model: {reason}; only whole batches are run, which takes longer. Where it knows the examples by their place, "
-                "as a closure over the masks of a batch does, pass what belongs to an example as a part of x",
+                "as a closure over the masks of a batch does, pass these by `args` or `kwargs`",
                 stacklevel=2,
             )
 
@@ -191,7 +205,7 @@ class Batch:
 
         Raises where the model is random or mixes examples; else, and where it cannot tell, whole batches are run from now on.
         """
-        if not self._same(self._run(self.x), logits):
+        if not self._same(self._run(), logits):
             raise ValueError(
                 "model: two runs of the same batch have different logits (dropout as a function, or other random numbers); "
                 "wants a function of x alone"

@@ -3,7 +3,7 @@
 import contextlib
 import math
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -32,17 +32,20 @@ from fastsal.model.chunking import (
     is_out_of_memory,
     vmap,
 )
+from fastsal.model.function import Function
 from fastsal.model.inputs import Batch, in_precision, mixed_examples
 
 
 class Linearization:
-    """A model's forward pass at x [B, *S], recorded: its logits and, by backward passes, any rows of its Jacobian.
+    """A function's forward pass at x [B, *S], recorded: its logits and, by backward passes, any rows of its Jacobian.
+
+    The function is a model's, of its input or of a layer's output, as `fastsal.model.function` says.
 
     `linearize` makes it, and it is valid inside that context. The model runs when its logits are first asked for.
 
     Attributes:
         model: The model, as the caller passed it.
-        leaf: x as the model took it, [B, *S].
+        leaf: x as the function took it, [B, *S].
         x: The same, flattened to [B, D].
         autocast: Whether autocast was on where this was made, and its dtype.
         batch: The batch of which these are some examples; None for another function of them than the model.
@@ -73,12 +76,16 @@ class Linearization:
             batch = self.batch
             logits = self._call(self.model) if batch is None else batch.record(self._call, self._examples, self._moved)
             if not logits.requires_grad:
-                raise ValueError(
-                    "model: its logits do not depend on x (they carry no gradient); wants logits computed from x with "
-                    "differentiable torch operations, without no_grad, detach or a trip through numpy inside the model"
-                )
+                raise self._independent("they carry no gradient")
             self._recorded, self._logits = logits, logits.detach()
         return self._recorded
+
+    def _independent(self, how: str) -> ValueError:
+        name = "x" if self.batch is None else self.batch.function.name
+        return ValueError(
+            f"model: its logits do not depend on {name} ({how}); wants logits computed from it with differentiable torch "
+            "operations, without no_grad, detach or a trip through numpy inside the model"
+        )
 
     def _call(self, model: Model) -> Tensor:
         with self.same_precision():
@@ -88,6 +95,11 @@ class Linearization:
     def logits(self) -> Tensor:
         """The same, detached."""
         return self.graph_logits.detach() if self._logits is None else self._logits
+
+    @property
+    def n(self) -> int:
+        """How many classes there are; where a batch is known, without recording the pass."""
+        return self.logits.shape[1] if self.batch is None else self.batch.n
 
     def forget(self) -> None:
         """Frees the recorded pass. What needs it next, the logits excepted, makes it anew."""
@@ -107,10 +119,15 @@ class Linearization:
         """Another function than the model, at some of the examples, int64 [e]."""
         return self._like(function, self.leaf.detach()[examples])
 
-    def function(self, examples: np.ndarray) -> Model:
-        """The model as a function of the inputs of some of the examples, int64 [e]."""
+    def function(self, examples: Tensor | np.ndarray) -> Model:
+        """The function at some of the examples, int64 [e]."""
         own = self._own(to_device(examples, self.leaf.device))
-        return self.model if self.batch is None else self.batch.function(own)
+        return self.model if self.batch is None else self.batch.at(own)
+
+    def further(self, examples: Tensor | np.ndarray) -> list[Tensor]:
+        """What belongs to some of the examples, int64 [e], besides x: [e, ...] each."""
+        own = self._own(to_device(examples, self.leaf.device))
+        return [] if self.batch is None else [one.detach()[own] for one in self.batch.function.own]
 
     def allows(self, examples: np.ndarray) -> bool:
         """Whether the model can be run at some of the examples, int64 [e], alone."""
@@ -134,7 +151,7 @@ class Linearization:
         with torch.autocast(self.leaf.device.type, enabled=False):
             grad = vmap(grad_of, cotangents) if batched else grad_of(cotangents)
         if grad is None:
-            raise ValueError("model: its logits do not depend on x, wants logits [B, n] computed from x")
+            raise self._independent("their graph does not reach it")
         if create_graph:
             check_differentiable(grad)
         return flatten(grad, 2 if batched else 1)
@@ -219,15 +236,24 @@ class Linearization:
 
 
 @contextlib.contextmanager
-def linearize(model: Model, x: Tensor, *, differentiable: bool = False) -> Iterator[Linearization]:
-    """Records the model at x, after every check of both that can be made.
+def linearize(
+    model: Model,
+    x: Tensor,
+    *,
+    args: Sequence[Any] = (),
+    kwargs: Mapping[str, Any] | None = None,
+    layer: nn.Module | str | None = None,
+    differentiable: bool = False,
+) -> Iterator[Linearization]:
+    """Records the model at x, as a function of x or of a layer's output, after every check that can be made.
 
     Inside, graphs are recorded whatever mode the caller is in, and autocast is off (the model itself ran under the caller's).
     The model keeps its flags, gradients, buffers and hooks, and the random number generators keep their state.
 
     Args:
         model: An `nn.Module` in evaluation mode, or any callable, from x to logits [B, n] or one score [B] or [B, 1].
-        x: [B, *S] with B >= 1, of floating dtype.
+        x: [B, *S] with B >= 1, of floating dtype unless there is a layer.
+        args, kwargs, layer: What the model takes after x, and whose output is looked at, as `Function` has them.
         differentiable: Record on the caller's own x where that requires a gradient, and use only operations that have second
             derivatives.
 
@@ -238,18 +264,21 @@ def linearize(model: Model, x: Tensor, *, differentiable: bool = False) -> Itera
         TypeError: x is no tensor of floating dtype, or the model returns none.
         ValueError: The logits do not depend on x, or are no logits; or the model mixes the examples of a batch.
     """
-    check_input(x)
+    if layer is None or not isinstance(x, Tensor):
+        check_input(x)
     check_evaluation_mode(model)
     with recording(model, x), math_attention() if differentiable else contextlib.nullcontext():
-        plain = x.clone() if x.is_inference() else x
-        own = differentiable and plain.requires_grad
-        graph = Linearization(model, plain if own else plain.detach().requires_grad_())
-        graph.batch = batch = Batch(model, graph.leaf.detach(), graph.autocast)
-        if len(plain) > 1:
+        function = Function(model, x, args, kwargs, layer)
+        with torch.set_grad_enabled(differentiable):
+            start = function.start()
+        own = differentiable and start.requires_grad
+        graph = Linearization(model, start if own else start.detach().requires_grad_())
+        graph.batch = batch = Batch(function, graph.leaf.detach(), graph.autocast)
+        if len(start) > 1:
             # A few examples show a mixture as well as all do; two alone can hide the statistics of a batch.
-            few = graph if len(plain) <= 3 or batch.whole else graph.at(np.arange(3), moved=graph.leaf.detach()[:3])
+            few = graph if len(start) <= 3 or batch.whole else graph.at(np.arange(3), moved=graph.leaf.detach()[:3])
             if few.mixes_examples():
-                raise mixed_examples("logits[0] have a gradient with respect to x[1:]")
+                raise mixed_examples(f"logits[0] have a gradient with respect to those of others in {function.name}")
             del few
-        with torch.autocast(x.device.type, enabled=False):
+        with torch.autocast(start.device.type, enabled=False):
             yield graph

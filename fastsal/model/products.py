@@ -130,8 +130,7 @@ class ModelPasses:
             raise UntraceableError("the model has to see whole batches")
         if self._products is not None:
             return self._products.jvp(examples, tangents)
-        examples = np.arange(len(self._own))
-        self._products = self._traces.at(self._at(examples), self.logits if len(examples) == 1 else None)
+        self._products = self._traces.at(self._own, self.logits if len(self._own) == 1 else None)
         products = self._products.jvp(examples, tangents)
         if self._disagree(examples, tangents, products):
             self._traces.distrust()

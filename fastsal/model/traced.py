@@ -18,10 +18,9 @@ agree with the gradients that a backward pass gives.
 """
 
 import contextlib
-import copy
 import warnings
 import weakref
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -35,6 +34,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from fastsal.devices import take
 from fastsal.model.calling import call, math_attention
 from fastsal.model.chunking import first_line, is_out_of_memory
+from fastsal.model.function import Function
 from fastsal.model.linearization import Linearization
 
 # A trace takes about as long as this many bytes of gradients for each operation take longer without one.
@@ -65,48 +65,54 @@ class UntraceableError(RuntimeError):
     """The model cannot be traced, or its trace cannot be split."""
 
 
-def _state(model: nn.Module) -> dict[str, Tensor]:
+def _state(model: Any) -> dict[str, Tensor]:
     """The parameters and buffers by name."""
     return {name: value.detach() for name, value in (*model.named_parameters(), *model.named_buffers())}
 
 
-def _twin(model: nn.Module) -> nn.Module:
-    """A copy that shares the parameters and buffers: what a forward pass leaves in a module, tracing leaves in the copy."""
-    shared = (*model.parameters(), *model.buffers())
-    return copy.deepcopy(model, {id(tensor): tensor for tensor in shared})
+def _given(function: Function, state: dict[str, Tensor]) -> list[Tensor]:
+    """What is the same for all examples: the parameters and buffers, and other tensors that the model takes."""
+    return [*state.values(), *(value.detach() for value in function.shared)]
 
 
 class Trace:
-    """The traced product of a model's Jacobian with one direction, at one example.
+    """The traced product of a function's Jacobian with one direction, at one example.
 
     Args:
-        model: The model.
-        x: One example as the model takes it, [1, *S].
+        function: A module, as a function of one tensor.
+        x: One example as the function takes it, [1, *S].
+        own: What belongs to that example besides, [1, ...] each.
 
     Raises:
         UntraceableError: The model cannot be traced.
     """
 
-    def __init__(self, model: nn.Module, x: Tensor) -> None:
-        names = tuple(_state(model))
+    def __init__(self, function: Function, x: Tensor, own: Sequence[Tensor] = ()) -> None:
+        state = _state(function.model)
+        names = tuple(state)
 
-        def product(state: tuple[Tensor, ...], x: Tensor, direction: Tensor) -> tuple[Tensor, Tensor]:
-            values = dict(zip(names, state, strict=True))
+        def product(state: list[Tensor], x: Tensor, own: list[Tensor], direction: Tensor) -> tuple[Tensor, Tensor]:
+            values, shared = dict(zip(names, state, strict=False)), state[len(names) :]
+
+            def model(*args: Any, **kwargs: Any) -> Any:
+                return torch.func.functional_call(twin.model, values, args, kwargs)  # type: ignore[arg-type]
 
             def logits(value: Tensor) -> Tensor:
-                return call(lambda v: torch.func.functional_call(twin, values, (v,)), value.clone())
+                return call(lambda v: twin.run(model, v, own, shared), value.clone())
 
             both: Any = torch.func.jvp(logits, (x,), (direction,))
             return both[0], both[1]
 
         try:
-            twin = _twin(model)
+            # The parameters and buffers are shared: what a forward pass leaves in a module, tracing leaves in the copy.
+            kept: Any = function.model
+            twin = function.twin({id(tensor): tensor for tensor in (*kept.parameters(), *kept.buffers())})
             # One fake mode for all shapes: make_fx alone would make one for every value, which takes three times as long.
             shapes = tracing(TracingContext(FakeTensorMode(allow_fallback_kernels=True)))
             with torch.no_grad(), math_attention(), warnings.catch_warnings(), shapes:
                 warnings.simplefilter("ignore")  # what torch says of the model it says without the trace, too
                 traced = make_fx(torch.func.functionalize(product))(
-                    tuple(_state(model).values()), x, torch.ones_like(x)
+                    _given(function, state), x, [*own], torch.ones_like(x)
                 )
         except Exception as error:  # whatever keeps a model from being traced: other ways compute the same
             if is_out_of_memory(error):
@@ -114,15 +120,15 @@ class Trace:
             raise UntraceableError(first_line(error)) from error
         self._names = names
         _simplify(traced)
-        self._split(traced)
+        self._split(traced, 1 + len(own))
 
-    def _split(self, traced: fx.GraphModule) -> None:
-        """Divides the traced operations into three functions, by what they depend on."""
-        inputs = [node for node in traced.graph.nodes if node.op == "placeholder"]
-        *weights, example, direction = inputs
+    def _split(self, traced: fx.GraphModule, inputs: int) -> None:
+        """Divides the traced operations into three functions, by what they depend on; of an example there are `inputs`."""
+        *given, direction = [node for node in traced.graph.nodes if node.op == "placeholder"]
+        weights, example = given[:-inputs], given[-inputs:]
         outputs: Any = traced.graph.output_node().args[0]
         value, tangent = outputs
-        kind = dict.fromkeys(weights, WEIGHTS) | {example: EXAMPLE, direction: DIRECTION}
+        kind = dict.fromkeys(weights, WEIGHTS) | dict.fromkeys(example, EXAMPLE) | {direction: DIRECTION}
         for node in traced.graph.nodes:
             if node.op not in ("placeholder", "output"):
                 kind[node] = max((kind[used] for used in node.all_input_nodes), default=WEIGHTS)
@@ -158,22 +164,23 @@ class Trace:
 
         of_weights, of_example = used(WEIGHTS, EXAMPLE, DIRECTION), used(EXAMPLE, DIRECTION)
         self._of_weights = part(WEIGHTS, weights, of_weights)
-        self._of_example = part(EXAMPLE, [*of_weights, example], [value, *of_example])
+        self._of_example = part(EXAMPLE, [*of_weights, *example], [value, *of_example])
         self._of_direction = part(DIRECTION, [*of_weights, *of_example, direction], [tangent])
 
-    def at(self, model: nn.Module, x: Tensor) -> tuple[Tensor, "TracedPasses"]:
-        """Runs the traced model at x [e, *S], one example after the other: its logits [e, n], and the products there.
+    def at(self, function: Function, x: Tensor, own: Sequence[Tensor] = ()) -> tuple[Tensor, "TracedPasses"]:
+        """Runs the trace at x [e, *S], one example after the other: its logits [e, n], and the products there.
 
         Raises:
             UntraceableError: The model's parameters and buffers have other names than they had.
         """
-        state = _state(model)
+        state = _state(function.model)
         if tuple(state) != self._names:
             raise UntraceableError("the model's parameters have other names than they had")
         with torch.no_grad():
-            shared = self._of_weights(*state.values())
-            logits, *own = zip(*(self._of_example(*shared, one) for one in x.split(1)), strict=True)
-            stacked = [torch.stack(values) if len(values) > 1 else values[0].unsqueeze(0) for values in own]
+            shared = self._of_weights(*_given(function, state))
+            each = zip(*(tensor.split(1) for tensor in (x, *own)), strict=True)
+            logits, *found = zip(*(self._of_example(*shared, *one) for one in each), strict=True)
+            stacked = [torch.stack(values) if len(values) > 1 else values[0].unsqueeze(0) for values in found]
             return torch.cat(logits), TracedPasses(self._of_direction, shared, stacked)
 
 
@@ -344,39 +351,40 @@ class Traces:
     def __init__(self, graph: Linearization, gradients: list[int]) -> None:
         self._graph = graph
         leaf = graph.leaf
-        kind = (leaf.shape[1:], leaf.dtype, leaf.device, graph.autocast)
+        self._function = None if graph.batch is None else graph.batch.function
+        kind = (leaf.shape[1:], leaf.dtype, leaf.device, graph.autocast, self._function and self._function.kind())
         # Of other callables nobody can tell what they keep between calls, nor make a copy.
-        self._model = graph.model if isinstance(graph.model, nn.Module) else None
         self._entry = _Known(hopeless=True)
-        if self._model is not None:
-            kinds = _known.setdefault(self._model, {})
+        if isinstance(graph.model, nn.Module):
+            kinds = _known.setdefault(graph.model, {})
             self._entry = kinds[kind] = kinds.pop(kind, _Known())  # the latest comes last
             while len(kinds) > KINDS:
                 kinds.pop(next(iter(kinds)))
         self._worth = sum(gradients) / len(gradients)
 
-    def at(self, x: Tensor, logits: Tensor | None) -> "TracedPasses":
-        """The products at examples x [e, *S] of the batch, from a trace whose logits there equal the model's, bit for bit.
+    def at(self, examples: np.ndarray, logits: Tensor | None) -> "TracedPasses":
+        """The products at some examples, from a trace whose logits there equal the model's, bit for bit.
 
         Args:
-            x: The examples.
+            examples: Which of the recorded pass, int64 [e].
             logits: The model's logits there, [e, n], if they are known from a run one example at a time.
 
         Raises:
             UntraceableError: The model cannot be traced, or it does not pay yet.
         """
-        entry, model = self._entry, self._model
+        entry, function = self._entry, self._function
+        x, own = take(self._graph.leaf.detach(), examples), self._graph.further(examples)
         if entry.trace is None and (entry.examples + len(self._graph.leaf)) * self._worth < PAYS:
             entry.examples += len(x)
             raise UntraceableError("a trace does not pay yet")
         for _ in range(2):  # a trace that no longer fits the model is made again, once
-            if entry.hopeless or model is None:
+            if entry.hopeless or function is None:
                 break
             try:
                 with torch.no_grad(), self._graph.same_precision():
-                    entry.trace = entry.trace or Trace(model, x[:1])
-                    own, products = entry.trace.at(model, x)
-                if (logits is not None and _same(own, logits)) or _same(own, self._logits(x)):
+                    entry.trace = entry.trace or Trace(function, x[:1], [one[:1] for one in own])
+                    traced, products = entry.trace.at(function, x, own)
+                if (logits is not None and _same(traced, logits)) or _same(traced, self._logits(examples)):
                     return products
             except UntraceableError:
                 entry.hopeless = entry.trace is None
@@ -384,10 +392,11 @@ class Traces:
         entry.hopeless = True
         raise UntraceableError("the model cannot be traced")
 
-    def _logits(self, x: Tensor) -> Tensor:
+    def _logits(self, examples: np.ndarray) -> Tensor:
         """The model's logits, one example at a time, with attention computed by plain operations as in the trace."""
         with torch.no_grad(), math_attention(), self._graph.same_precision():
-            return torch.cat([call(self._graph.model, one.clone()) for one in x.split(1)])
+            each = np.split(examples, len(examples))
+            return torch.cat([call(self._graph.function(one), take(self._graph.leaf, one).clone()) for one in each])
 
     def distrust(self) -> None:
         """Drops the trace, whose products are not those of the model, and the second time gives it up."""

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fastsal.adversarial import classes, deepfool, distances, to_boundary
+from fastsal.adversarial import deepfool, distances, predicted, to_boundary
 from fastsal.files import extra
 
 ATTACKS = ("DeepFool", "gradient line search", "PGD", "DDN", "FMN", "Carlini-Wagner")
@@ -39,7 +39,7 @@ def robustness(
     class nor a box. What it finds is moved along the segment to x as near to x as still errs. Deterministic for a seed.
     """
     model = copy.deepcopy(model).requires_grad_(False)  # foolbox's backward passes would fill the parameters' gradients
-    prediction = classes(model, x)
+    prediction = predicted(model, x)
     scale = distances(x, torch.zeros_like(x), 2).median().item()
     found = {}
     cuda = [x.device] if x.is_cuda else []
@@ -63,7 +63,7 @@ def robustness_in_box(model: nn.Module, x: Tensor) -> Tensor:
     The code that came with the paper attacks digits in this box. It takes only one attack here, since it is there to explain.
     """
     model = copy.deepcopy(model).requires_grad_(False)
-    prediction = classes(model, x)
+    prediction = predicted(model, x)
     foolbox_model = extra("foolbox").PyTorchModel(model, bounds=(0, 1), device=x.device)
     attack, _ = _foolbox_attacks()["DDN"]
     return _smallest(model, x, prediction, attack(foolbox_model, x, prediction, epsilons=[None])[0])
@@ -73,7 +73,7 @@ def _smallest(model: nn.Module, x: Tensor, prediction: Tensor, candidates: list[
     """How near to x the nearest candidate with another prediction can be moved: float64 [B], +inf where there is none."""
     best, size = x, torch.full((len(x),), math.inf, dtype=torch.float64, device=x.device)
     for candidate in (one.to(x.dtype) for one in candidates):
-        errs = classes(model, candidate) != prediction
+        errs = predicted(model, candidate) != prediction
         distance = torch.where(errs, distances(candidate, x, 2), math.inf)
         best = torch.where((distance < size).view(-1, *(1,) * (x.dim() - 1)), candidate, best)
         size = torch.minimum(size, distance)

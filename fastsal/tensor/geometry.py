@@ -1,17 +1,19 @@
 """margin_geometry: every quantity of docs/design.md, "Quantities", from one Jacobian in one pass."""
 
+import warnings
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import Tensor
 
 from fastsal import validation
 from fastsal.tensor import ops, reference
+from fastsal.tensor.results import Results
 
 
-@dataclass(frozen=True)
-class Geometry:
+@dataclass(frozen=True, eq=False, repr=False)
+class Geometry(Results):
     """What fastsal knows about each of B examples.
 
     The logits of an example are Ψ and its input is x. Its prediction i* is the class of the highest logit, g_j is the gradient
@@ -26,6 +28,9 @@ class Geometry:
     passed. Alignments, offsets, homogeneities and the bound depend on where the origin of x is (a mean-centred input or not);
     `linearized_robustness` does not.
 
+    `len(geometry)` is B, and `geometry[k]` is example k, or those of a slice, a mask or indices. Iteration, `==`, `to(device)`,
+    `cpu()`, `save(path)` and `to_pandas()` work on the whole; `fastsal.load` reads what was saved, `fastsal.cat` joins several.
+
     Attributes:
         prediction: i*, int64: the lowest class among equals.
         runner_up: j*, int64: often not the second-highest logit; the lowest class among equals.
@@ -39,7 +44,8 @@ class Geometry:
         bound: α + ‖x‖_p · direction_gap + |β†| / ‖g†‖_q, which ρ̃ never exceeds.
         homogeneity: |⟨x, g⟩| / (|⟨x, g⟩| + |β|), from 0 to 1.
         binarized_homogeneity: |⟨x, g†⟩| / (|⟨x, g†⟩| + |β†|).
-        distances: (Ψ^{i*} − Ψʲ) / ‖g − g_j‖_q for every class, [B, n], +inf at i*; None where not every class was evaluated.
+        distances: (Ψ^{i*} − Ψʲ) / ‖g − g_j‖_q for every class, [B, n], +inf at i*; None, with a warning that says what gives
+            them, where not every class was evaluated.
         saliency: g, shaped like x, or None where it was not asked for.
         binarized_saliency: g†, likewise.
         method: How the runner-up was found: "exact", "certified" or "candidates".
@@ -71,6 +77,27 @@ class Geometry:
     certified: Tensor
     lower_bound: Tensor
     failure_probability: float
+
+    _shown: ClassVar = ("linearized_robustness", "alignment", "bound", "homogeneity", "vjps", "jvps", "certified")
+
+    def __post_init__(self) -> None:
+        if self.distances is None:
+            object.__delattr__(self, "distances")  # so that whoever asks comes to __getattr__
+
+    if not TYPE_CHECKING:
+
+        def __getattr__(self, name: str) -> None:
+            if name != "distances":
+                raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
+            why = (
+                "they were not kept"
+                if self.method == "exact"
+                else f"method={self.method!r} evaluates few of the classes"
+            )
+            warnings.warn(
+                f"distances: None, since {why}; analyze(model, x, method='exact') returns those of all classes",
+                stacklevel=2,
+            )
 
 
 class _KernelValues(torch.autograd.Function):
@@ -128,6 +155,14 @@ def margin_geometry(
         >>> result = fastsal.margin_geometry(logits, jacobian, x)
         >>> result.prediction.item(), result.runner_up.item(), round(result.linearized_robustness.item(), 4)
         (2, 0, 2.2361)
+
+        From a model, as long as the Jacobian of a batch fits into memory (`fastsal.analyze` streams it):
+
+        >>> from torch.func import jacrev, vmap
+        >>> model, x = torch.nn.Linear(2, 3), torch.randn(5, 2)
+        >>> jacobian = vmap(jacrev(lambda one: model(one.unsqueeze(0)).squeeze(0)))(x)  # jacrev(model)(x) is [B, n, B, *S]
+        >>> jacobian.shape, len(fastsal.margin_geometry(model(x), jacobian, x))
+        (torch.Size([5, 3, 2]), 5)
     """
     p = validation.norm(norm)
     validation.floating("x", x)  # which `validation.tensors` would let pass as None
@@ -145,7 +180,24 @@ def _geometry(logits: Tensor, jacobian: Tensor, x: Tensor, norm: float, backend:
         rows = reference.rows_of(jacobian, winners)
         recomputed = reference.two_row_scalars(logits.gather(1, winners), rows, x, norm)
         scalars = _KernelValues.apply(values, *(recomputed[key] for key in reference.SCALARS))
-    named = dict(zip(reference.SCALARS, scalars, strict=True))
+    return _filled(dict(zip(reference.SCALARS, scalars, strict=True)), prediction, runner_up, distances)
+
+
+def of_pair(logits: Tensor, pair: Tensor, x: Tensor, norm: float) -> Geometry:
+    """The same of two classes, the first of which is in the place of the predicted one, whatever its logit.
+
+    Args:
+        logits: Theirs, [B, 2].
+        pair: Their rows, [B, 2, D].
+        x: [B, D].
+        norm: The p of the perturbation.
+    """
+    named = {key: value.to(logits.dtype) for key, value in reference.two_row_scalars(logits, pair, x, norm).items()}
+    first = torch.zeros_like(logits[:, 0], dtype=torch.int64)
+    return _filled(named, first, first + 1, None)
+
+
+def _filled(named: dict[str, Tensor], prediction: Tensor, runner_up: Tensor, distances: Tensor | None) -> Geometry:
     none, robustness = torch.zeros_like(prediction), named["linearized_robustness"].detach()
     return Geometry(
         prediction=prediction,

@@ -1,18 +1,19 @@
 """The tensor level, all pairs: the linearised margin of every class against every other."""
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
 from fastsal import validation
 from fastsal.tensor import ops, reference
+from fastsal.tensor.results import Results
 
 
-@dataclass(frozen=True)
-class PairwiseMargins:
-    """All pairs of logits of B examples.
+@dataclass(frozen=True, eq=False, repr=False)
+class PairwiseMargins(Results):
+    """All pairs of logits of B examples, an object to work with as `Geometry` is.
 
     With the logits Ψ, their gradients g_j with respect to x, and q dual to the norm of the perturbation. Tensors are float64
     for float64 inputs and float32 for all others.
@@ -31,6 +32,9 @@ class PairwiseMargins:
     nearest_margin: Tensor
     nearest: Tensor
     alignment: Tensor | None
+
+    _axes: ClassVar = ("example", "class", "other")
+    _shown: ClassVar = ("margin", "distance", "nearest_margin")
 
 
 class _PairwiseMargins(torch.autograd.Function):

@@ -188,11 +188,14 @@ def rows_of(jacobian: Tensor, classes: Tensor) -> Tensor:
     return jacobian.gather(1, classes.unsqueeze(2).expand(-1, -1, jacobian.shape[2]))
 
 
-def predicted_margins(logits: Tensor) -> tuple[Tensor, Tensor]:
-    """The prediction i* (int64 [B], the lowest index among equals) and the margins m_j (float64 [B, n]) of logits [B, n]."""
-    prediction = logits.argmax(1)
+def margins(logits: Tensor, target: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """The target c (int64 [B]) and its margins m_j = Ψᶜ − Ψʲ (float64 [B, n]) over all classes, from logits [B, n].
+
+    Without a target it is the prediction i*, the class of the highest logit, the lowest index among equals.
+    """
+    own = logits.argmax(1) if target is None else target
     scores = logits.double()
-    return prediction, scores.gather(1, prediction.unsqueeze(1)) - scores
+    return own, scores.gather(1, own.unsqueeze(1)) - scores
 
 
 def nearest_other(ratio: Tensor, margin: Tensor, own: Tensor) -> Tensor:
@@ -267,7 +270,7 @@ def margin_geometry(
         The scalars (float64 [B] for every name in `SCALARS`), the prediction and the runner-up (int64 [B] each), and the
         distances m_j / ‖Δ_j‖_q (float64 [B, n], +inf at the prediction).
     """
-    prediction, margin = predicted_margins(logits)
+    prediction, margin = margins(logits)
     anchor = rows_of(jacobian, prediction.unsqueeze(1)).squeeze(1)
     ratio = ratios(margin, row_distances(anchor, jacobian, norm))
     runner_up = nearest_other(ratio, margin, prediction)

@@ -34,6 +34,9 @@ score = nn.Sequential(nn.Flatten(), nn.Linear(6, 1))
 softmax = nn.Sequential(nn.Flatten(), nn.Linear(6, 4), nn.Softmax(1))
 number = 3
 
+def untrained():
+    return nn.Sequential(nn.Flatten(), nn.Linear(6, 4))
+
 def broken():
     raise LookupError("no such\\nconfiguration")
 
@@ -50,11 +53,13 @@ class Late(nn.Linear):
         return super().forward(x.flatten(1))
 
 def failing():
+    torch.manual_seed(0)
     model = Late(6, 4)
     model.error = ArithmeticError("late")
     return model
 
 def interrupted():
+    torch.manual_seed(0)
     model = Late(6, 4)
     model.error = KeyboardInterrupt()
     return model
@@ -183,14 +188,14 @@ class TestAnalyze:
 
     def test_many_classes_hint(self, run):
         hint = "hint: --method certified"
-        assert hint in run(model="wide")[1]
-        assert hint in run(model="wide", norm="inf")[1]
-        for options in ({}, {"model": "wide", "method": "candidates"}, {"model": "wide", "norm": 1}):
+        assert hint in run(model="wide", method="exact")[1]
+        assert hint in run(model="wide", method="exact", norm="inf")[1]
+        for options in ({}, {"model": "wide"}, {"model": "wide", "method": "candidates"}, {"model": "wide", "norm": 1}):
             assert hint not in run(**options)[1]
 
     @pytest.mark.parametrize("norm", [2, "inf"])
     def test_certified(self, run, norm):
-        assert run(model="wide", norm=norm, out="exact.npz")[0] == 0
+        assert run(model="wide", norm=norm, method="exact", out="exact.npz")[0] == 0
         status, out, _ = run(model="wide", norm=norm, method="certified", out="certified.npz")
         assert (status, "certified: 23 of 23 examples" in out) == (0, True)
         with np.load("exact.npz") as exact, np.load("certified.npz") as certified:
@@ -203,6 +208,17 @@ class TestAnalyze:
         assert status == 0
         assert err.startswith("fastsal analyze: warning: logits: every row is non-negative and sums to 1")
         assert err.count("\n") == 1
+
+    def test_an_untrained_network_is_named(self, run, folder):
+        status, _, err = run(model="untrained")
+        assert status == 0
+        assert err == (
+            f"fastsal analyze: warning: --model {folder}:untrained: is untrained, with other weights each time it is made; "
+            "--weights FILE loads some\n"
+        )
+        torch.save(make(folder, "untrained")().state_dict(), "weights.pt")
+        for options in ({"model": "untrained", "weights": "weights.pt"}, {"model": "linear"}, {"model": "ready"}):
+            assert run(**options)[::2] == (0, "")
 
     def test_model_is_put_into_evaluation_mode(self, run, folder):
         with open(f"{folder}.py", "a") as file:
@@ -270,7 +286,7 @@ BAD = [
     ({"data": "cut.npy"}, "--data cut.npy: "),
     ({"data": "cut.npz"}, "--data cut.npz: BadZipFile"),
     ({"data": "flipped.npz"}, "--data flipped.npz: "),
-    ({"data": "."}, "--data .: IsADirectoryError"),
+    ({"data": "."}, "--data .: is a folder; the images in it are --data folder:."),
     ({"data": "numbers.npy"}, "--data numbers.npy: x is uint8, wants float16, float32 or float64"),
     ({"data": "complex.npy"}, "x is complex64"),
     ({"data": "scalar.npy"}, "x has shape (), wants [N, ...]"),
@@ -307,7 +323,13 @@ BAD = [
     ({"chunk_size": "many"}, "argument --chunk-size: got 'many'"),
     ({"backend": "abacus"}, "backend: got 'abacus', wants one of"),
     ({"device": "abacus"}, "--device abacus: RuntimeError"),
-    ({"nonsense": 1}, "--nonsense 1"),
+    ({"device": "cuda"}, f"--device cuda: torch {torch.__version__} finds no GPU (it is built "),
+    ({"nonsense": 1}, "unrecognized arguments: --nonsense 1 (see fastsal analyze --help)"),
+    ({"batchsize": 3}, "unrecognized arguments: --batchsize 3 (see fastsal analyze --help)"),
+    ({"keep": "distances"}, "--keep: --out out.csv is a file, wants a folder to lay arrays into"),
+    ({"keep": "alignment"}, "argument --keep: invalid choice: 'alignment'"),
+    ({"channels": 2}, "argument --channels: invalid choice: 2"),
+    ({"weights": "random"}, "is for timm:NAME and torchvision:NAME; leave it out, and your code decides"),
 ]
 
 
@@ -326,7 +348,7 @@ class TestBadInput:
         assert main(["analyze", *command]) == 2
         out, err = capsys.readouterr()
         assert out == ""
-        assert err.startswith("fastsal analyze: " if "nonsense" not in options else "fastsal: ")
+        assert err.startswith("fastsal analyze: ")
         assert message in err
         assert err.count("\n") == 1
         assert len(err) < 900

@@ -29,6 +29,10 @@ def net(inputs=12):
 def pixels():
     return net(3 * 16 * 16)
 
+def grey():
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Conv2d(1, 2, 3), nn.Flatten(), nn.Linear(2 * 14 * 14, 3))
+
 class Careful(nn.Module):
     def __init__(self):
         super().__init__()
@@ -179,7 +183,8 @@ class TestImages:
     @pytest.mark.parametrize(
         ("names", "y", "note"),
         [
-            (("b.png", "a.jpg", "c.txt.webp"), None, None),
+            (("b.png", "a.jpg", "c.txt.webp"), None, "true classes: unknown, since not all images lie in folders of"),
+            (("0/b.png", "a.jpg"), None, "true classes: unknown, since not all images lie in folders of their class"),
             (("2/b.png", "0/c.png", "2/a.gif"), [0, 2, 2], "true classes: the numbers that name the 2 folders"),
             (("dog/b.png", "ant/c.png", "cat/x/y.png"), [0, 1, 2], "true classes: the 3 folders in alphabetical order"),
             (
@@ -198,8 +203,21 @@ class TestImages:
         found = shards.read(shards.shards(__import__("pathlib").Path("results")))
         assert found["name"].tolist() == sorted(names)
         assert ("y" not in found) if y is None else (found["y"].tolist() == y)
-        assert note in out if note else "true classes" not in out
+        assert note in out
         assert "examples of shape (3, 16, 16), 3 classes" in out
+
+    def test_grey_levels(self, run, photographs, tmp_path):
+        photographs("a.png", "b.png")
+        options = {"model": "grey", "data": "folder:photos", "image_size": 16}
+        status, out, err = run(**options)
+        assert (status, out, err.endswith(":grey: takes images of one channel: --channels 1\n")) == (2, "", True)
+        status, out, err = run(**options, channels=1)
+        assert (status, err, "examples of shape (1, 16, 16), 3 classes" in out) == (0, "", True)
+        x = inputs.Square(16, 1)(Image.open(tmp_path / "photos" / "b.png"))  # grey already
+        middle = (
+            Image.open(tmp_path / "photos" / "b.png").resize((23, 16), Image.Resampling.BICUBIC).crop((3, 0, 19, 16))
+        )
+        assert torch.equal(x[0], torch.from_numpy(np.asarray(middle) / np.float32(255)))
 
     def test_a_torn_image_is_named(self, run, photographs, tmp_path):
         photographs("a.png", "b.jpg", "c.png")
@@ -236,7 +254,10 @@ class TestImages:
             ({"image_size": 0}, "argument --image-size: got '0', wants a whole number from 1"),
             ({"workers": -1}, "argument --workers: got '-1', wants a whole number from 0"),
             ({"save_every": -1}, "argument --save-every: got '-1', wants a number from 0"),
-            ({"weights": "random"}, "--weights random: is for timm:NAME and torchvision:NAME"),
+            (
+                {"weights": "random"},
+                "--weights random: is for timm:NAME and torchvision:NAME; leave it out, and your code",
+            ),
             ({"mean": "1 2", "std": "1 2 3"}, "--std: got 3 numbers, wants as many as --mean, 2"),
             ({"std": "0"}, "--std: got 0, wants what to divide by"),
         ],
@@ -319,6 +340,7 @@ class TestNetworksByName:
             ({"model": "timm:resnet19"}, "--model timm:resnet19: RuntimeError: Unknown model (resnet19)"),
             ({"mean": "1"}, "--mean, --std: torchvision:resnet18 brings its own normalisation"),
             ({"image_size": 3}, "--image-size: torchvision:resnet18 brings its own"),
+            ({"channels": 1}, "--channels: torchvision:resnet18 brings its own"),
             ({"weights": "missing.pt"}, "--weights missing.pt: FileNotFoundError"),
         ],
     )
@@ -333,6 +355,16 @@ class TestNetworksByName:
         monkeypatch.setitem(sys.modules, "timm", None)
         status, _, err = run(model="timm:resnet18")
         assert (status, err.endswith("; pip install timm\n"), err.count("\n")) == (2, True, 1)
+
+        def lacking(name):
+            raise ModuleNotFoundError("No module named 'torchvision'", name="torchvision")
+
+        monkeypatch.setattr(files.importlib, "import_module", lacking)
+        status, _, err = run(model="timm:resnet18")
+        assert (status, "timm cannot be imported: No module named 'torchvision'; pip install torchvision" in err) == (
+            2,
+            True,
+        )
 
         def broken(name):
             raise RuntimeError("operator torchvision::nms does not exist")

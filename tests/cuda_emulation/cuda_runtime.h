@@ -53,6 +53,8 @@ inline dim3 threadIdx, blockIdx, blockDim, gridDim;
 
 namespace emulation {
 
+inline unsigned threads() { return blockDim.x * blockDim.y; }
+
 constexpr unsigned kWarp = 32;
 constexpr size_t kStackBytes = 128 * 1024;
 
@@ -110,7 +112,7 @@ inline void enter() {
 inline void resume(unsigned thread) {
   Fiber& fiber = block.fibers[thread];
   block.current = thread;
-  threadIdx = dim3(thread);
+  threadIdx = dim3(thread % blockDim.x, thread / blockDim.x);
   fiber.waits_for = nullptr;
   if (_setjmp(block.scheduler)) return;
   if (fiber.started) _longjmp(fiber.state, 1);
@@ -147,11 +149,11 @@ inline void run_block(unsigned threads, bool reverse) {
 // Every lane of the warp gives a value and sees those of all.
 inline const uint64_t* exchange(uint64_t value) {
   const unsigned thread = block.current, warp = thread / kWarp, first = warp * kWarp;
-  if (first + kWarp > blockDim.x) fail("an exchange in a warp that is not full");
+  if (first + kWarp > threads()) fail("an exchange in a warp that is not full");
   for (unsigned lane = 0; lane < kWarp; ++lane) {
     if (block.fibers[first + lane].done) fail("an exchange with a lane that has left");
   }
-  uint64_t* turn = block.slots.data() + (block.warps[warp].generation % 2) * blockDim.x + first;
+  uint64_t* turn = block.slots.data() + (block.warps[warp].generation % 2) * threads() + first;
   turn[thread - first] = value;
   wait(block.warps[warp], kWarp);
   return turn;
@@ -166,8 +168,10 @@ inline void emulated_unwritten(void* shared, size_t bytes) {
 
 inline void __syncthreads() {
   if (emulation::block.finished) emulation::fail("a barrier after a thread has left");
-  emulation::wait(emulation::block.all, blockDim.x);
+  emulation::wait(emulation::block.all, emulation::threads());
 }
+
+inline void __syncwarp() { emulation::exchange(0); }
 
 template <class V>
 V __shfl_xor_sync(unsigned, V value, int distance) {
@@ -207,7 +211,7 @@ cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t* config, void (*kernel)(
   emulation::block.body = [=] { kernel(arguments...); };
   for (unsigned i = 0; i < gridDim.x; ++i) {
     blockIdx = dim3(reverse ? gridDim.x - 1 - i : i);
-    emulation::run_block(blockDim.x, reverse);
+    emulation::run_block(emulation::threads(), reverse);
   }
   return cudaSuccess;
 }

@@ -13,8 +13,10 @@ from evaluation.small import BATCH, Items, N, assert_same, evaluate, table
 from torch.utils.data import TensorDataset
 
 import fastsal
-from fastsal.evaluation import shards
-from fastsal.evaluation.evaluate import in_memory
+from fastsal.evaluation import batches as batches_module
+from fastsal.evaluation import shards, sharing
+from fastsal.evaluation.batches import Analysis, Batches
+from fastsal.evaluation.evaluate import _options, in_memory
 from fastsal.evaluation.tables import MISSING
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -58,7 +60,7 @@ class TestTable:
         assert found["error"].null_count == N
         about = json.loads(found.schema.metadata[b"fastsal"])
         assert (about["shape"], about["classes"], about["torch"]) == ([2, 3], 4, torch.__version__)
-        assert about["made_from"]["method"] == "Exact(head=None, memory_limit=1073741824)"
+        assert about["made_from"]["method"] == "Auto()"
         assert sorted(path.name for path in tmp_path.iterdir() if path.suffix) == [
             f"examples-{start:09}-{min(start + BATCH, N) - 1:09}.parquet" for start in range(0, N, BATCH)
         ]
@@ -114,7 +116,7 @@ class TestArguments:
     @pytest.mark.parametrize(
         ("options", "message"),
         [
-            ({"batch_size": 0}, "batch_size: got 0, wants an integer >= 1"),
+            ({"batch_size": 0}, "batch_size: got 0, wants None or an integer >= 1"),
             ({"save_every": -1}, "save_every: got -1, wants seconds from 0"),
             ({"save_every": math.nan}, "save_every: got nan"),
             ({"norm": 3}, "norm: got 3"),
@@ -156,3 +158,128 @@ class TestArguments:
         monkeypatch.setitem(__import__("sys").modules, "pyarrow.parquet", None)
         with pytest.raises(ImportError, match=r"pip install 'fastsal\[dataset\]'"):
             evaluate(model, data, tmp_path)
+
+
+class TestKept:
+    def test_arrays_are_those_of_analyze(self, model, data, x, tmp_path):
+        keep = ["saliency", "distances", "binarized_saliency"]
+        evaluate(model, data, tmp_path, keep=keep)
+        want = fastsal.cat(fastsal.analyze(model, part, keep_saliency=True) for part in x.split(BATCH))
+        assert fastsal.load(tmp_path) == want
+        shards.shards(tmp_path)[3].unlink()
+        model.calls = 0
+        evaluate(model, data, tmp_path, keep=keep)
+        assert 0 < model.calls < 10
+        assert fastsal.load(tmp_path) == want
+        evaluate(model, data, tmp_path / "one", keep=keep, save_every=1e6)
+        assert fastsal.load(tmp_path / "one") == want
+
+    def test_a_bad_example_is_nan_in_them(self, model, data, x, tmp_path):
+        model.hated = x.flatten(1)[10, :1].clone()
+        with pytest.warns(UserWarning, match="example 10"):
+            evaluate(model, data, tmp_path, keep=["distances", "saliency"])
+        found = fastsal.load(tmp_path)
+        rows = found.distances.isnan().all(1), found.saliency.isnan().flatten(1).all(1), found.prediction == -1
+        assert [row.nonzero().tolist() for row in rows] == [[[10]]] * 3
+        assert found.binarized_saliency is None
+
+    def test_distances_make_auto_exact(self, x, tmp_path):
+        torch.manual_seed(0)
+        many = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(6, 150), torch.nn.Tanh())
+        assert evaluate(many, x[:9], tmp_path / "a", keep=["distances"]).method == "exact"
+        assert evaluate(many, x[:9], tmp_path / "b", keep=["saliency"]).method == "certified"
+        assert fastsal.load(tmp_path / "a").distances.shape == (9, 150)
+        with pytest.warns(UserWarning, match="distances: None, since method='certified'"):
+            assert fastsal.load(tmp_path / "b").distances is None
+
+    @pytest.mark.parametrize(
+        ("options", "message"),
+        [
+            (
+                {"keep": "distances"},
+                "keep: got 'distances', wants some of ['distances', 'saliency', 'binarized_saliency']",
+            ),
+            ({"keep": ["alignment"]}, "keep: got 'alignment', wants some of"),
+            ({"keep": ["distances"], "method": "certified"}, "keep: got 'distances' with method='certified', wants"),
+        ],
+    )
+    def test_what_cannot_be_kept(self, model, data, tmp_path, options, message):
+        with pytest.raises(ValueError, match=re.escape(message)):
+            evaluate(model, data, tmp_path / "out", **options)
+        assert not (tmp_path / "out").exists()
+
+    def test_arrays_without_their_shard_are_removed(self, model, data, tmp_path):
+        evaluate(model, data, tmp_path, keep=["distances"])
+        for name in ("distances-000000000-000000099.npy", ".distances-000000000-000000007.npy.3.tmp"):
+            (tmp_path / name).write_bytes(b"")
+        evaluate(model, data, tmp_path, keep=["distances"])
+        arrays = sorted(path.name for path in tmp_path.iterdir() if "distances" in path.name)
+        assert arrays == [path.name.replace("examples", "distances")[:-7] + "npy" for path in shards.shards(tmp_path)]
+
+
+class TestBatches:
+    @pytest.mark.parametrize(
+        ("n", "shape", "options", "size"),
+        [
+            (4, (6,), {}, 64),
+            (1000, (3, 64, 64), {}, 64),
+            (1000, (3, 224, 224), {}, 8),
+            (1000, (3, 224, 224), {"method": "exact"}, 1),
+            (1000, (3, 224, 224), {"norm": 1}, 1),
+            (1000, (3, 64, 64), {"method": "exact"}, 10),
+            (10, (3, 224, 224), {"method": "exact"}, 64),
+        ],
+    )
+    def test_are_smaller_where_passes_are_many_and_examples_large(self, n, shape, options, size):
+        batches = Batches(torch.zeros(1, *shape), 0)
+        Analysis(lambda x: x.flatten(1)[:, :1].expand(-1, n), batches, None, _options(**options))
+        assert batches.size == size
+
+    def test_belong_to_the_results(self, model, x, tmp_path, monkeypatch):
+        fastsal.evaluate(model, x, tmp_path)
+        model.calls = 0
+        fastsal.evaluate(model, x, tmp_path)
+        assert model.calls == 1  # of the first example
+        monkeypatch.setattr(batches_module, "BATCH", 16)
+        with pytest.raises(ValueError, match="batch_size was 64, is 16"):
+            fastsal.evaluate(model, x, tmp_path)
+
+    def test_progress_within_a_batch(self, model, data, tmp_path, monkeypatch):
+        shown = []
+        monkeypatch.setattr(sharing.Bar, "reach", lambda self, done: shown.append(done))
+        evaluate(model, data, tmp_path, batch_size=40, chunk_size=1)
+        assert shown == [10, 20, 30, 40, 40, 41, 42, 43, 45, 45]
+
+
+class TestAsked:
+    """A layer, some classes, and the margins of the labels."""
+
+    def problem(self):
+        torch.manual_seed(0)
+        model = torch.nn.Sequential(torch.nn.Linear(6, 9), torch.nn.Tanh(), torch.nn.Linear(9, 5)).double()
+        x, y = torch.randn(23, 6, dtype=torch.float64), torch.randint(5, (23,))
+        return model, x, y, torch.utils.data.TensorDataset(x, y)
+
+    def test_equal_to_analyze(self, tmp_path):
+        model, x, y, data = self.problem()
+        classes = torch.tensor([True, True, False, True, True])
+        options = {"layer": "0", "classes": classes}
+        summary = fastsal.evaluate(model, data, tmp_path / "out", batch_size=5, target="y", **options)
+        found, want = fastsal.load(tmp_path / "out"), fastsal.analyze(model, x, target=y, **options)
+        for name in ("linearized_robustness", "runner_up", "prediction", "alignment"):
+            torch.testing.assert_close(getattr(found, name), getattr(want, name))
+        least = want.linearized_robustness.argsort()[:3].tolist()
+        assert [one.index for one in summary.least_robust[:3]] == least
+        assert (want.linearized_robustness < 0).any()
+        for others in ({"layer": "1"}, {"classes": ~classes | classes}, {"layer": None}):
+            with pytest.raises(ValueError, match=next(iter(others))):
+                fastsal.evaluate(model, data, tmp_path / "out", batch_size=5, target="y", **(options | others))
+
+    def test_errors(self, tmp_path):
+        model, x, _, data = self.problem()
+        with pytest.raises(ValueError, match="target: got 'label', wants 'y'"):
+            fastsal.evaluate(model, data, tmp_path / "a", target="label")
+        with pytest.raises(ValueError, match="target: got 'y', wants data of"):
+            fastsal.evaluate(model, x, tmp_path / "b", target="y")
+        with pytest.raises(ValueError, match="keep: got saliency maps with a layer"):
+            fastsal.evaluate(model, data, tmp_path / "c", layer="0", keep=["saliency"])

@@ -41,10 +41,10 @@ def test_does_what_is_missing_only(model, data, tmp_path):
 @pytest.mark.parametrize(
     ("change", "named"),
     [
-        (lambda o: o["model"].layers[1].weight.data[0].mul_(1 + 1e-6), ["model"]),
-        (lambda o: o["model"].register_buffer("running", torch.zeros(1)), ["model"]),
+        (lambda o: o["model"].layers[1].weight.data[0].mul_(1 + 1e-6), ["parameters"]),
+        (lambda o: o["model"].register_buffer("running", torch.zeros(1)), ["parameters"]),
         (lambda o: o["model"].layers.__setitem__(2, nn.ReLU()), ["model"]),
-        (lambda o: o["model"].double(), ["model"]),
+        (lambda o: o["model"].double(), ["parameters"]),
         (lambda o: o.update(data=TensorDataset(o["data"].tensors[0] + 1e-6, o["data"].tensors[1])), ["data"]),
         (lambda o: o.update(data=TensorDataset(o["data"].tensors[0], o["data"].tensors[1] + 1)), ["data"]),
         (lambda o: o.update(data=TensorDataset(*(t[:-1] for t in o["data"].tensors))), ["data", "examples"]),
@@ -55,6 +55,7 @@ def test_does_what_is_missing_only(model, data, tmp_path):
         (lambda o: o.update(batch_size=BATCH + 1), ["batch_size"]),
         (lambda o: o.update(chunk_size=3), ["chunk_size"]),
         (lambda o: o.update(backend="reference"), ["backend"]),
+        (lambda o: o.update(keep=["distances"]), ["keep", "method"]),
     ],
 )
 def test_another_thing_is_refused_and_named(model, data, tmp_path, change, named):
@@ -64,8 +65,21 @@ def test_another_thing_is_refused_and_named(model, data, tmp_path, change, named
     change(options)
     with pytest.raises(ValueError, match=r"out: .* holds results of something else: ") as error:
         evaluate(**options, out=tmp_path)
-    assert re.findall(r"(\w+) was .+?, is ", str(error.value)) == named
+    assert re.findall(r"(\w+) (?:was .+?, is|differ in) ", str(error.value)) == named
     assert_same(table(tmp_path), before)
+
+
+def test_the_parameters_that_changed_are_named(model, data, tmp_path):
+    evaluate(model, data, tmp_path)
+    for name in ("layers.3.bias", "layers.1.weight"):
+        changed = copy.deepcopy(model)
+        dict(changed.named_parameters())[name].data.add_(1)
+        with pytest.raises(ValueError, match=rf"something else: parameters differ in {name}; wants"):
+            evaluate(changed, data, tmp_path)
+    with pytest.raises(
+        ValueError, match=r"differ in layers.1.weight, layers.1.bias, layers.3.weight and 1 more; wants"
+    ):
+        evaluate(model.double(), data, tmp_path)
 
 
 def test_another_version_or_precision_is_refused(model, data, tmp_path, monkeypatch):

@@ -274,10 +274,13 @@ class TestErrors:
             binarized.attribute(x.long())
         with pytest.raises(ValueError, match="in training mode"):
             MarginSaliency(nn.Sequential(nn.Dropout(0.5), nn.Linear(3, 2)), binarized=True).attribute(torch.randn(2, 3))
-        many = torch.randn(300, 3, dtype=torch.bfloat16)
-        with pytest.raises(
-            ValueError, match="additional_forward_args: got tensors of 300 examples, too many to count in"
-        ):
-            MarginSaliency(lambda z, s: z * s, binarized=True).attribute(
-                many, additional_forward_args=torch.ones(300, 1)
-            )
+
+    def test_many_examples_of_low_precision(self):
+        """What belongs to the examples is cut with them, however many there are."""
+        many, scale = torch.randn(300, 3, dtype=torch.bfloat16), torch.ones(300, 1, dtype=torch.bfloat16)
+        scale[7] = -2.0
+        binarized = MarginSaliency(lambda z, s: z * s, binarized=True)
+        found = binarized.attribute(many, abs=False, additional_forward_args=scale)
+        alone = binarized.attribute(many[7:8], abs=False, additional_forward_args=scale[7:8])
+        assert torch.equal(found[7:8], alone)
+        assert alone.abs().sum() == 4.0

@@ -11,6 +11,7 @@ from torch import nn
 
 from fastsal import Certified, Exact, analyze
 from fastsal.model import traced
+from fastsal.model.function import Function
 from fastsal.model.linearization import linearize
 from fastsal.model.products import ModelPasses
 from tests.networks import MODELS, CountedOperations, dense, make
@@ -100,9 +101,9 @@ def eager(monkeypatch):
     made = []
     right = traced.Trace.__init__
 
-    def counted(self, model, x):
-        right(self, model, x)
-        made.append(type(model))
+    def counted(self, function, *given):
+        right(self, function, *given)
+        made.append(type(function.model))
 
     monkeypatch.setattr(traced, "PAYS", 0)
     monkeypatch.setattr(traced.Trace, "__init__", counted)
@@ -120,6 +121,12 @@ def equals_exact(model, x):
     return torch.equal(found.runner_up, exact.runner_up)
 
 
+def trace(model, x):
+    """The logits and the products of a trace at x."""
+    function = Function(model, x)
+    return traced.Trace(function, x[:1]).at(function, x)
+
+
 class TestValues:
     @pytest.mark.parametrize("name", [*MODELS, "score", "stored"])
     def test_products_equal_the_jacobian_s(self, name):
@@ -129,7 +136,7 @@ class TestValues:
             model, x = make(name, torch.float64)
         with linearize(model, x) as graph:
             logits, rows = graph.logits, graph.rows(torch.arange(graph.logits.shape[1]).unsqueeze(1).expand(-1, 6))
-        own, products = traced.Trace(model, x[:1]).at(model, x)
+        own, products = trace(model, x)
         torch.testing.assert_close(own, logits, rtol=1e-12, atol=1e-13)
         for examples, count in (([0, 1, 2, 3, 4, 5], 3), ([1, 4], 2), ([5], 4), ([2], 1), ([0, 3], 1)):
             chosen = np.array(examples)
@@ -141,7 +148,7 @@ class TestValues:
 
     def test_logits_have_the_bits_and_products_the_values_of_torch(self):
         model, x = make("cnn with batchnorm")
-        logits, products = traced.Trace(model, x[:1]).at(model, x)
+        logits, products = trace(model, x)
         direction = torch.randn_like(x[:1])
         for example in range(len(x)):
             one = x[example : example + 1]
@@ -175,7 +182,7 @@ class TestValues:
                 nn.init.uniform_(module.running_var, 0.5, 2.0)
                 nn.init.uniform_(module.weight, -2.0, 2.0)
         x = torch.randn(3, 4, *[9] * dims, dtype=torch.float64)
-        _, products = traced.Trace(model, x[:1]).at(model, x)
+        _, products = trace(model, x)
         directions = torch.randn(2, *x.shape, dtype=torch.float64)
         got = products.jvp(np.arange(3), directions)
         want = [torch.func.jvp(model, (x,), (direction,))[1] for direction in directions]
@@ -191,7 +198,7 @@ class TestValues:
         model, x = make("cnn with batchnorm")
         with CountedOperations() as eager:
             torch.func.jvp(lambda v: model(v.clone()), (x[:1],), (x[:1],))
-        _, products = traced.Trace(model, x[:1]).at(model, x)
+        _, products = trace(model, x)
         with CountedOperations() as operations:
             products.jvp(np.array([0]), x[:1].unsqueeze(0))
         assert operations["aten.convolution.default"] == 2
@@ -217,7 +224,7 @@ class TestValues:
 
         model = Taken()
         x = torch.rand(3, 2, dtype=torch.float64)
-        _, products = traced.Trace(model, x[:1]).at(model, x)
+        _, products = trace(model, x)
         directions = torch.randn(2, 3, 2, dtype=torch.float64)
         want = torch.einsum("end,ked->ken", dense(model, x)[1], directions.flatten(2))
         torch.testing.assert_close(products.jvp(np.arange(3), directions), want)
@@ -312,7 +319,7 @@ class TestWhatCannotBeTraced:
         """vmap gets the traced form of this wrong; the products come from forward mode, and are right."""
         x = torch.randn(6, 5, dtype=torch.float64)
         with pytest.raises(traced.UntraceableError, match="as_strided"):
-            traced.Trace(Written(), x[:1])
+            trace(Written(), x)
         with linearize(Written(), x) as graph:
             directions = torch.randn(6, 3, 5, dtype=torch.float64)
             got = ModelPasses(graph, np.arange(6), None).jvp(np.arange(6), directions)
@@ -366,7 +373,7 @@ class TestWhatCannotBeTraced:
         model, x = Keeping().eval().requires_grad_(False), torch.randn(3, 30)
         assert equals_exact(model, x)
         model.kept = None
-        traced.Trace(model, x[:1])
+        trace(model, x)
         assert model.kept is None
         assert len(eager) == 2
         assert not torch._is_functional_tensor(model(x))

@@ -11,33 +11,18 @@ from fastsal.devices import take, to_device, to_host
 from fastsal.tensor import ops
 
 
-def widened(
-    known: Tensor, sums: Tensor, eta: Tensor, own: Tensor, typical: Tensor, count: int, quantile: Tensor
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Upper bounds of the squared Euclidean norms of the known part of Δ_j and of the rest, and the slack of Δ_j: [e, n] each.
+def widened(known: Tensor, rest: Tensor, gain: Tensor, error: Tensor) -> tuple[Tensor, Tensor]:
+    """Upper bounds of the squared norms of the known part of Δ_j and of the rest, if products are off by `error`: [e, n] each.
 
-    The second one, of a class that is fixed beforehand, fails with the quantile's probability. Without rounding these are the
-    known part itself and S_j / quantile. The products of class j may be off by η times the larger of ‖g_j‖ and `typical`. Since
-    ‖g_j‖ ≤ ‖g_{i*}‖ + ‖Δ_j‖, that is an inequality for ‖Δ_j‖, whose largest solution gives the slack (docs/certified.md,
-    "Rounding"); where there is none, the bounds are infinite.
+    That is in norm in the basis, and in the root mean square along all pilot probes and probes; docs/certified.md, "Rounding".
 
     Args:
-        known: The squared norm of the known part of Δ_j, [e, n].
-        sums: S_j, the sum of the squares of the products of Δ_j with the probes, [e, n].
-        eta: η, [e].
-        own: ‖g_{i*}‖ of the predicted class, [e].
-        typical: The size from which on errors grow with a gradient, [e].
-        count: How many probes have been drawn.
-        quantile: The lower quantile of χ²_count, [e, 1].
+        known: The squared norm of the components of Δ_j, [e, n].
+        rest: S_j / x, by its products with the probes and the quantile x, [e, n].
+        gain: √(number of pilot probes and probes / x), what an error along probes is multiplied with, [e, n].
+        error: Euclidean, [e, n].
     """
-    eta, own, typical = eta.unsqueeze(1), own.unsqueeze(1), typical.unsqueeze(1)
-    gain, least = eta * (1 + count / quantile).sqrt(), torch.maximum(own, typical)
-    start = (known + sums / quantile).sqrt() + gain * least
-    length = torch.maximum((start + gain * own) / (1 - gain), start + gain * typical)
-    length = torch.where(gain < 1, length, math.inf)
-    slack = eta * (torch.maximum(length + own, typical) + least)
-    slack = torch.where(eta == 0, 0.0, slack)  # not 0 · inf
-    return (known.sqrt() + slack).square(), (sums.sqrt() + math.sqrt(count) * slack).square() / quantile, slack
+    return (known.sqrt() + error).square(), (rest.sqrt() + gain * error).square()
 
 
 class Euclidean:
@@ -86,6 +71,18 @@ class Euclidean:
         """
         return (known + rest).sqrt()
 
+    def tolerance(
+        self, e: np.ndarray, known: Tensor, rest: Tensor, gain: Tensor, limit: Tensor, most: Tensor
+    ) -> Tensor:
+        """The largest `error`, up to `most`, for which `upper` of what `widened` gives is no more than a limit, [e, n].
+
+        Below 0 or NaN where there is none. Here a root of a quadratic equation, written so that nothing cancels.
+        """
+        length, out = known.sqrt(), rest.sqrt()
+        room, half = limit.square() - known - rest, length + gain * out
+        root = (half.square() + (1 + gain.square()) * room).clamp(min=0.0).sqrt()
+        return torch.where(limit == math.inf, most, torch.minimum(room / (half + root), most))
+
     def expected(self, e: np.ndarray, known: Tensor, rest: Tensor) -> Tensor:
         """What `upper` will say."""
         return (known + rest).sqrt()
@@ -115,6 +112,7 @@ class Summed(Euclidean):
     AT_ONCE = 4  # `likely` is a guess
     FLOOR = 0.2  # of w², in units of its mean: a coordinate that matters to no early class may matter to another
     TILE = 1 << 22  # entries of known parts at a time
+    HALVINGS = 20  # in the search for a tolerance
 
     def __init__(self, logits: Tensor, dimension: int, backend: str) -> None:
         self._backend, self._root = backend, math.sqrt(dimension)
@@ -171,6 +169,22 @@ class Summed(Euclidean):
         return self._bound(
             known, rest, (take(self._sums, e) + self._root * slack) / (self._root * known.sqrt()) + 2.0**-40
         )
+
+    def tolerance(
+        self, e: np.ndarray, known: Tensor, rest: Tensor, gain: Tensor, limit: Tensor, most: Tensor
+    ) -> Tensor:
+        def fits(error: Tensor) -> Tensor:
+            return self.upper(e, *widened(known, rest, gain, error), error) <= limit
+
+        # `upper` is at least √D times the error.
+        low, high = torch.zeros_like(most), torch.minimum(limit / self._root, most)
+        low, none = torch.where(fits(high), high, low), ~fits(low)
+        if to_host(((low < high) & ~none).any())[0]:
+            for _ in range(self.HALVINGS):
+                middle = (low + high) / 2
+                fit = fits(middle)
+                low, high = torch.where(fit, middle, low), torch.where(fit, high, middle)
+        return torch.where(none, -1.0, low)
 
     def expected(self, e: np.ndarray, known: Tensor, rest: Tensor) -> Tensor:
         return self._bound(known, rest, self._cosine(e, known))

@@ -14,7 +14,8 @@ from fastsal.methods.certified.state import State
 from fastsal.methods.mixtures import mixture, stream
 
 SPARE = 8.0  # η in units of the largest disagreement that was seen
-UNSTABLE = 0.3  # slack from which on bounds say nothing
+UNSTABLE = 0.3  # η from which on bounds say nothing
+STRICT = 4.0  # the least error that the check is to see, in units of what it sees if all classes count the same
 
 
 class Rounding:
@@ -56,15 +57,15 @@ class Rounding:
         state = self._state
         seen = self.row_gap(e, take(state.early, e), take(state.early_rows, e))
         self.eta[state.on_device(e)] = torch.maximum(take(self.eta, e), SPARE * seen)
-        trusted = (self.slack(e) <= UNSTABLE) & ~seen.isnan()
+        trusted = take(self.eta, e) <= UNSTABLE
         self._note(e, ~trusted, seen)
         usable: np.ndarray = to_host(trusted)[0] > 0
         return usable
 
-    def slack(self, e: np.ndarray) -> Tensor:
-        """How far products may be off, [e], relative to the size of a gradient: as far as `verify` would not notice."""
-        slack: Tensor = take(self.eta, e) * torch.linalg.vector_norm(self._weights)
-        return slack
+    def errors(self, e: np.ndarray) -> tuple[Tensor, Tensor]:
+        """How far rounding lets the products of each class be off at most, [e, n], and those of the predicted class, [e, 1]."""
+        eta, own, typical = (take(value, e).unsqueeze(1) for value in (self.eta, self.own, self.typical))
+        return eta * torch.maximum(self.sizes(e), typical), eta * torch.maximum(own, typical)
 
     def compare(self, e: np.ndarray) -> None:
         """Compares one JVP along a random combination of all directions so far with the combination of their products."""
@@ -76,8 +77,7 @@ class Rounding:
         inside, outside = combination[:, : basis.rank], combination[:, basis.rank :] / math.sqrt(state.passes.dimension)
         products = state.products(e, inside @ take(basis.directions, e) + outside @ basis.pilot_probes)
         expected = inside @ take(basis.components, e) + outside @ take(basis.pilot_products, e)
-        slack = take(self.eta, e).unsqueeze(1) * torch.maximum(self.sizes(e), take(self.typical, e).unsqueeze(1))
-        self.inconsistent[state.on_device(e)] = (products - expected).squeeze(1).abs() > slack
+        self.inconsistent[state.on_device(e)] = (products - expected).squeeze(1).abs() > self.errors(e)[0]
 
     def check(self, e: np.ndarray, seen: Tensor) -> None:
         """Takes their bounds from the examples whose rows and products disagree by `seen` [e], if that is more than η or NaN.
@@ -93,20 +93,57 @@ class Rounding:
         worst = torch.maximum(take(self.disagreement, e), seen.nan_to_num(math.inf))
         self.disagreement[self._state.on_device(e)] = torch.where(bad, worst, take(self.disagreement, e))
 
-    def verify(self, e: np.ndarray) -> None:
-        """Compares a mixture of the rows that were not evaluated with the same mixture of the products, over all directions.
+    def tolerances(self, e: np.ndarray, target: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """How far the products of each class may be off if its ratio is to be no less than `target` [e], and what shows more.
 
-        Each class counts in units of what its products may be off by; one that is off by more than `slack` shows.
+        Returns:
+            The tolerances, [e, n], +inf for the classes that are settled; their shares of a mixture, [e, n]: the weight times
+            what an honest class is off by, over the tolerance, squared; and the mixture that each belongs to, int64 [e, n].
+            A share above 1/2 (or NaN) means that rounding hides whether a class keeps its tolerance. The other shares in a
+            mixture add up to 1 at most, so that it shows an error of any one class that is above the tolerance.
         """
-        state = self._state
-        weights = torch.where(take(state.seen, e), 0.0, self._weights)
-        sizes = torch.maximum(self.sizes(e), take(self.typical, e).unsqueeze(1))
-        largest = sizes.amax(
-            1, keepdim=True
-        )  # no cotangent is below 1, so that what overflows for a class alone does here
-        cotangents = (weights * largest / sizes).unsqueeze(1).to(state.passes.logits.dtype)
-        rows, size = state.mixtures(e, cotangents), largest * torch.linalg.vector_norm(weights, dim=1, keepdim=True)
+        state, probes = self._state, self._probes
+        unseen, honest, own = ~take(state.seen, e), *self.errors(e)
+        weights = torch.where(unseen, self._weights, 0.0)
+        # No class needs to tolerate more: if all did, their shares would add up to 1 / STRICT².
+        most = STRICT * honest * torch.linalg.vector_norm(weights, dim=1, keepdim=True)
+        known = state.differences(e, take(self._basis.components, e)).square().sum(1)
+        gain = ((state.on_device(probes.drawn[e]) + PILOT_PROBES).unsqueeze(1) / take(state.quantile, e)).sqrt()
+        limit = take(state.margin, e) / (target * take(state.unit, e)).unsqueeze(1)
+        limit = torch.where(target.unsqueeze(1) <= 0, math.inf, limit)  # only classes above the target are
+        tolerance = state.norm.tolerance(e, known, take(state.rest, e), gain, limit, most + own) - own
+        share = torch.where(tolerance > 0, (weights * honest / tolerance).square(), torch.where(unseen, math.inf, 0.0))
+        half = share.clamp(max=0.5)
+        mixture = torch.where(unseen, 2 * (half.cumsum(1) - half), 0.0).long()
+        return torch.where(unseen, tolerance, math.inf), share, mixture
+
+    def verify(self, e: np.ndarray, tolerance: Tensor, mixture: Tensor, number: np.ndarray) -> None:
+        """Compares mixtures of the rows that were not evaluated with the same mixtures of the products, over all directions.
+
+        Each class weighs a random number over its tolerance; one that is off by more shows. There are `number` mixtures, [e].
+        """
+        dtype = self._state.passes.logits.dtype
+        for which in range(number.max(initial=0)):
+            some = np.flatnonzero(number > which)
+            tolerances, here = take(tolerance, some), take(mixture, some) == which
+            here &= tolerances < math.inf
+            weights = torch.where(here, self._weights / tolerances, 0.0)
+            # No cotangent is below 1, so that what overflows for a class alone does here, but none overflows of itself.
+            largest = torch.where(here, tolerances, 0.0).amax(1, keepdim=True)
+            weights *= largest.clamp(max=4 * math.sqrt(torch.finfo(dtype).max) / weights.abs().amax(1, keepdim=True))
+            self._compare_mixture(e[some], weights.unsqueeze(1).to(dtype))
+
+    def _compare_mixture(self, e: np.ndarray, cotangents: Tensor) -> None:
+        size = (cotangents.squeeze(1) * self.errors(e)[0]).square().sum(1, keepdim=True).sqrt()
+        rows = self._state.mixtures(e, cotangents)
+        size /= take(self.eta, e).unsqueeze(1)
         self.check(e, self._gap(e, rows, lambda values: cotangents.double() @ values.mT, size))
+
+    def look(self, e: np.ndarray) -> None:
+        """Lets the rows of examples e be taken where a mixture of those that were not evaluated is NaN."""
+        state = self._state
+        rows = state.mixtures(e, torch.where(take(state.seen, e), 0.0, self._weights).unsqueeze(1))
+        state.lower[state.on_device(e)] = torch.where(rows.isnan().any(2), math.nan, take(state.lower, e))
 
     def row_gap(self, e: np.ndarray, classes: Tensor, rows: Tensor) -> Tensor:
         """How far rows [e, c, D] are from the JVPs of their classes, in the units of η: [e], the largest over the classes."""

@@ -1,5 +1,7 @@
 """The order of the steps of a certificate: widen the basis, plan, draw probes in rounds, take exact rows, best first."""
 
+import math
+
 import numpy as np
 import torch
 from torch import Tensor
@@ -18,6 +20,7 @@ from fastsal.tensor import reference
 
 # Passes that rounding is looked at with: a random combination of the directions, and a mixture of the classes.
 CHECKS = 2
+LESS = (0.99, 0.9, 0.8, 0.6, 0.4, 0.0)  # factors to lower bounds by, one after the other, where few passes are left
 WORTHWHILE = 64  # with no more classes than this left, rows are about as cheap as any probing, and certain
 
 
@@ -65,7 +68,9 @@ class Search:
         state.lower = torch.where(usable.unsqueeze(1), state.lower, torch.nan)
         state.unit = torch.where(usable & (scale > 0), scale, 1.0)
         counts = np.zeros_like(state.vjps)
-        worthwhile = to_host(usable & (state.undecided(state.examples).sum(1) > WORTHWHILE))[0] > 0
+        # Of classes above a target nothing but rows will do, and these settle it.
+        undecided = state.undecided(state.examples) & (state.margin >= 0)
+        worthwhile = to_host(usable & (undecided.sum(1) > WORTHWHILE))[0] > 0
         enough = state.left(state.examples) >= state.early.shape[1] + PILOT_PROBES + CHECKS + FIRST[0]
         e = state.examples[worthwhile & enough]
         if not len(e):
@@ -152,14 +157,18 @@ class Search:
 
     def bound(self, e: np.ndarray, known: Tensor, sums: Tensor, count: int, quantile: Tensor) -> None:
         """Raises the lower bounds of the ratios of examples e by a round of `count` probes."""
-        state = self.state
-        own, typical = take(self.rounding.own, e), take(self.rounding.typical, e)
-        known, rest, slack = widened(known, sums, self.rounding.slack(e), own, typical, count, quantile)
+        state, at = self.state, self.state.on_device(e)
+        rest, (honest, own) = sums / quantile, self.rounding.errors(e)
+        error = honest + own
+        gain = ((count + PILOT_PROBES) / quantile).sqrt()
         while True:
-            upper = state.norm.upper(e, known, rest, slack)
+            upper = state.norm.upper(e, *widened(known, rest, gain, error), error)
             lower = reference.ratios(take(state.margin, e), upper * take(state.unit, e).unsqueeze(1))
             lower = torch.where(take(self.rounding.inconsistent, e), 0.0, lower)
-            state.lower[state.on_device(e)] = torch.maximum(take(state.lower, e), lower)
+            better = lower > take(state.lower, e)
+            state.lower[at] = torch.where(better, lower, take(state.lower, e))
+            state.rest[at] = torch.where(better, rest, take(state.rest, e))
+            state.quantile[at] = torch.where(better, quantile, take(state.quantile, e))
             if not state.norm.MEASURES:
                 return
             components = state.differences(e, take(self.basis.components, e))
@@ -173,12 +182,55 @@ class Search:
         if len(e):
             rounding.check(e, rounding.row_gap(e, take(state.early, e), take(state.early_rows, e)))
         self._rows(state.examples)
+        unseen = self._unseen(state.examples)
+        e, tied = (state.examples[unseen & some] for some in (self.probes.drawn > 0, self.probes.drawn == 0))
         if len(e):
-            e = e[to_host(~take(state.seen, e).all(1) & ~take(state.best, e).isnan())[0] > 0]
+            # Rows of what cannot be checked, and of all classes where that takes no more passes than checking them.
+            target, (tolerance, share, mixture) = self._promised(e)
+            waiting, left = ~take(state.seen, e), state.on_device(state.left(e))
+            rows = waiting & (~(share <= 0.5) | (mixture.amax(1) + 1 >= waiting.sum(1)).unsqueeze(1))
+            rows &= (~state.undecided(e).any(1) & (rows.sum(1) <= left)).unsqueeze(1)
+            more = to_host(rows.any(1))[0] > 0
+            if more.any():
+                state.lower[state.on_device(e)] = torch.where(rows, 0.0, take(state.lower, e))
+                self._rows(e[more])
+                if len(e := e[self._unseen(e)]):
+                    target, (tolerance, share, mixture) = self._promised(e)
         state.reserved[:] = 0
         if len(e):
-            rounding.verify(e)
+            self._verify(e, target, tolerance, share, mixture)
             self._rows(e)
+        if len(tied := tied[state.left(tied) > 0]):  # at a distance of 0, unless a row is NaN
+            rounding.look(tied)
+            self._rows(tied)
+
+    def _unseen(self, e: np.ndarray) -> np.ndarray:
+        """Which of examples e have classes that were not evaluated, and none that is NaN: bool [e]."""
+        state = self.state
+        unseen: np.ndarray = to_host(~take(state.seen, e).all(1) & ~take(state.best, e).isnan())[0] > 0
+        return unseen
+
+    def _promised(self, e: np.ndarray) -> tuple[Tensor, tuple[Tensor, Tensor, Tensor]]:
+        """What is to be said of examples e, that no ratio is less than this [e], and what it lets products be off by."""
+        state = self.state
+        lowest = torch.where(take(state.seen, e), math.inf, take(state.lower, e)).amin(1)
+        target = torch.minimum(take(state.best, e), lowest)
+        return target, self.rounding.tolerances(e, target)
+
+    def _verify(self, e: np.ndarray, target: Tensor, tolerance: Tensor, share: Tensor, mixture: Tensor) -> None:
+        """Checks what is to be said of examples e; less is said where too few passes are left to check it."""
+        state, at, left = self.state, self.state.on_device(e), self.state.on_device(self.state.left(e))
+        less = target
+        for factor in (*LESS, None):
+            short = (~(share <= 0.5)).any(1) | (mixture.amax(1) >= left)
+            shortened, last = to_host(short, mixture.amax(1))
+            if factor is None or not shortened.any():
+                break
+            less = torch.where(short, factor * target, less)
+            lower = torch.minimum(take(state.lower, e), less.unsqueeze(1))
+            state.lower[at] = torch.where(short.unsqueeze(1), lower, take(state.lower, e))
+            tolerance, share, mixture = self.rounding.tolerances(e, less)
+        self.rounding.verify(e, tolerance, mixture, last.astype(np.int64) + 1)
 
     def _rows(self, e: np.ndarray) -> None:
         """Exact rows, the smallest lower bound first (the smallest margin among equals), as long as any may matter."""

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from fastsal.devices import take, to_device
-from fastsal.methods.base import Nearest, by_margin
+from fastsal.methods.base import Nearest
 from fastsal.methods.certified.norms import Euclidean
 from fastsal.model.products import Passes
 
@@ -33,6 +33,7 @@ class State:
         seen: The classes that are settled, bool [E, n]: those evaluated exactly, and those of margin +inf, which are no
             candidates.
         lower: A lower bound of the ratio of every class, float64 [E, n]; NaN where nothing is known to hold.
+        rest, quantile: S_j / x and x of the round of probes that bounds the class best, float64 [E, n]; +inf and 1 before.
         unit: The examples' gradient scales, float64 [E].
         vjps, jvps: The passes used, int64 [E]; reserved: those kept back for a check.
         early: The predicted class and the highest other logits, the lowest first among equals, int64 [E, c].
@@ -46,10 +47,12 @@ class State:
         E, self.n = self.margin.shape
         self.examples = np.arange(E)
         self.seen = self.margin == math.inf
-        self.lower = torch.zeros_like(self.margin)
+        # Of a boundary that x lies beyond nothing is known: a bound of the gradient bounds its distance from the wrong side.
+        self.lower = torch.zeros_like(self.margin).masked_fill(self.margin < 0, -math.inf)
+        self.rest, self.quantile = torch.full_like(self.margin, math.inf), torch.ones_like(self.margin)
         self.unit = torch.ones_like(self.margin[:, 0])
         self.vjps, self.jvps, self.reserved = np.zeros((3, E), np.int64)
-        highest = by_margin(self.margin, self.prediction)[:, : min(TOP, self.left(self.examples).min() - 1)]
+        highest = nearest.by_margin()[:, : min(TOP, self.left(self.examples).min() - 1)]
         self.early, self.early_rows = self.evaluate(
             self.examples, torch.cat((self.prediction.unsqueeze(1), highest), 1)
         )
@@ -108,7 +111,7 @@ class State:
         """
         best, lower, runner_up = take(self.best, e).unsqueeze(1), take(self.lower, e), take(self.nearest.runner_up, e)
         before = torch.arange(self.n, device=self.device) < runner_up
-        tie = (lower == best) & before & ((take(self.margin, e) == 0) | (best > 0)) & (best < math.inf)
+        tie = (lower == best) & before & ((take(self.margin, e) <= 0) | (best > 0)) & (best < math.inf)
         unknown = lower.isnan() & (before | ~best.isnan())
         return ~take(self.seen, e) & ((lower < best) | tie | unknown)
 

@@ -51,7 +51,7 @@ def assert_same(got, want, **tolerance):
 class TestNearestBoundary:
     def boundary(self, method, model, x, own, norm, among=None):
         with linearize(model, x) as graph:
-            return adversarial.nearest_boundary(graph, method, Question(norm, own=own, among=among))[-2:]
+            return adversarial.nearest_boundary(graph, method, Question(norm, target=own, classes=among))[-2:]
 
     def test_of_given_classes(self, groups, norm):
         model, x = network()
@@ -85,7 +85,7 @@ class TestNearestBoundary:
         own, among = other_classes(model, x), torch.zeros(7, 120, dtype=torch.bool)
         among[:, :9] = True
         with linearize(model, x) as graph:
-            selection, *_ = adversarial.nearest_boundary(graph, Certified(), Question(norm, own=own, among=among))
+            selection, *_ = adversarial.nearest_boundary(graph, Certified(), Question(norm, target=own, classes=among))
         assert (selection.provenance["vjps"] <= 10).all()
         assert selection.provenance["certified"].all()
 
@@ -165,5 +165,5 @@ def test_a_selection_has_the_logits_of_the_model(method):
     """Whatever class was asked for; `analyze` computes from them what it returns."""
     model, x = network()
     with linearize(model, x) as graph:
-        selection, *_ = adversarial.nearest_boundary(graph, method, Question(2.0, own=other_classes(model, x)))
+        selection, *_ = adversarial.nearest_boundary(graph, method, Question(2.0, target=other_classes(model, x)))
     torch.testing.assert_close(selection.logits, model(x).detach(), rtol=1e-12, atol=1e-12)

@@ -10,48 +10,27 @@ from fastsal.methods.certified.chi_square import chi_square_quantile, schedule
 from fastsal.methods.certified.norms import NORM_BOUNDS, Summed, widened
 
 
-def upper_norms(known, sums, eta, own, typical, count, quantile):
-    """The Euclidean bounds from what the probes and the basis gave, [e, n]; sizes [e]."""
-    known, rest, _ = widened(known, sums, eta, own, typical, count, quantile)
-    return (known + rest).sqrt()
+class TestWidened:
+    """What a norm is bounded by where products are off."""
 
-
-def upper(sums, count, quantile, known=0.0, eta=0.0, own=1.0, typical=1.0):
-    """The bound of one class."""
-    figures = (torch.tensor(values, dtype=torch.float64) for values in ([[known]], [[sums]], [eta], [own], [typical]))
-    return upper_norms(*figures, count, torch.tensor([[quantile]], dtype=torch.float64)).item()
-
-
-class TestUpperNorms:
-    def test_without_rounding(self):
-        assert upper(6.0, 10, 2.0, known=1.0) == pytest.approx(2.0, rel=1e-15)
-
-    @pytest.mark.parametrize("eta", [1e-9, 1e-3, 0.02, 0.1])
-    @pytest.mark.parametrize(
-        ("own", "typical"), [(0.0, 0.0), (0.0, 2.0), (0.5, 0.1), (1.0, 1.0), (3.0, 0.0), (3.0, 9.0)]
-    )
-    @pytest.mark.parametrize("inside", [0.0, 0.3, 0.8, 1.0])
-    @pytest.mark.parametrize("count", [1, 9, 40])
-    def test_errors_as_large_as_allowed_are_covered(self, eta, own, typical, inside, count):
-        """A difference of norm 1, of which the probes' sums are at their quantile; ‖g_j‖ is as large as it can be, own + 1.
-
-        The products of both gradients are too small by as much as η allows, inside the basis and outside it.
-        """
-        quantile = 0.4 * count
-        error = eta * (max(own + 1, typical) + max(own, typical))
-        known = max(0.0, inside - error) ** 2
-        sums = max(0.0, math.sqrt((1 - inside**2) * quantile) - math.sqrt(count) * error) ** 2
-        assert upper(sums, count, quantile, known, eta, own, typical) >= 1 - 1e-12
-
-    def test_the_slack_is_no_larger_than_it_has_to_be(self):
-        """All errors outside the basis, in line: the bound is the norm itself, but for terms of second order."""
-        error = 1e-4 * (2 + 1)
-        sums = (math.sqrt(4.0) - math.sqrt(16) * error) ** 2
-        assert upper(sums, 16, 4.0, eta=1e-4) < 1 + 0.3 * error * math.sqrt(1 + 16 / 4)
-
-    def test_too_large_an_error_leaves_no_bound(self):
-        assert upper(1.0, 16, 4.0, eta=0.5) == math.inf
-        assert upper(1.0, 16, 4.0, eta=0.0) == 0.5
+    @pytest.mark.parametrize("share", [0.0, 1e-9, 1e-3, 0.2])
+    @pytest.mark.parametrize("count", [9, 40])
+    def test_errors_as_large_as_allowed_are_covered(self, share, count):
+        """The probes' sums are at their quantile; all products are too small, inside the basis and outside it."""
+        generator = torch.Generator().manual_seed(count)
+        known, rest = torch.rand(2, 60, 40, generator=generator, dtype=torch.float64) * 3
+        quantile = count * torch.rand(60, 1, generator=generator, dtype=torch.float64)
+        error = share * torch.rand(60, 40, generator=generator, dtype=torch.float64)
+        # In the root mean square along the probes and 4 pilot probes: all of it may be in the probes.
+        gain = ((count + 4) / quantile).sqrt()
+        seen = (known - error).clamp(min=0).square()
+        sums = ((rest * quantile.sqrt()) - (count + 4) ** 0.5 * error).clamp(min=0).square()
+        upper = widened(seen, sums / quantile, gain.expand(60, 40), error)
+        assert (upper[0] >= known.square() * (1 - 1e-12)).all()
+        assert (upper[1] >= rest.square() * (1 - 1e-12)).all()
+        untouched = (error < known) & (gain * error < rest)  # where nothing was cut off at 0, the bounds are the truth
+        torch.testing.assert_close(upper[0][untouched], known.square()[untouched], rtol=1e-9, atol=0.0)
+        torch.testing.assert_close(upper[1][untouched], rest.square()[untouched], rtol=1e-9, atol=0.0)
 
 
 def summed(seed, E=6, n=40, D=50, r=5, spread=1.0):
@@ -183,6 +162,35 @@ def test_figures_for_planning(norm):
     assert (made.likely(examples, known, rest) <= expected * (1 + 1e-12)).all()
 
 
+@pytest.mark.parametrize("norm", NORM_BOUNDS)
+def test_tolerances(norm):
+    """A class may be off by its tolerance, and not by more: there `upper` is at the limit."""
+    made, examples, basis, vectors = summed(5)
+    made = made if norm == math.inf else NORM_BOUNDS[norm](torch.zeros(6, 40), 50, "reference")
+    components, known, rest = parts(made, examples, basis, vectors)
+    made.measure(examples, torch.rand(6, 40, generator=torch.Generator().manual_seed(0)) < 0.7, components, basis)
+    gain = 1 + 2 * torch.rand(6, 40, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    most = torch.full_like(known, math.inf)
+
+    def upper(error):
+        return made.upper(examples, *widened(known, rest, gain, error), error)
+
+    least = upper(torch.zeros_like(known))
+    for factor in (1.0001, 1.2, 30.0):
+        found = made.tolerance(examples, known, rest, gain, factor * least, most)
+        assert (found >= 0).all()
+        assert (upper(found) <= factor * least * (1 + 1e-9)).all()
+        assert (upper(found * 1.001 + 1e-5 * least) > factor * least).all()
+        half = 0.5 * found.median()
+        capped = made.tolerance(examples, known, rest, gain, factor * least, torch.full_like(known, half.item()))
+        assert (capped == half).any()
+        assert ((capped - found.clamp(max=half.item())).abs() <= 1e-6 * factor * least).all()
+    assert not (made.tolerance(examples, known, rest, gain, 0.999 * least, most) >= 0).any()
+    nothing = torch.full_like(known, math.inf)
+    assert (made.tolerance(examples, known, rest, gain, nothing, torch.ones_like(known)) == 1).all()
+    assert not (made.tolerance(examples, known, nothing, gain, 9 * least, most) >= 0).any()
+
+
 class TestOneClass:
     """The bounds of one class over many draws of its sums: each round fails with its own share, all together with δ."""
 
@@ -192,10 +200,14 @@ class TestOneClass:
         draws = torch.randn(self.TRIALS, plan[-1][0], generator=torch.Generator().manual_seed(0), dtype=torch.float64)
         pivots = draws.square().cumsum(1)
         misses = torch.zeros(self.TRIALS, dtype=torch.bool)
-        nothing, one = torch.zeros(self.TRIALS, dtype=torch.float64), torch.ones(self.TRIALS, dtype=torch.float64)
+        norm, nothing = (
+            NORM_BOUNDS[2.0](torch.zeros(1, 1), 1, "reference"),
+            torch.zeros(self.TRIALS, 1, dtype=torch.float64),
+        )
         for count, quantile in plan:
             sums = pivots[:, count - 1 : count]
-            got = upper_norms(0 * sums, sums, nothing, one, one, count, torch.full((self.TRIALS, 1), quantile))
+            known, rest = widened(nothing, sums / quantile, nothing + (count / quantile) ** 0.5, nothing)
+            got = norm.upper(torch.arange(self.TRIALS), known, rest, nothing)
             misses |= got[:, 0] < 1
         return int(misses.sum())
 

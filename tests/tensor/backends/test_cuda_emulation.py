@@ -4,6 +4,7 @@ What this cannot show: hardware (warps in lockstep, memory ordering), speed, and
 """
 
 import contextlib
+import itertools
 import math
 import subprocess
 import sys
@@ -20,6 +21,7 @@ from truth import long_double
 
 from fastsal.tensor import reference
 from fastsal.tensor.backends import cuda
+from fastsal.validation import output_dtype
 
 TESTS = Path(__file__).resolve().parents[2]
 CSRC = TESTS.parent / "csrc"
@@ -80,16 +82,24 @@ def test_segments_of_zeros(kernels, norm, dtype):
     cases.check_geometry(EMULATED, logits, jacobian, x, norm)
 
 
+ENDS = {  # scales of normal numbers up to 3, whose norms are finite in float64
+    torch.float16: (1e-6, 1, 2e4),
+    torch.bfloat16: (1e-38, 1e-25, 1e-14, 1, 1e25, 1e38),
+    torch.float32: (1e-38, 1e-25, 1e-14, 1, 1e25, 1e38),
+    torch.float64: (1e-307, 1e-170, 1, 1e170, 1e304),
+}
+
+
 @long_double
 @each_norm
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("x_scale", [1e-38, 1e-25, 1, 1e25, 1e38])
-@pytest.mark.parametrize("scale", [1e-38, 1e-25, 1e-14, 1e25, 1e38])
-def test_products_at_both_ends_of_the_range(kernels, norm, dtype, scale, x_scale):
-    """What float32 squares or products would lose is summed in float64; differences may overflow float32 too."""
+@each_dtype
+def test_products_at_both_ends_of_the_range(kernels, norm, dtype):
+    """What squares or products would lose is summed in a wider type, or scaled; differences may overflow theirs too."""
     logits, jacobian, x = cases.inputs(1, 4, 1100, torch.float64)
-    jacobian, x = ((scale * v.clamp(-3, 3)).to(dtype) for v, scale in ((jacobian, scale), (x, x_scale)))
-    cases.check_geometry(EMULATED, logits.float(), jacobian, x, norm)
+    scores = logits.to(output_dtype(dtype))
+    for scale, x_scale in itertools.product(ENDS[dtype], repeat=2):
+        scaled = ((by * v.clamp(-3, 3)).to(dtype) for v, by in ((jacobian, scale), (x, x_scale)))
+        cases.check_geometry(EMULATED, scores, *scaled, norm)
 
 
 @long_double
@@ -97,15 +107,17 @@ def test_products_at_both_ends_of_the_range(kernels, norm, dtype, scale, x_scale
 @each_dtype
 @pytest.mark.parametrize("seed", range(4))
 def test_constant_rows(kernels, norm, dtype, seed):
-    """Every addition of a lane rounds alike: the largest error that its float32 sums can have."""
+    """Every addition of a lane rounds alike: the largest error that its float32 sums can have. Some lanes have other signs."""
     constants = cases.inputs(1, 3, 1, torch.float64, seed)
     logits, jacobian, x = (v.to(dtype) for v in constants)
-    cases.check_geometry(EMULATED, logits, jacobian.repeat(1, 1, 9000), x.repeat(1, 9000), norm)
+    jacobian, x = jacobian.repeat(1, 1, 9000), x.repeat(1, 9000)
+    jacobian[:, 1:, torch.arange(9000) // 8 % 16 < 3 * seed] *= -1
+    cases.check_geometry(EMULATED, logits, jacobian, x, norm)
 
 
 @long_double
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("angle", [0.05, 0.3, 0.49, 0.51, 0.8, 1.5])
+@pytest.mark.parametrize("angle", [0.05, 0.3, 0.6, 0.62, 0.8, 1.5])
 def test_direction_gaps_with_and_without_another_reading(kernels, dtype, angle):
     """Gaps on both sides of the limit below which <g, g†> would not do."""
     logits, jacobian, x = cases.inputs(1, 2, 5000, torch.float64)
@@ -143,7 +155,7 @@ def test_an_example_does_not_depend_on_its_number_of_classes(kernels, norm):
 
 
 @each_dtype
-@pytest.mark.parametrize("D", [256, 4096])
+@pytest.mark.parametrize("D", [256, 1500, 4096])
 @pytest.mark.parametrize("offset", [0, 1, 3])
 def test_alignment_changes_no_bit(kernels, dtype, D, offset):
     """Rows and x that start anywhere, among NaN that must not be read."""
@@ -160,7 +172,9 @@ def test_alignment_changes_no_bit(kernels, dtype, D, offset):
             assert_all_same(expected, run_poisoned(run, rows, inputs))
 
 
-@pytest.mark.parametrize(("dtype", "D"), [(torch.float32, 1152), (torch.bfloat16, 3328)])
+@pytest.mark.parametrize(
+    ("dtype", "D"), [(torch.float32, 1152), (torch.float32, 1101), (torch.bfloat16, 3328), (torch.bfloat16, 3301)]
+)
 def test_nothing_is_read_behind_the_rows(module_path, run_python, dtype, D):
     """Rows that end at a page which nobody may read: a load behind them ends the process."""
     code = f"""
@@ -214,12 +228,24 @@ def test_nothing_is_read_back(kernels):
             torch.ones(1).item()
 
 
-def test_an_example_does_not_depend_on_its_batch(kernels):
-    logits, jacobian, x = cases.inputs(5, 7, 1500, torch.bfloat16)
-    whole = kernels.margin_geometry(logits, jacobian, x, math.inf)
-    for b in range(5):
-        one = kernels.margin_geometry(logits[b : b + 1], jacobian[b : b + 1], x[b : b + 1], math.inf)
+@each_norm
+@pytest.mark.parametrize(("B", "n", "D"), [(5, 7, 1500), (70, 3, 40), (19, 10, 200), (3, 5, 9000)])
+def test_an_example_does_not_depend_on_its_batch(kernels, norm, B, n, D):
+    """Where rows are short, warps of one block sum several examples, and lanes of one warp finish them."""
+    logits, jacobian, x = cases.inputs(B, n, D, torch.bfloat16)
+    whole = run_poisoned(kernels.margin_geometry, logits, jacobian, x, norm)
+    for b in range(B):
+        one = run_poisoned(kernels.margin_geometry, logits[b : b + 1], jacobian[b : b + 1], x[b : b + 1], norm)
         assert_all_same((whole[0][:, b : b + 1], whole[1][:, b : b + 1], whole[2][b : b + 1]), one)
+
+
+def test_pairs_do_not_depend_on_what_a_block_takes(kernels):
+    """Many examples make blocks enough for parts of D; one alone is summed by segments."""
+    logits, jacobian, _ = cases.inputs(1, 3, 4200, torch.float32)
+    many = run_poisoned(kernels.pairwise_margins, logits.expand(360, -1), jacobian.expand(360, -1, -1), None, 2.0)
+    one = run_poisoned(kernels.pairwise_margins, logits, jacobian, None, 2.0)
+    for k in range(4):
+        cases.assert_same(many[k], one[k].expand_as(many[k]))
 
 
 def everything(kernels, dtype, norm, D=1100):
