@@ -77,7 +77,7 @@ class Letters:
 
 
 def test_readme(torchvision, monkeypatch):
-    """The README's Python, from first to last in one session; a language model of random weights stands for the one it names."""
+    """The README's Python, from first to last in one session; a model of random weights stands for the one it names."""
     blocks = re.findall(r"^```python\n(.*?)^```", (ROOT / "README.md").read_text(encoding="utf-8"), re.M | re.S)
     assert len(blocks) == 3
     tf = pytest.importorskip("transformers")
