@@ -1,6 +1,6 @@
 """Build of the native modules: `fastsal._cpu` always, `fastsal._cuda` where nvcc is found. Imports no torch.
 
-Everything static is in pyproject.toml. The README lists the switches, FASTSAL_CUDA and FASTSAL_CUDA_ARCHS.
+Everything static is in pyproject.toml. docs/install.md lists the switches, FASTSAL_CUDA and FASTSAL_CUDA_ARCHS.
 """
 
 from __future__ import annotations

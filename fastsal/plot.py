@@ -251,14 +251,22 @@ def medians(
     return ax
 
 
-def saliency_grid(x: Tensor, results: Results, *, columns: int = 8, figure: Any = None) -> Any:
+def _saliency(name: str, result: Geometry) -> Tensor:
+    _named({name: result})
+    if result.saliency is None:
+        raise ValueError(f"results: {name!r} holds no saliency, wants analyze(..., keep_saliency=True)")
+    return result.saliency
+
+
+def saliency_grid(x: Tensor, results: Results | Mapping[str, Tensor], *, columns: int = 8, figure: Any = None) -> Any:
     """Draws images above their saliency maps: a row for every result, all in one signed colour scale.
 
     Each map is g/‖g‖₂, since alignment sees nothing but its direction: red raises the predicted logit, blue lowers it.
 
     Args:
         x: The images, [B, C, H, W] with C = 1 or 3, or [B, H, W], in [0, 1]. The channels of a map are summed.
-        results: From `analyze(model, x, keep_saliency=True)`, or a mapping from names to several.
+        results: From `analyze(model, x, keep_saliency=True)`, or a mapping from names to several, or to maps themselves,
+            shaped like x, such as `binarized_saliency`.
         columns: How many examples to show, from the first on.
         figure: The matplotlib figure to draw on.
 
@@ -276,13 +284,14 @@ def saliency_grid(x: Tensor, results: Results, *, columns: int = 8, figure: Any 
         >>> fastsal.plot.saliency_grid(images, fastsal.analyze(model, images, keep_saliency=True)).shape
         (2, 4)
     """
-    named = _named(results, "saliency g")
+    if isinstance(results, Mapping):
+        named = {name: one if isinstance(one, Tensor) else _saliency(name, one) for name, one in results.items()}
+    else:
+        named = {"saliency g": _saliency("saliency g", results)}
     columns = min(columns, len(x))
     maps = {}
-    for name, result in named.items():
-        if result.saliency is None:
-            raise ValueError(f"results: {name!r} holds no saliency, wants analyze(..., keep_saliency=True)")
-        map_ = _array(result.saliency[:columns])
+    for name, saliency in named.items():
+        map_ = _array(saliency[:columns])
         map_ = map_ / np.sqrt(np.square(map_).sum(axis=tuple(range(1, map_.ndim)), keepdims=True))
         maps[name] = map_.sum(1) if map_.ndim == 4 else map_
     limit = np.nanquantile(np.abs(np.stack(list(maps.values()))), 0.995)

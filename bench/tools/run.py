@@ -39,7 +39,7 @@ def main(commands: dict[str, tuple[str, str]]) -> int:
     levels = arguments.levels or (default if arguments.device == "cpu" else cases.ON_A_GPU)
     if arguments.device == "cuda" and set(levels) - set(cases.ON_A_GPU):
         parser.error(f"--device cuda: got {' '.join(levels)}, wants of {', '.join(cases.ON_A_GPU)}")
-    start, stores = time.perf_counter(), dict[Path, Store]()
+    start, stores, answers = time.perf_counter(), dict[Path, Store](), list[bool]()
     for case in cases.every(levels, arguments.quick, arguments.device):
         path = arguments.out or RESULTS / ("quick.json" if arguments.quick else cases.LEVELS[case.level].file)
         if arguments.only not in case.title:
@@ -52,6 +52,10 @@ def main(commands: dict[str, tuple[str, str]]) -> int:
             continue
         for record in case.records(stores[path]):
             print(f"\n{everything(record)}", flush=True)
+            ours = (row for row in record.get("results", ()) if row["implementation"].startswith("fastsal"))
+            answers += [row["status"] == "right" for row in ours if row["status"] != "skipped"]
+    if answers:
+        print(f"\n{sum(answers)} of {len(answers)} answers of fastsal are right")
     files = ", ".join(path.name for path in stores) or "no file"
     print(f"\n{time.perf_counter() - start:.0f} s; figures in {files}")
     return 0

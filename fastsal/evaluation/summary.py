@@ -174,7 +174,7 @@ def _lines(summary: Summary) -> Iterator[str]:
     if summary.method == "exact" and summary.norm != "1" and summary.vjps > FEW:
         yield (
             "hint: --method certified finds the same minimum, except with a probability of 1e-6 an example, in fewer passes "
-            "where classes are many (the README has figures)"
+            "where classes are many (docs/benchmarks.md has figures)"
         )
     yield from _class_lines(summary)
     if summary.least_robust:

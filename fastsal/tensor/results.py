@@ -131,15 +131,15 @@ def _lines(results: Results) -> Iterator[str]:
     if shown:
         yield f"  {'':22}{'smallest':>12}{'median':>12}{'largest':>12}"
         yield from (f"  {name:22}{_spread(results._tensors[name].detach())}" for name in shown)
-    rest = [_brief(name, value) for name, value in results._tensors.items() if name not in shown]
+    rest = [_brief(name, value, results._is_one) for name, value in results._tensors.items() if name not in shown]
     rest += [f"{name} None" for name, value in values.items() if value is None]
     yield from textwrap.wrap(", ".join(rest), 100, initial_indent="  ", subsequent_indent="  ", break_long_words=False)
 
 
-def _brief(name: str, value: Tensor) -> str:
+def _brief(name: str, value: Tensor, single: bool) -> str:
     if value.dim() == 0:
         return f"{name} {value.item():.6g}" if value.is_floating_point() else f"{name} {value.item()}"
-    return name if value.dim() == 1 else f"{name} {list(value.shape)}"
+    return name if value.dim() == 1 and not single else f"{name} {list(value.shape)}"
 
 
 def _spread(values: Tensor) -> str:

@@ -78,7 +78,7 @@ class TestModels:
     @pytest.mark.parametrize("kind", ["mlp", "cnn", "attention", "multihead", "encoder", "lstm"])
     def test_equals_exact_rows(self, kind, norm):
         model, x = make(kind)
-        exact = analyze(model, x, norm=norm)
+        exact = analyze(model, x, norm=norm, method="exact")
         before = torch.backends.mha.get_fastpath_enabled(), torch.get_rng_state()
         with warnings.catch_warnings():
             warnings.simplefilter("error", UserWarning)
@@ -123,7 +123,7 @@ for precision in ("ieee", "tf32", "bf16"):
     for backend in (torch.backends.mkldnn, torch.backends.cuda):
         if hasattr(getattr(backend, "matmul", None), "fp32_precision"):  # from torch 2.9 on; CUDA has no bf16
             backend.matmul.fp32_precision = "tf32" if backend is torch.backends.cuda else precision
-    exact, found = fastsal.analyze(model, x), fastsal.analyze(model, x, method="certified")
+    exact, found = fastsal.analyze(model, x, method="exact"), fastsal.analyze(model, x, method="certified")
     print(bool(found.certified.all()), torch.equal(found.runner_up, exact.runner_up))
 """
         result = run_python("-c", code)
@@ -186,7 +186,7 @@ for precision in ("ieee", "tf32", "bf16"):
 
     def test_candidates_can_be_wrong_where_certified_is_not(self):
         model, x = make("mlp")
-        exact = analyze(model, x)
+        exact = analyze(model, x, method="exact")
         candidates = analyze(model, x, method=Candidates(1))
         assert (candidates.linearized_robustness >= exact.linearized_robustness).all()
 
