@@ -150,7 +150,7 @@ def table(figures: dict[str, Any]) -> str:
     for space in SPACES:
         records = list(figures.get(space, {}).values())
         for name in METHODS:
-            kept = [record for record in records if name in record]
+            kept = [record for record in records if "seconds" in record.get(name, {})]
             if not kept:
                 continue
             # What is right exact rows say, where they were taken, or what is certified.
