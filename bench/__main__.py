@@ -6,6 +6,7 @@ import sys
 # command -> the module whose main() reads the options, and what it does; anything else are levels to measure
 COMMANDS = {
     "foils": ("bench.cases.foils", "the nearest other tokens of a trained Whisper, and what finding them takes"),
+    "layers": ("bench.cases.layers", "margins at hidden layers, against cut networks"),
     "report": ("bench.report.page", "write docs/benchmarks.md, the README's tables and the plots"),
     "auto": ("bench.tools.auto", "passes and seconds of the default method from 10 to 10,000 classes"),
     "photographs": ("bench.tools.photographs", "draw saliency maps of EfficientNet-Lite0 on photographs"),

@@ -123,7 +123,7 @@ def test_classes_above_the_target_are_taken_and_settle_it(norm):
     for rank, vjps, jvps in zip(ranks[1:], found.vjps[1:].tolist(), found.jvps[1:].tolist(), strict=True):
         assert jvps == 0
         assert vjps >= rank + 1
-    assert found.vjps[1] <= 4  # the target and the highest others
+    assert found.vjps[1] <= 5  # the target, the highest others, and a mixture of the rest, where a NaN would show
     assert found.jvps[0] > 0
 
 

@@ -81,6 +81,9 @@ def main() -> int:
     parser.add_argument("--positions", type=int, nargs="+", help="default: every position")
     parser.add_argument("--without", nargs="+", choices=METHODS, default=(), help="methods to leave out")
     parser.add_argument("--out", type=Path, default=RESULTS / "foils.json", help="default: %(default)s")
+    parser.add_argument(
+        "--picture", type=Path, help="draw the sentence, for the figures that are there, into this file"
+    )
     arguments = parser.parse_args()
 
     from bench.baselines import whisper
@@ -104,8 +107,33 @@ def main() -> int:
                 figures.setdefault(space, {}).setdefault(str(length - lengths[0]), {}).update(record)
                 arguments.out.write_text(json.dumps(figures, indent=1) + "\n", encoding="utf-8")
                 print(title(space), length - lengths[0], {name: record[name]["text"] for name in methods}, flush=True)
+    if arguments.picture:
+        draw(model, mel, ids, texts, figures["decoder_inputs_embeds"], arguments.picture)
     print(table(figures))
     return 0
+
+
+def draw(
+    model: Any, mel: torch.Tensor, ids: torch.Tensor, texts: list[str], records: dict[str, Any], out: Path
+) -> None:
+    """A line for every position: the tokens before it by how much they speak for the one said, against its nearest foil."""
+    from matplotlib.figure import Figure
+
+    from bench.baselines import whisper
+
+    figure = Figure(figsize=(9, 0.33 * len(records)))
+    axes = figure.subplots(len(records))
+    for ax, (position, record) in zip(axes, sorted(records.items(), key=lambda item: int(item[0])), strict=True):
+        question = asked(model, mel, ids[:, : len(whisper.PROMPT) + int(position)], SPACES[0])
+        foil = torch.zeros(len(model.proj_out.weight), dtype=torch.bool)
+        foil[record["certified"]["token"]] = True
+        row = fastsal.analyze(**question, classes=foil, method="exact", keep_saliency=True).binarized_saliency
+        assert row is not None
+        values = (row * question["x"])[0].sum(1)[len(whisper.PROMPT) :]
+        words = [texts[token] for token in ids[0, len(whisper.PROMPT) :].tolist()][: len(values)]
+        ending = f"   {record['said'].strip()}  |  not {record['certified']['text'].strip()}"
+        fastsal.plot.tokens([*words, ending], [*values.tolist(), 0.0], width=100, ax=ax)
+    figure.savefig(out, dpi=120)
 
 
 def title(space: str) -> str:
@@ -122,7 +150,7 @@ def table(figures: dict[str, Any]) -> str:
     for space in SPACES:
         records = list(figures.get(space, {}).values())
         for name in METHODS:
-            kept = [record for record in records if name in record]
+            kept = [record for record in records if "seconds" in record.get(name, {})]
             if not kept:
                 continue
             # What is right exact rows say, where they were taken, or what is certified.
