@@ -15,6 +15,29 @@ struct Winners {
   Candidate runner_up;
 };
 
+// The index that comes first by is_before among n >= 1 values, the lowest among equals. Where the least is infinite,
+// `sooner(j, i)` says whether j > i comes before i. Finite values are searched without a branch that depends on them.
+template <class Value, class Sooner>
+inline int64_t first_of_all(int64_t n, const Value& value, const Sooner& sooner) {
+  double least = value(0);
+  bool ordered = true;
+  for (int64_t j = 0; j < n; ++j) {
+    const double v = value(j);
+    ordered = ordered & (v == v);
+    least = v < least ? v : least;
+  }
+  int64_t best = 0;
+  if (ordered && least < INFINITY) {
+    while (value(best) != least) ++best;
+    return best;
+  }
+  for (int64_t j = 1; j < n; ++j) {
+    const double v = value(j), now = value(best);
+    if (is_before(v, now) || (v == INFINITY && now == INFINITY && sooner(j, best))) best = j;
+  }
+  return best;
+}
+
 class Example {
  public:
   Example(int q, const Logits& logits, const Rows& jacobian, const Inputs& x, Output scalars, int64_t* indices,
@@ -34,29 +57,27 @@ class Example {
   const RowNorms& row_norms() const { return row_norms_; }
 
   int64_t prediction(int64_t b) const {
-    int64_t best = 0;
-    for (int64_t j = 1; j < jacobian_.n; ++j) {
-      if (is_before(-logit(b, j), -logit(b, best))) best = j;
-    }
-    return best;
+    return first_of_all(jacobian_.n, [=](int64_t j) { return -logit(b, j); }, [](int64_t, int64_t) { return false; });
   }
 
-  // Joins the rows' folds [n, segments] into the distances and the runner-up.
-  Winners select(int64_t b, int64_t prediction, const Scaled* partial) const {
+  // Joins the rows' folds [n, segments] into the distances and the runner-up. Of the folds nothing is left.
+  Winners select(int64_t b, int64_t prediction, Scaled* partial) const {
     const int64_t n = jacobian_.n;
-    Candidate best = {0, 0, -1};
-    distances_.set(b * n + prediction, INFINITY);
+    auto margin = [=](int64_t j) { return logit(b, prediction) - logit(b, j); };
     for (int64_t j = 0; j < n; ++j) {
-      if (j == prediction) continue;
-      const double margin = logit(b, prediction) - logit(b, j);
       const double norm = to_double(norm_segments(q_, partial + j * n_segments_, n_segments_));
-      const Candidate candidate = {ratio(margin, norm), margin, j};
-      distances_.set(b * n + j, candidate.ratio);
-      if (best.index < 0 || is_nearer(candidate, best)) best = candidate;
+      partial[j * n_segments_].value = ratio(margin(j), norm);
     }
+    partial[prediction * n_segments_].value = INFINITY;
+    for (int64_t j = 0; j < n; ++j) distances_.set(b * n + j, partial[j * n_segments_].value);
+    auto of = [=](int64_t j) { return partial[j * n_segments_].value; };
+    // Where all ratios are infinite, by margin; the prediction never.
+    const int64_t best = first_of_all(n, of, [=](int64_t j, int64_t than) {
+      return than == prediction || (j != prediction && margin(j) < margin(than));
+    });
     indices_[b] = prediction;
-    indices_[jacobian_.B + b] = best.index;
-    return {prediction, best};
+    indices_[jacobian_.B + b] = best;
+    return {prediction, {of(best), margin(best), best}};
   }
 
   void sums(int64_t b, int64_t segment, const Winners& rows, const char* ahead, TwoRowSums* out) const {
@@ -84,8 +105,8 @@ class Example {
   // gap is not small. By winner_sums.h <g,d> is off by 5 u of |g| |d|, and each of the norms by 2.5 u. That makes 20 u
   // of the squared gap, 10 u / gap = 8.4e-7 of a gap of 0.71, and with what d and the result are rounded by 9.7e-7.
   bool needs_gap(const TwoRowSums& sums) const {
-    constexpr double kSmallSquaredGap = 0.5;
-    return q_ != kL2 || jacobian_.dtype == kFloat64 || !(squared_gap(sums) > kSmallSquaredGap);
+    constexpr double kSmall = 0.5;
+    return q_ != kL2 || jacobian_.dtype == kFloat64 || !(squared_gap(sums) > kSmall);
   }
 
   Scaled gap(int64_t b, int64_t segment, const Winners& rows, const TwoRowSums& sums) const {

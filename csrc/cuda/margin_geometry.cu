@@ -18,7 +18,7 @@ constexpr int kThreads = 512, kWarps = 4;
 constexpr int64_t kShortBytes = 16384;
 
 // Where ‖g†/‖g†‖ - g/‖g‖‖² follows from <g, g†>. The cosine of rows that are constant in each lane is off by up to
-// 5.3e-7, which the root of a square below this would make more than 9e-7; below this norm float32 products underflow.
+// 4.7e-7, which the root of a square below this would make more than 8e-7; below this norm float32 products underflow.
 constexpr double kCloseSquaredGap = 0.36, kSmallNorm = 0x1p-50;
 
 template <class T>

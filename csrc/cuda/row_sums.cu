@@ -3,7 +3,7 @@
 // A segment is 1024 entries of a row and the work of one warp, for a group of rows, which share the loads of the anchor
 // and of x. Entry k of a segment belongs to a lane and to one of its accumulators by k alone, so that the sums have the
 // same bits however the row lies in memory. The warps of a block take the same segment of other rows, so that they find
-// the anchor and x in the first level cache. A lane adds at most 18 terms in float32, then everything is float64, which
+// the anchor and x in the first level cache. A lane adds at most 16 terms in float32, then everything is float64, which
 // holds the square of any float32 and the product of any two. Rows of float64 are one segment, and have a block each.
 #include "launch.cuh"
 #include "ops.h"
@@ -16,7 +16,6 @@ constexpr int kWarps = 4;              // of a block
 constexpr int kGroupRows = 5;          // 10, 100 and 1000 classes leave none of them idle
 constexpr int kSums = 3 * kGroupRows;  // of a group, in the order of RowSums
 constexpr int kPitch = kWarpSize + 4;  // of the lanes' sums in shared memory: spreads them over the banks
-constexpr int kSteps = 2;              // whose loads are in flight at once
 constexpr int kAccumulators = 2;       // of a lane for each sum: its entries go to one and the other in turn
 constexpr int kPackBytes = 16;         // the widest load of a lane
 constexpr int kSegment = 1024;         // entries
@@ -81,10 +80,11 @@ struct LaneSums {
   static constexpr int kStep = kWidth<T> * kWarpSize;  // entries that the warp loads at once
   float sums[3][kGroupRows][kAccumulators] = {};       // in the order of RowSums
 
-  // Adds `steps` steps of the warp from entry k on, in each of which a lane takes `width` entries. X is the type of x.
-  template <int steps, int width, bool aligned, class X>
+  // Adds what the warp takes at once from entry k on, `width` entries a lane; single ones, which may end within that,
+  // for each accumulator. X is the type of x.
+  template <int width, bool aligned, class X>
   __device__ __forceinline__ void add(const Segment<T>& s, int k) {
-    // Only single entries end within a step of the warp.
+    constexpr int steps = width == 1 ? kAccumulators : 1;
     const auto is_over = [&](int step) { return width == 1 && k + step * kWarpSize >= s.length; };
     Pack<T, width> a[steps], b[steps][kGroupRows];
     Pack<X, width> x[steps];
@@ -118,13 +118,11 @@ struct LaneSums {
   __device__ __forceinline__ void add_all(const Segment<T>& s, bool aligned) {
     int k = 0;
 #pragma unroll 1
-    for (; aligned && k + kSteps * kStep <= s.length; k += kSteps * kStep) add<kSteps, kWidth<T>, true, X>(s, k);
+    for (; aligned && k + kStep <= s.length; k += kStep) add<kWidth<T>, true, X>(s, k);
 #pragma unroll 1
-    for (; aligned && k + kStep <= s.length; k += kStep) add<1, kWidth<T>, true, X>(s, k);
+    for (; k + kStep <= s.length; k += kStep) add<kWidth<T>, false, X>(s, k);
 #pragma unroll 1
-    for (; k + kStep <= s.length; k += kStep) add<1, kWidth<T>, false, X>(s, k);
-#pragma unroll 1
-    for (; k < s.length; k += kAccumulators * kWarpSize) add<kAccumulators, 1, false, X>(s, k);
+    for (; k < s.length; k += kAccumulators * kWarpSize) add<1, false, X>(s, k);
   }
   // Joined in float64, through the warp's shared memory: lane l has sum l / kGroupRows of row l % kGroupRows.
   __device__ __forceinline__ double total(float (*shared)[kPitch]) const {

@@ -2,8 +2,8 @@
 
 For each the nearest decision boundary of 999, found in a small part of the passes that all of them take, and a picture: the
 photograph, what its class is seen by (g), what tells it from the nearest other class (g†), and the photograph moved across
-that boundary. The network, EfficientNet-Lite0 trained on ImageNet, and scikit-image's photographs come in packages. Takes about
-half a minute on two cores.
+that boundary. The network, EfficientNet-Lite0 trained on ImageNet, and scikit-image's photographs come in packages. Takes less
+than a minute on two cores.
 
   fastsal demo
   fastsal demo my-cat.jpg my-dog.jpg

@@ -151,7 +151,8 @@ class ModelPasses:
         return bool(to_host((gap > GROSS * size).any())[0])
 
     def _forward_mode(self, examples: np.ndarray, tangents: Tensor) -> Tensor:
-        x = self._at(examples)
+        # A clone, since torch lays a tangent out as x is: with all that lies between the rows of a slice, filled with zeros.
+        x = self._at(examples).clone()
 
         model = self._base.function(self._own[examples])
 

@@ -79,3 +79,17 @@ def test_a_whole_batch_gives_way_to_the_examples_that_are_left(model):
         assert model.held() == [20]
         product.vjp(np.arange(1), torch.ones(1, 30, 3, dtype=torch.float64))
         assert model.held() == [1]
+
+
+def test_directions_are_laid_out_without_the_gaps_of_a_sliced_batch(monkeypatch, model):
+    taken = []
+    jvp = torch.func.jvp
+    monkeypatch.setattr(
+        torch.func, "jvp", lambda f, primals, tangents: taken.append(primals[0]) or jvp(f, primals, tangents)
+    )
+    x = torch.randn(30, 5, dtype=torch.float64)[::10]
+    with linearize(model, x) as graph:
+        product = products.ModelPasses(graph, np.arange(3), None)
+        product._ways = [products.ModelPasses._forward_mode]
+        product.jvp(np.arange(3), torch.randn(3, 4, 5, dtype=torch.float64))
+    assert [primal.stride() for primal in taken] == [(5, 1)]

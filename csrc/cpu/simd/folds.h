@@ -59,6 +59,23 @@ static inline V fold(V sum, V d) {
   return join<Q>(sum, term<Q>(d));
 }
 
+// Of each vector the two halves joined: from one of eight entries one of four, from two of four both results.
+#if FASTSAL_BYTES > 16
+typedef VectorsOf<4>::D Four;
+template <int Q>
+static inline Four halved(VecD v) {
+#if FASTSAL_BYTES == 64
+  return join<Q>(pick<0, 1, 2, 3>(v, v), pick<4, 5, 6, 7>(v, v));
+#else
+  return v;
+#endif
+}
+template <int Q>
+static inline Four both_halved(Four v, Four w) {
+  return join<Q>(pick<0, 1, 4, 5>(v, w), pick<2, 3, 6, 7>(v, w));
+}
+#endif
+
 // The entries of each of four vectors joined, every vector in the same fixed order: the first half with the second
 // until one is left. The four are transposed meanwhile, so that none waits for additions of its own alone.
 template <int Q>
@@ -68,14 +85,7 @@ static inline void reduce_four(VecD a, VecD b, VecD c, VecD d, double* out) {
   __builtin_memcpy(out, &ab, sizeof ab);
   __builtin_memcpy(out + 2, &cd, sizeof cd);
 #else
-  typedef VectorsOf<4>::D Four;
-#if FASTSAL_BYTES == 64
-  auto halved = [](VecD v) { return join<Q>(pick<0, 1, 2, 3>(v, v), pick<4, 5, 6, 7>(v, v)); };
-#else
-  auto halved = [](VecD v) { return v; };
-#endif
-  auto quartered = [](Four v, Four w) { return join<Q>(pick<0, 1, 4, 5>(v, w), pick<2, 3, 6, 7>(v, w)); };
-  const Four ac = quartered(halved(a), halved(c)), bd = quartered(halved(b), halved(d));
+  const Four ac = both_halved<Q>(halved<Q>(a), halved<Q>(c)), bd = both_halved<Q>(halved<Q>(b), halved<Q>(d));
   const Four all = join<Q>(pick<0, 4, 2, 6>(ac, bd), pick<1, 5, 3, 7>(ac, bd));
   __builtin_memcpy(out, &all, sizeof all);
 #endif

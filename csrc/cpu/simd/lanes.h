@@ -12,26 +12,34 @@ struct Lanes {
   static constexpr int kWidth = kFloat ? kFloats : kDoubles;
   typedef FASTSAL_VECTOR(Scalar, kBytes) Vec;
 
+  template <int N>
+  struct Some {
+    Vec of[N];
+  };
+
   // One vector of rows or of x, which comes as U.
   template <class U>
-  static inline Vec load(const U* p) {
+  static inline Some<1> load(const U* p) {
     if constexpr (kFloat) {
-      return load_floats<kFloats>(p);
+      return {{load_floats<kFloats>(p)}};
     } else {
-      return load_doubles(p);
+      return {{load_doubles(p)}};
     }
   }
-  // One of the two vectors that 2 * kWidth elements make. Two bfloat16 neighbours share a word: one load and two
-  // operations give the elements 0, 2, 4, ... and 1, 3, 5, ... An x of floats is put in the same order.
-  template <int Which, class U>
-  static inline Vec load_of_two(const U* p) {
+  // The two vectors that 2 * kWidth elements make. Two bfloat16 neighbours share a word: one load and two operations
+  // give the elements 0, 2, 4, ... and 1, 3, 5, ... An x of floats is put in the same order.
+  template <class U>
+  static inline Some<2> load_two(const U* p) {
     if constexpr (kFloat && __is_same(U, BFloat16)) {
-      const auto words = load_vector<typename VectorsOf<kFloats>::U>(p);
-      return (Vec)(Which == 0 ? words << 16 : words & 0xffff0000u);
-    } else if constexpr (kFloat && __is_same(T, BFloat16)) {
-      return every_second<Which>(load(p), load(p + kWidth));
+      auto words = load_vector<typename VectorsOf<kFloats>::U>(p);
+#if defined(FASTSAL_F16C)
+      __asm__("" : "+v"(words));  // GCC would load it twice, and many a load crosses two cache lines
+#endif
+      return {{(Vec)(words << 16), (Vec)(words & 0xffff0000u)}};
     } else {
-      return load(p + Which * kWidth);
+      const Vec low = load(p).of[0], high = load(p + kWidth).of[0];
+      if constexpr (kFloat && __is_same(T, BFloat16)) return {{every_second<0>(low, high), every_second<1>(low, high)}};
+      return {{low, high}};
     }
   }
 };
@@ -49,8 +57,8 @@ struct OwnLanes<double> : Lanes<double, double> {
 };
 
 // Takes `len` entries through two accumulators a lane, each of which gets at most N additions before `flush`:
-// step(0 or 1, load), where load(p) is a vector of the row or x at p; `ahead(k)` comes before the entries k to
-// k + 2 * kWidth are read.
+// step(h, load), where load(p) has one or two vectors of the row or x at p, for the accumulators h and h + 1;
+// `ahead(k)` comes before the entries k to k + 2 * kWidth are read.
 template <class L, int N, class Step, class Flush, class Ahead>
 __attribute__((always_inline)) static inline void in_runs(int64_t len, Step step, Flush flush, Ahead ahead) {
   constexpr int W = L::kWidth;
@@ -59,8 +67,7 @@ __attribute__((always_inline)) static inline void in_runs(int64_t len, Step step
     const int64_t full = k + 2 * W * N, end = full < whole ? full : whole;
     for (; k < end; k += 2 * W) {
       ahead(k);
-      step(0, [=](auto p) { return L::template load_of_two<0>(p + k); });
-      step(1, [=](auto p) { return L::template load_of_two<1>(p + k); });
+      step(0, [=](auto p) { return L::load_two(p + k); });
     }
     if (k < full && k < len) {  // the entries that make no two vectors
       ahead(k);

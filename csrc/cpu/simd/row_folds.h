@@ -58,15 +58,19 @@ __attribute__((always_inline)) static inline GroupSums<A, R> group_sums(const T*
     for (int r = 0; r < R; ++r) sums.norm[i][r] = sums.dot[i][r] = VecD{};
   clear();
   auto step = [&](int h, auto load) __attribute__((always_inline)) {
-    Vec a[A], v[R], xv = {};
+    typedef decltype(load(x)) Vecs;
+    constexpr int H = sizeof(Vecs) / sizeof(Vec);
+    Vecs a[A], v[R], xv = {};
     for (int i = 0; i < A; ++i) a[i] = load(anchors[i]);
     for (int r = 0; r < R; ++r) v[r] = load(rows[r]);
     if constexpr (X) xv = load(x);
     for (int i = 0; i < A; ++i) {
       for (int r = 0; r < R; ++r) {
-        const Vec d = a[i] - v[r];
-        n_acc[h][i][r] = fold<Q>(n_acc[h][i][r], d);
-        if constexpr (X) d_acc[h][i][r] = multiply_add(xv, d, d_acc[h][i][r]);
+        for (int k = 0; k < H; ++k) {
+          const Vec d = a[i].of[k] - v[r].of[k];
+          n_acc[h + k][i][r] = fold<Q>(n_acc[h + k][i][r], d);
+          if constexpr (X) d_acc[h + k][i][r] = multiply_add(xv.of[k], d, d_acc[h + k][i][r]);
+        }
       }
     }
   };

@@ -9,7 +9,7 @@
 // most N roundings, and one more where the two accumulators are joined, is off by (N + 1) u of the sum of its terms'
 // magnitudes. The worst of the contract's quantities take two such sums: alpha-dagger <x,d> and half the error of
 // |d|^2, 1.5 (N + 1) u, with d itself rounded, 2 u, and the result, u. 10.5 u = 6.3e-7 at N = 4.
-// The direction gap has its own rule (kSmallSquaredGap).
+// The direction gap has a rule of its own, in margin_geometry.cpp.
 constexpr int kWinnerAdditions = 4, kDoubleAdditions = 32;
 
 template <int Q, class T, class X, class Scalar>
@@ -23,13 +23,17 @@ __attribute__((always_inline)) static inline bool winner_sums_in(const T* g, con
   VecD total[6] = {};
   Vec acc[2][kSums] = {};
   auto step = [&](int h, auto load) __attribute__((always_inline)) {
-    const Vec gv = load(g), d = gv - load(row), xv = load(x);
-    acc[h][0] = multiply_add(xv, gv, acc[h][0]);
-    acc[h][1] = multiply_add(xv, d, acc[h][1]);
-    acc[h][2] = fold<Q>(acc[h][2], gv);
-    acc[h][3] = fold<Q>(acc[h][3], d);
-    acc[h][4] = fold<P>(acc[h][4], xv);
-    if constexpr (kCross) acc[h][5] = multiply_add(gv, d, acc[h][5]);
+    const auto gs = load(g), rows = load(row);
+    const auto xs = load(x);
+    for (unsigned k = 0; k < sizeof(gs) / sizeof(Vec); ++k, ++h) {
+      const Vec gv = gs.of[k], d = gv - rows.of[k], xv = xs.of[k];
+      acc[h][0] = multiply_add(xv, gv, acc[h][0]);
+      acc[h][1] = multiply_add(xv, d, acc[h][1]);
+      acc[h][2] = fold<Q>(acc[h][2], gv);
+      acc[h][3] = fold<Q>(acc[h][3], d);
+      acc[h][4] = fold<P>(acc[h][4], xv);
+      if constexpr (kCross) acc[h][5] = multiply_add(gv, d, acc[h][5]);
+    }
   };
   auto flush_all = [&]() __attribute__((always_inline)) {
     total[0] = flush<kL1>(total[0], acc[0][0], acc[1][0]);
@@ -89,12 +93,15 @@ static double gap_sum(const T* g, const T* row, int64_t len, Unit du, Unit gu) {
   typedef Lanes<T, double> L;
   VecD total = {}, acc[2] = {};
   auto step = [&](int h, auto load) __attribute__((always_inline)) {
-    VecD gv = load(g), d = gv - load(row);
-    if constexpr (Shifted) {
-      d = d * du.power;
-      gv = gv * gu.power;
+    const auto gs = load(g), rows = load(row);
+    for (unsigned k = 0; k < sizeof(gs) / sizeof(VecD); ++k, ++h) {
+      VecD gv = gs.of[k], d = gv - rows.of[k];
+      if constexpr (Shifted) {
+        d = d * du.power;
+        gv = gv * gu.power;
+      }
+      acc[h] = fold<Q>(acc[h], d * du.inverse - gv * gu.inverse);
     }
-    acc[h] = fold<Q>(acc[h], d * du.inverse - gv * gu.inverse);
   };
   auto flush_all = [&]() __attribute__((always_inline)) {
     total = flush<Q>(total, acc[0], acc[1]);

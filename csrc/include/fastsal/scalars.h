@@ -22,12 +22,11 @@ FASTSAL_HD inline Unit unit_of(Scaled norm) {
   return {ldexp(1.0, static_cast<int>(-k)), 1.0 / ldexp(s.value, static_cast<int>(s.exponent - k))};
 }
 
-// The squared direction gap for q = 2 by way of the cosine: no second pass over the rows, good to about 1e-12 where the
-// gap is not small.
+// The squared direction gap for q = 2 by way of the cosine: no second pass over the rows, as good as twice the sums that
+// it is made of, where the gap is not small.
 FASTSAL_HD inline double squared_gap(const TwoRowSums& s) {
   return 2 - 2 * (s.cross.value / s.norm_d.value / s.norm_g.value);
 }
-constexpr double kSmallSquaredGap = 1e-3;
 
 constexpr int kScalars = 10;  // in the order of fastsal.tensor.reference.SCALARS
 
