@@ -22,7 +22,7 @@ import warnings
 import weakref
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -65,14 +65,14 @@ class UntraceableError(RuntimeError):
     """The model cannot be traced, or its trace cannot be split."""
 
 
-def _state(model: Any) -> dict[str, Tensor]:
+def _tensors(model: Any) -> dict[str, Tensor]:
     """The parameters and buffers by name."""
-    return {name: value.detach() for name, value in (*model.named_parameters(), *model.named_buffers())}
+    return dict((*model.named_parameters(), *model.named_buffers()))
 
 
 def _given(function: Function, state: dict[str, Tensor]) -> list[Tensor]:
     """What is the same for all examples: the parameters and buffers, and other tensors that the model takes."""
-    return [*state.values(), *(value.detach() for value in function.shared)]
+    return [value.detach() for value in (*state.values(), *function.shared)]
 
 
 class Trace:
@@ -88,7 +88,7 @@ class Trace:
     """
 
     def __init__(self, function: Function, x: Tensor, own: Sequence[Tensor] = ()) -> None:
-        state = _state(function.model)
+        state = _tensors(function.model)
         names = tuple(state)
 
         def product(state: list[Tensor], x: Tensor, own: list[Tensor], direction: Tensor) -> tuple[Tensor, Tensor]:
@@ -100,20 +100,17 @@ class Trace:
             def logits(value: Tensor) -> Tensor:
                 return call(lambda v: twin.run(model, v, own, shared), value.clone())
 
-            both: Any = torch.func.jvp(logits, (x,), (direction,))
-            return both[0], both[1]
+            return torch.func.jvp(logits, (x,), (direction,))  # type: ignore[return-value]
 
         try:
-            # The parameters and buffers are shared: what a forward pass leaves in a module, tracing leaves in the copy.
-            kept: Any = function.model
-            twin = function.twin({id(tensor): tensor for tensor in (*kept.parameters(), *kept.buffers())})
+            # What a forward pass leaves in a module, tracing leaves in the copy, which shares the parameters and buffers.
+            twin = function.twin({id(tensor): tensor for tensor in _tensors(function.model).values()})
             # One fake mode for all shapes: make_fx alone would make one for every value, which takes three times as long.
             shapes = tracing(TracingContext(FakeTensorMode(allow_fallback_kernels=True)))
             with torch.no_grad(), math_attention(), warnings.catch_warnings(), shapes:
                 warnings.simplefilter("ignore")  # what torch says of the model it says without the trace, too
-                traced = make_fx(torch.func.functionalize(product))(
-                    _given(function, state), x, [*own], torch.ones_like(x)
-                )
+                given = (_given(function, state), x, [*own], torch.ones_like(x))
+                traced = make_fx(torch.func.functionalize(product))(*given)
         except Exception as error:  # whatever keeps a model from being traced: other ways compute the same
             if is_out_of_memory(error):
                 raise
@@ -126,8 +123,7 @@ class Trace:
         """Divides the traced operations into three functions, by what they depend on; of an example there are `inputs`."""
         *given, direction = [node for node in traced.graph.nodes if node.op == "placeholder"]
         weights, example = given[:-inputs], given[-inputs:]
-        outputs: Any = traced.graph.output_node().args[0]
-        value, tangent = outputs
+        value, tangent = cast(Any, traced.graph.output_node().args[0])
         kind = dict.fromkeys(weights, WEIGHTS) | dict.fromkeys(example, EXAMPLE) | {direction: DIRECTION}
         for node in traced.graph.nodes:
             if node.op not in ("placeholder", "output"):
@@ -173,7 +169,7 @@ class Trace:
         Raises:
             UntraceableError: The model's parameters and buffers have other names than they had.
         """
-        state = _state(function.model)
+        state = _tensors(function.model)
         if tuple(state) != self._names:
             raise UntraceableError("the model's parameters have other names than they had")
         with torch.no_grad():
@@ -395,8 +391,8 @@ class Traces:
     def _logits(self, examples: np.ndarray) -> Tensor:
         """The model's logits, one example at a time, with attention computed by plain operations as in the trace."""
         with torch.no_grad(), math_attention(), self._graph.same_precision():
-            each = np.split(examples, len(examples))
-            return torch.cat([call(self._graph.function(one), take(self._graph.leaf, one).clone()) for one in each])
+            each = ((one, take(self._graph.leaf, one).clone()) for one in np.split(examples, len(examples)))
+            return torch.cat([call(self._graph.function(one), x) for one, x in each])
 
     def distrust(self) -> None:
         """Drops the trace, whose products are not those of the model, and the second time gives it up."""
