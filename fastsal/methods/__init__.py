@@ -30,7 +30,7 @@ class Auto(Method):
     def select(self, graph: Linearization, question: Question) -> Selection:
         """Lets one of the two look; the selection says which."""
         exact, certified = Exact(), Certified()
-        few = question.norm not in certified.norms or graph.logits.shape[1] <= FEW
+        few = question.norm not in certified.norms or graph.n <= FEW
         return (exact if few or pays(graph, FEW, exact.memory_limit) else certified).select(graph, question)
 
 

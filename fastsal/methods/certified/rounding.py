@@ -67,6 +67,13 @@ class Rounding:
         eta, own, typical = (take(value, e).unsqueeze(1) for value in (self.eta, self.own, self.typical))
         return eta * torch.maximum(self.sizes(e), typical), eta * torch.maximum(own, typical)
 
+    def _errors_mixed(self, e: np.ndarray) -> Tensor:
+        """The same of honest classes in a mixture, [e, n], with what the sum over n classes adds; 16 bits are summed in 32."""
+        logits = self._state.passes.logits
+        unit = torch.finfo(torch.promote_types(logits.dtype, torch.float32)).eps
+        eta = take(self.eta, e).unsqueeze(1)
+        return self.errors(e)[0] * (1 + unit * math.sqrt(self._state.n) / eta)
+
     def compare(self, e: np.ndarray) -> None:
         """Compares one JVP along a random combination of all directions so far with the combination of their products."""
         if not len(e):
@@ -103,7 +110,7 @@ class Rounding:
             mixture add up to 1 at most, so that it shows an error of any one class that is above the tolerance.
         """
         state, probes = self._state, self._probes
-        unseen, honest, own = ~take(state.seen, e), *self.errors(e)
+        unseen, honest, own = ~take(state.seen, e), self._errors_mixed(e), self.errors(e)[1]
         weights = torch.where(unseen, self._weights, 0.0)
         # No class needs to tolerate more: if all did, their shares would add up to 1 / STRICT².
         most = STRICT * honest * torch.linalg.vector_norm(weights, dim=1, keepdim=True)
@@ -134,7 +141,7 @@ class Rounding:
             self._compare_mixture(e[some], weights.unsqueeze(1).to(dtype))
 
     def _compare_mixture(self, e: np.ndarray, cotangents: Tensor) -> None:
-        size = (cotangents.squeeze(1) * self.errors(e)[0]).square().sum(1, keepdim=True).sqrt()
+        size = (cotangents.squeeze(1) * self._errors_mixed(e)).square().sum(1, keepdim=True).sqrt()
         rows = self._state.mixtures(e, cotangents)
         size /= take(self.eta, e).unsqueeze(1)
         self.check(e, self._gap(e, rows, lambda values: cotangents.double() @ values.mT, size))
