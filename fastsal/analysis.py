@@ -77,7 +77,7 @@ def analyze(
         classes: Which classes may be the nearest, bool [n] or [B, n]; None for all. The others cost no rows.
         target: int64 [B]: the class whose nearest boundary is asked for, in the place of the predicted one, whose part it
             takes in every quantity but `prediction`. ρ̃ is then min over j of (Ψ^y − Ψʲ) / ‖g_y − g_j‖_q for the target y, the
-            signed margin: negative where another class has a higher logit, and then "certified" takes the rows of those classes alone.
+            signed margin: negative where another class has a higher logit; then "certified" takes the rows of such classes.
         norm: The p of the perturbation: 2, 1, `math.inf` or "inf". Gradients are measured in the dual q-norm.
         method: The name of a method, or a `fastsal.Exact`, `fastsal.Certified` or `fastsal.Candidates` with options.
             `Geometry.method` says which "auto" took.
