@@ -82,8 +82,7 @@ class Batch:
     def n(self) -> int:
         """How many classes there are."""
         known = self._parts if self._logits is None else self._logits
-        assert known is not None
-        return known.shape[1]
+        return (self._run() if known is None else known).shape[1]  # where the model fails, this is its error
 
     def _run(self, examples: Examples | None = None, x: Tensor | None = None) -> Tensor:
         """The logits of some examples, or of all; with x [B, *S] in the place of the batch where that is given."""
