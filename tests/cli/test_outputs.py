@@ -205,11 +205,12 @@ class TestEvaluate:
 
 
 class TestDemo:
+    @pytest.mark.parametrize("kind", ["photographs", "digits"])
     @pytest.mark.parametrize("out", ["photo.png", "linked.png", "dangling.png", "drawing.svg", "paper.pdf"])
-    def test_a_picture_of_the_users_is_refused(self, home, capsys, monkeypatch, out):
-        monkeypatch.setattr(demo, "load_digits", lambda _: pytest.fail("refused too late"))
+    def test_a_picture_of_the_users_is_refused(self, home, capsys, monkeypatch, out, kind):
+        monkeypatch.setattr(getattr(demo, kind), "show", lambda *_: pytest.fail("refused too late"))
         before = contents(home)
-        assert main(["demo", "--out", out]) == 2
+        assert main(["demo", "--out", out, *(["--digits"] if kind == "digits" else [])]) == 2
         assert contents(home) == before
         assert capsys.readouterr().err.startswith(f"fastsal demo: --out {out}: ")
 
