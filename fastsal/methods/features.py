@@ -30,6 +30,7 @@ from fastsal.model.linearization import Linearization
 from fastsal.tensor import ops, reference
 
 TILE_BYTES = 1 << 26
+WIDE = 1 << 25  # multiplications to form the rows of an example, from which on it pays to take one at a time
 ROUNDING = 1000.0  # units of it that two ways to one row may be apart, at most
 PASSES = 3  # besides those of the features: the winners' rows and a mixture
 SPARE = 8.0  # and in units of what they are apart for the rows of the winners
@@ -160,23 +161,24 @@ def _jacobian(features: Linearization, chunk_size: int | None) -> Tensor:
 
 def _to_form(
     weight: Tensor, jacobian: Tensor, nearest: Nearest, part: slice, distance: Tensor, norm: float
-) -> Iterator[tuple[int, Tensor]]:
-    """The examples of a part, and the classes of each whose rows are to be formed, int64 [c].
+) -> Iterator[tuple[slice, Tensor]]:
+    """Some examples of a part at a time, and the classes whose rows are to be formed, int64 [c].
 
-    For p = 2 the norms of the others are entered into `distance` [B, n].
+    Of a wide head that is one example, and for p = 2 the norms of the other classes are entered into `distance` [B, n].
     """
-    n, F = weight.shape
+    (n, F), D = weight.shape, jacobian.shape[2]
     every = torch.arange(n, device=weight.device)
-    wide = norm == 2 and weight.dtype == torch.float32 and jacobian.shape[2] > F
+    if n * F * D < WIDE:
+        yield slice(None), every
+        return
     for example, rows in enumerate(jacobian):
-        at = part.start + example
-        if not wide:
-            yield example, every
-            continue
-        own = nearest.prediction[at]
-        candidates = (every != own) if nearest.allowed is None else nearest.allowed[at]
-        distance[at], form = screen(weight, rows, own, nearest.margin[at], candidates)
-        yield example, form.nonzero().squeeze(1)
+        at, classes = part.start + example, every
+        if norm == 2 and weight.dtype == torch.float32 and D > F:
+            own = nearest.prediction[at]
+            candidates = (every != own) if nearest.allowed is None else nearest.allowed[at]
+            distance[at], form = screen(weight, rows, own, nearest.margin[at], candidates)
+            classes = form.nonzero().squeeze(1)
+        yield slice(example, example + 1), classes
 
 
 def _disagreement(rows: Tensor, formed: Tensor) -> float:
@@ -242,15 +244,12 @@ def through_features(
         jacobian = _jacobian(inner, question.chunk_size)
         winner = weight[prediction[part]].double().unsqueeze(1)
         nothing = graph.x.new_zeros(len(jacobian), D)
-        for example, classes in _to_form(weight, jacobian, nearest, part, distance, question.norm):
-            for some in classes.split(tile):
-                difference = (winner[example] - weight[some].double()).to(graph.x.dtype)
-                distance[start + example, some] = ops.row_distances(
-                    nothing[example : example + 1],
-                    (difference @ jacobian[example]).unsqueeze(0),
-                    question.norm,
-                    question.backend,
-                )[0]
+        for some, classes in _to_form(weight, jacobian, nearest, part, distance, question.norm):
+            for those in classes.split(tile):
+                difference = (winner[some] - weight[those].double()).to(graph.x.dtype)
+                distance[part][some][:, those] = ops.row_distances(
+                    nothing[some], difference @ jacobian[some], question.norm, question.backend
+                )
         # Each class counts in units of the size by which an error of its gradient would be measured.
         own = ops.row_distances(nothing, winner.to(graph.x.dtype) @ jacobian, question.norm, question.backend)
         scale = torch.maximum(distance[part], own)

@@ -57,6 +57,7 @@ def test_nan_forms_every_row():
 @pytest.mark.parametrize("target", [None, torch.tensor([5, 700, 3])])
 def test_equal_to_rows(monkeypatch, target):
     """With few of the rows formed."""
+    monkeypatch.setattr(features, "WIDE", 0)
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(D, F), nn.Tanh(), nn.Linear(F, N)).requires_grad_(False)
     x = torch.randn(3, D)
@@ -84,9 +85,12 @@ class Sequence(nn.Module):
         return self.head(self.body(x)[0])[torch.arange(len(x)), length - 1]
 
 
+@pytest.mark.parametrize("wide", [0, math.inf])
 @pytest.mark.parametrize("norm", [1.0, 2.0, math.inf])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_a_head_that_sees_every_position(dtype, norm):
+def test_a_head_that_sees_every_position(monkeypatch, dtype, norm, wide):
+    """One example at a time, and all at once."""
+    monkeypatch.setattr(features, "WIDE", wide)
     torch.manual_seed(0)
     model, x = Sequence().to(dtype).requires_grad_(False), torch.randn(4, 7, 4, dtype=dtype)
     args = (torch.tensor([7, 2, 5, 1]),)
