@@ -138,6 +138,30 @@ class TestTolerance:
                 ratio = ratios(passes.logits, passes.rows, norm)[each, of]
                 assert (ratio >= state.best)[open_].all()
 
+    @pytest.mark.parametrize("sign", [1, -1])
+    @pytest.mark.parametrize("seed", range(2))
+    def test_what_is_just_above_a_tolerance_is_noticed(self, monkeypatch, seed, sign):
+        """In a full mixture, of the class that weighs least, and though another one makes up for as much as rounding may."""
+        monkeypatch.setattr(self, "ERROR", 3e-3)
+        made, passes = self.search(seed, 2.0)
+        state, rounding, e = made.state, made.rounding, made.state.examples
+        tolerance, share, mixture = rounding.tolerances(e, 0.7 * state.best)
+        waiting = torch.isfinite(tolerance) & (share <= 0.5)
+        fullness = torch.zeros_like(share).scatter_add_(1, mixture, torch.where(waiting, share, 0.0))
+        full = waiting & (fullness.gather(1, mixture) > 0.45)
+        weights = torch.where(full, rounding._weights.expand_as(share), math.inf)
+        of, each, chosen = weights.abs().argmin(1), torch.arange(40), full.any(1)
+        assert chosen.sum() > 20
+        beside = full & (mixture == mixture[each, of].unsqueeze(1)) & (torch.arange(300) != of.unsqueeze(1))
+        other = beside.int().argmax(1)
+        along = made.basis.directions[:, 0] * state.unit.unsqueeze(1)
+        moved = sign * torch.stack((1.05 * weights[each, of].abs(), torch.full((40,), -0.45, dtype=torch.float64)))
+        for classes, by in zip((of, other), moved, strict=True):
+            error = (by * tolerance[each, classes] / rounding._weights[classes]).unsqueeze(1) * along
+            passes.rows[each, classes] += torch.where((chosen & beside.any(1)).unsqueeze(1), error, 0.0)
+        rounding.verify(e, tolerance, mixture, mixture.amax(1).numpy() + 1)
+        assert (rounding.disagreement > 0)[chosen & beside.any(1)].all()
+
 
 class Inconsistent(nn.Module):
     """Forward mode is wrong in some classes at examples whose first entry is large."""

@@ -67,12 +67,10 @@ class Rounding:
         eta, own, typical = (take(value, e).unsqueeze(1) for value in (self.eta, self.own, self.typical))
         return eta * torch.maximum(self.sizes(e), typical), eta * torch.maximum(own, typical)
 
-    def _errors_mixed(self, e: np.ndarray) -> Tensor:
-        """The same of honest classes in a mixture, [e, n], with what the sum over n classes adds; 16 bits are summed in 32."""
-        logits = self._state.passes.logits
-        unit = torch.finfo(torch.promote_types(logits.dtype, torch.float32)).eps
-        eta = take(self.eta, e).unsqueeze(1)
-        return self.errors(e)[0] * (1 + unit * math.sqrt(self._state.n) / eta)
+    def _mixed(self, e: np.ndarray, honest: Tensor) -> Tensor:
+        """The errors [e, n] of honest classes, with what the sum over n classes in a mixture adds; 16 bits are summed in 32."""
+        unit = torch.finfo(torch.promote_types(self._state.passes.logits.dtype, torch.float32)).eps
+        return honest * (1 + unit * math.sqrt(self._state.n) / take(self.eta, e).unsqueeze(1))
 
     def compare(self, e: np.ndarray) -> None:
         """Compares one JVP along a random combination of all directions so far with the combination of their products."""
@@ -107,17 +105,21 @@ class Rounding:
             The tolerances, [e, n], +inf for the classes that are settled; their shares of a mixture, [e, n]: the weight times
             what an honest class is off by, over the tolerance, squared; and the mixture that each belongs to, int64 [e, n].
             A share above 1/2 (or NaN) means that rounding hides whether a class keeps its tolerance. The other shares in a
-            mixture add up to 1 at most, so that it shows an error of any one class that is above the tolerance.
+            mixture add up to 1 at most. It may be off by their root, or 1/2 if that is less: so an error of any one class that
+            is above the tolerance shows, though that of the others be as large as is let pass.
         """
         state, probes = self._state, self._probes
-        unseen, honest, own = ~take(state.seen, e), self._errors_mixed(e), self.errors(e)[1]
+        unseen, (honest, own) = ~take(state.seen, e), self.errors(e)
+        honest = self._mixed(e, honest)
         weights = torch.where(unseen, self._weights, 0.0)
         # No class needs to tolerate more: if all did, their shares would add up to 1 / STRICT².
         most = STRICT * honest * torch.linalg.vector_norm(weights, dim=1, keepdim=True)
         known = state.differences(e, take(self._basis.components, e)).square().sum(1)
         gain = ((state.on_device(probes.drawn[e]) + PILOT_PROBES).unsqueeze(1) / take(state.quantile, e)).sqrt()
         limit = take(state.margin, e) / (target * take(state.unit, e)).unsqueeze(1)
-        limit = torch.where(target.unsqueeze(1) <= 0, math.inf, limit)  # only classes above the target are
+        limit = torch.where(
+            target.unsqueeze(1) <= 0, math.inf, limit
+        )  # none of these classes is at a negative distance
         tolerance = state.norm.tolerance(e, known, take(state.rest, e), gain, limit, most + own) - own
         share = torch.where(tolerance > 0, (weights * honest / tolerance).square(), torch.where(unseen, math.inf, 0.0))
         half = share.clamp(max=0.5)
@@ -137,13 +139,13 @@ class Rounding:
             weights = torch.where(here, self._weights / tolerances, 0.0)
             # No cotangent is below 1, so that what overflows for a class alone does here, but none overflows of itself.
             largest = torch.where(here, tolerances, 0.0).amax(1, keepdim=True)
-            weights *= largest.clamp(max=4 * math.sqrt(torch.finfo(dtype).max) / weights.abs().amax(1, keepdim=True))
-            self._compare_mixture(e[some], weights.unsqueeze(1).to(dtype))
+            unit = largest.clamp(max=4 * math.sqrt(torch.finfo(dtype).max) / weights.abs().amax(1, keepdim=True))
+            self._compare_mixture(e[some], (weights * unit).unsqueeze(1).to(dtype), unit / 2)
 
-    def _compare_mixture(self, e: np.ndarray, cotangents: Tensor) -> None:
-        size = (cotangents.squeeze(1) * self._errors_mixed(e)).square().sum(1, keepdim=True).sqrt()
-        rows = self._state.mixtures(e, cotangents)
-        size /= take(self.eta, e).unsqueeze(1)
+    def _compare_mixture(self, e: np.ndarray, cotangents: Tensor, most: Tensor) -> None:
+        """Lets a mixture be off by what rounding does to its classes, or by `most` [e, 1] if that is less."""
+        rounding = (cotangents.squeeze(1) * self._mixed(e, self.errors(e)[0])).square().sum(1, keepdim=True).sqrt()
+        rows, size = self._state.mixtures(e, cotangents), torch.minimum(rounding, most) / take(self.eta, e).unsqueeze(1)
         self.check(e, self._gap(e, rows, lambda values: cotangents.double() @ values.mT, size))
 
     def look(self, e: np.ndarray) -> None:
