@@ -341,10 +341,10 @@ class Traces:
 
     Args:
         graph: The recorded pass of all examples that are to be looked at.
-        gradients: Bytes of every gradient that a backward pass of one row of one example forms.
+        gain: What a trace spares a product, in bytes of the gradients that an operation forms for one row of one example.
     """
 
-    def __init__(self, graph: Linearization, gradients: list[int]) -> None:
+    def __init__(self, graph: Linearization, gain: float) -> None:
         self._graph = graph
         leaf = graph.leaf
         self._function = None if graph.batch is None else graph.batch.function
@@ -356,7 +356,7 @@ class Traces:
             self._entry = kinds[kind] = kinds.pop(kind, _Known())  # the latest comes last
             while len(kinds) > KINDS:
                 kinds.pop(next(iter(kinds)))
-        self._worth = sum(gradients) / len(gradients)
+        self._gain = gain
 
     def at(self, examples: np.ndarray, logits: Tensor | None) -> "TracedPasses":
         """The products at some examples, from a trace whose logits there equal the model's, bit for bit.
@@ -370,7 +370,7 @@ class Traces:
         """
         entry, function = self._entry, self._function
         x, own = take(self._graph.leaf.detach(), examples), self._graph.further(examples)
-        if entry.trace is None and (entry.examples + len(self._graph.leaf)) * self._worth < PAYS:
+        if entry.trace is None and (entry.examples + len(self._graph.leaf)) * self._gain < PAYS:
             entry.examples += len(x)
             raise UntraceableError("a trace does not pay yet")
         for _ in range(2):  # a trace that no longer fits the model is made again, once
