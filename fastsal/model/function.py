@@ -7,9 +7,9 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 from torch import Tensor, nn
-from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
 
 from fastsal.model.calling import Model, check_input
+from fastsal.model.private import tree_flatten, tree_map, tree_unflatten
 
 Examples = Tensor | slice
 
@@ -193,7 +193,8 @@ class Function:
                 return one.shape[slot in self._own :], one.dtype
             return one if isinstance(one, plain) else type(one)
 
-        return self.name, self._spec, *(told(slot, one) for slot, one in enumerate(self._leaves))
+        # Before torch 2.7 the spec itself has no hash.
+        return self.name, repr(self._spec), *(told(slot, one) for slot, one in enumerate(self._leaves))
 
 
 def _copied(value: Any) -> Any:
