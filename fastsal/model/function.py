@@ -8,6 +8,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from fastsal import validation
 from fastsal.model.calling import Model, check_input
 from fastsal.model.private import tree_flatten, tree_map, tree_unflatten
 
@@ -142,6 +143,7 @@ class Function:
             raise TypeError(f"layer: {self.name} is a {type(output).__name__}, wants a module that returns one tensor")
         if not output.is_floating_point():
             raise TypeError(f"layer: {self.name} has dtype {output.dtype}, wants one of floating-point numbers")
+        validation.device(self.name, output)
         if output.dim() == 0 or len(output) != len(self.x) or 0 in output.shape[1:]:
             raise ValueError(
                 f"layer: {self.name} has shape {tuple(output.shape)}, wants [B, *S] with B = {len(self.x)} in front"
