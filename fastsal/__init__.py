@@ -5,6 +5,7 @@ and `fastsal` on the command line.
 """
 
 from fastsal import losses, plot
+from fastsal.adaptive import fab
 from fastsal.adversarial import Adversarial, deepfool
 from fastsal.analysis import analyze
 from fastsal.evaluation.evaluate import evaluate, load
@@ -26,6 +27,7 @@ __all__ = [
     "cat",
     "deepfool",
     "evaluate",
+    "fab",
     "info",
     "load",
     "losses",

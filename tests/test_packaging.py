@@ -201,7 +201,7 @@ class TestInstalled:
             f"fastsal.integrations.{name} needs {name}, which is not installed: pip install {install}"
             for name, install in (
                 ("foolbox", "foolbox"),
-                ("torchattacks", "--no-deps torchattacks"),
+                ("torchattacks", "--no-deps torchattacks; fastsal.fab, the same attack, needs nothing"),
                 ("captum", "captum"),
             )
         ]
@@ -222,6 +222,7 @@ LAYERS = (
     ("study",),
     ("__init__",),  # gathers the public names, and starts no command line
     ("integrations",),
+    ("adaptive",),
     ("adversarial", "evaluation", "losses"),
     ("analysis", "plot"),
     ("methods",),
@@ -241,7 +242,7 @@ LAYERS = (
     ("model.inputs", "tensor.tolerance", "_cpu", "_cuda"),
     ("model.function",),
     ("model.calling",),
-    ("model.chunking",),
+    ("model.chunking", "model.private"),
     ("tensor.reference",),
     ("devices", "files", "progress", "validation"),
 )
@@ -366,6 +367,20 @@ def wrong_imports(package):
     except graphlib.CycleError as error:
         wrong.append("a cycle: " + " is imported by ".join(f"fastsal.{module}" for module in error.args[1]))
     return wrong
+
+
+def private_names(text):
+    """Modules of torch's that a file of this text imports or names, and that torch calls private."""
+    found = re.findall(r"\b(torch(?:\.\w+)*\._[a-z]\w*|torch\.fx\.experimental|torch\._C\b)", text)
+    return sorted(set(found) - {"torch.__version__", "torch.__file__"})
+
+
+def test_private_modules_of_torch_are_named_in_one_file():
+    assert private_names("import torch._guards\nfrom torch.nn._x import y; torch._C.z") != []
+    found = {path.name: private_names(path.read_text(encoding="utf-8")) for path in PACKAGE.rglob("*.py")}
+    assert {name for name, names in found.items() if names} == {"private.py", "calling.py"}
+    # Whether it was imported by others, which a torch without it answers too.
+    assert found["calling.py"] == ["torch._dynamo"]
 
 
 def imported_names(path, package):

@@ -17,21 +17,18 @@ example, and `products.ModelPasses` uses the trace only where its logits equal t
 agree with the gradients that a backward pass gives.
 """
 
-import contextlib
 import warnings
 import weakref
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, cast
 
 import numpy as np
 import torch
 from torch import Tensor, fx, nn
-from torch._guards import TracingContext, tracing
-from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.fx.experimental.proxy_tensor import make_fx
 
 from fastsal.devices import take
+from fastsal.model import private
 from fastsal.model.calling import call, math_attention
 from fastsal.model.chunking import first_line, is_out_of_memory
 from fastsal.model.function import Function
@@ -105,12 +102,10 @@ class Trace:
         try:
             # What a forward pass leaves in a module, tracing leaves in the copy, which shares the parameters and buffers.
             twin = function.twin({id(tensor): tensor for tensor in _tensors(function.model).values()})
-            # One fake mode for all shapes: make_fx alone would make one for every value, which takes three times as long.
-            shapes = tracing(TracingContext(FakeTensorMode(allow_fallback_kernels=True)))
-            with torch.no_grad(), math_attention(), warnings.catch_warnings(), shapes:
+            with torch.no_grad(), math_attention(), warnings.catch_warnings():
                 warnings.simplefilter("ignore")  # what torch says of the model it says without the trace, too
                 given = (_given(function, state), x, [*own], torch.ones_like(x))
-                traced = make_fx(torch.func.functionalize(product))(*given)
+                traced = private.recorded(product, *given)
         except Exception as error:  # whatever keeps a model from being traced: other ways compute the same
             if is_out_of_memory(error):
                 raise
@@ -193,7 +188,7 @@ class TracedPasses:
         with torch.no_grad():
             if self._batched and directions.shape[:2] != (1, 1):
                 try:
-                    with _no_fallback():
+                    with private.no_fallback():
                         return self._at_once(examples, directions).squeeze(2)
                 except RuntimeError as error:
                     if is_out_of_memory(error):
@@ -221,18 +216,6 @@ class TracedPasses:
         return torch.func.vmap(torch.func.vmap(run), in_dims=(None, 0))(own, directions)
 
 
-@contextlib.contextmanager
-def _no_fallback() -> Iterator[None]:
-    """Inside, vmap raises where torch would take an operation one by one, with a line on the error output for each call."""
-    switch: Any = torch._C._functorch
-    before = switch._is_vmap_fallback_enabled()
-    switch._set_vmap_fallback_enabled(False)
-    try:
-        yield
-    finally:
-        switch._set_vmap_fallback_enabled(before)
-
-
 def _simplify(traced: fx.GraphModule) -> None:
     """Drops what is zero by construction, and copies of what nothing overwrites."""
     zero: set[Any] = set()
@@ -240,7 +223,7 @@ def _simplify(traced: fx.GraphModule) -> None:
     def is_zero(node: fx.Node) -> bool:
         if node.op == "get_attr":
             value = getattr(traced, str(node.target))
-            return isinstance(value, Tensor) and value._is_zerotensor()
+            return isinstance(value, Tensor) and private.is_zero(value)
         if node.target is _aten.convolution.default and node.args[2] is not None and node.args[2] not in zero:
             return False
         if node.target in _PRODUCTS or node.target is _aten.convolution.default:
