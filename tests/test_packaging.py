@@ -237,7 +237,7 @@ LAYERS = (
     ("methods.base", "methods.gram", "methods.mixtures"),
     ("model", "tensor"),
     ("model.products", "tensor.geometry", "tensor.pairwise"),
-    ("model.traced", "tensor.ops", "tensor.results"),
+    ("model.double_backward", "model.traced", "tensor.ops", "tensor.results"),
     ("model.linearization", "tensor.backends"),
     ("model.inputs", "tensor.tolerance", "_cpu", "_cuda"),
     ("model.function",),
