@@ -115,14 +115,18 @@ class ModelPasses:
             except Exception as error:  # user code, in a pass that exact rows do without
                 if is_out_of_memory(error):
                     raise
-                batch = self._base.batch
-                if batch is not None and not batch.whole and not self._base.allows(self._own[examples]):
+                if not isinstance(error, UntraceableError) and self._has_to_see_whole_batches(examples):
                     continue
                 reason = first_line(error)
                 self._ways.pop(0)
         raise NoJVPError(
             f"{type(self._base.model).__name__}: has neither forward-mode nor second derivatives ({reason})"
         )
+
+    def _has_to_see_whole_batches(self, examples: np.ndarray) -> bool:
+        """Whether the model, which failed at these examples, does so because they are not the whole batch; found out once."""
+        batch = self._base.batch
+        return batch is not None and not batch.whole and not self._base.allows(self._own[examples])
 
     def distrust(self) -> None:
         """Makes the trace of the model anew the next time; gives it up if that has happened before."""
