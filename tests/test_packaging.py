@@ -154,13 +154,16 @@ class TestInstalled:
 
     @pytest.mark.skipif(shutil.which("ldd") is None, reason="needs ldd")
     @pytest.mark.parametrize("name", ["_cpu", "_cuda"])
-    def test_native_modules_link_no_torch_and_no_cuda(self, name):
+    def test_native_modules_link_the_system_s_libraries_alone(self, name):
+        """Of which libgomp comes with torch, and is left out of the wheels; the last five are parts of the C library."""
         spec = importlib.util.find_spec(f"fastsal.{name}")
         if spec is None:
             pytest.skip(f"built without {name}")
         linked = subprocess.run(["ldd", spec.origin], capture_output=True, text=True, check=True).stdout
-        assert "libstdc++" in linked
-        assert not re.search(r"libtorch|libc10|libcuda|libcudart", linked)
+        names = {Path(line.split()[0]).name.partition(".so")[0] for line in linked.splitlines()}
+        assert "libstdc++" in names
+        system = {"libstdc++", "libgcc_s", "libgomp", "libc", "libm", "libdl", "libpthread", "librt", "linux-vdso"}
+        assert {name for name in names if not name.startswith("ld-linux")} <= system
 
     def test_native_module_needs_no_torch(self, run_python):
         code = (
@@ -403,3 +406,15 @@ def test_nothing_hides_a_module_of_its_name(package):
     for submodule in pkgutil.iter_modules(module.__path__):
         found = getattr(module, submodule.name, None)
         assert found is None or isinstance(found, types.ModuleType), f"{package}.{submodule.name} is {found!r}"
+
+
+def test_lower_bounds_are_those_of_the_oldest_environment():
+    """A bound that no environment has is a guess."""
+    tomllib = pytest.importorskip("tomllib")  # of Python 3.11
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    needs = {line for group in (project["dependencies"], *project["optional-dependencies"].values()) for line in group}
+    bounds = dict(re.fullmatch(r"([\w-]+)>=([\d.]+)", line).groups() for line in needs if ">=" in line)
+    oldest = dict(re.findall(r"^([\w-]+)==([\d.]+)$", (ROOT / "oldest.txt").read_text(encoding="utf-8"), re.M))
+    for name, bound in bounds.items():
+        assert oldest[name].split(".")[: bound.count(".") + 1] == bound.split("."), name
+    assert set(oldest) - set(bounds) == {"triton"}
