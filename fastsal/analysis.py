@@ -105,7 +105,7 @@ def analyze(
     Warns:
         UserWarning: Every row of the logits looks like probabilities, or torch cannot take several rows of this model at once.
 
-    Example:
+    Examples:
         >>> import torch, fastsal
         >>> linear = torch.nn.Linear(2, 3, bias=False)
         >>> _ = linear.weight.data.copy_(torch.tensor([[1.0, 0.0], [-1.0, 0.0], [0.0, 2.0]]))
