@@ -43,6 +43,9 @@ def on_startup(command: str, dirty: bool) -> None:
     startup.mkdir(parents=True)
     (startup / "begin.py").write_text(STARTUP.format(root=str(ROOT)), encoding="utf-8")
     os.environ["IPYTHONDIR"] = str(home)
+    os.environ.setdefault(
+        "OMP_NUM_THREADS", "1"
+    )  # most networks there are so small that a second thread would only wait
 
 
 def on_shutdown() -> None:
