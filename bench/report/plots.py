@@ -75,9 +75,10 @@ def zoo(records: list[Record], path: Path) -> None:
     axes.axhline(1, color="black", lw=0.8)
     axes.set(xscale="log", yscale="log", xlabel=f"passes of certified, of {records[0]['classes']} classes")
     axes.set_ylabel("times as fast as exact rows")
-    for axis in (axes.xaxis, axes.yaxis):
-        axis.set_major_formatter("{x:g}")
-        axis.set_minor_formatter("{x:g}")
+    for axis, ticks in ((axes.xaxis, (10, 20, 30, 50, 100, 200)), (axes.yaxis, (0.2, 0.5, 1, 2, 5, 10))):
+        axis.set_ticks(ticks, [f"{tick:g}" for tick in ticks])
+        axis.set_minor_formatter("")
+    axes.set(xlim=(10, 200), ylim=(0.2, 10))
     axes.legend(fontsize=8)
     figure.savefig(path, dpi=120)
 
