@@ -61,7 +61,7 @@ def report(
         FileNotFoundError: There is no such folder.
         ImportError: A package is missing.
 
-    Example:
+    Examples:
         >>> import tempfile, torch, fastsal
         >>> from pathlib import Path
         >>> model, images = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(36, 3)), torch.rand(50, 1, 6, 6)
