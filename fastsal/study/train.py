@@ -14,6 +14,10 @@ from fastsal.files import Blame, whole_file
 from fastsal.study.data import Data, Split
 
 PGD_STEPS = 7
+# The paper's code takes 200 epochs of MNIST's 60,000 digits at a rate of 1e-3, ten times less from epochs 80 and 160 on. Epochs
+# here are few, and their rate is higher.
+RATE, DROPS = 0.05, (0.4, 0.8)
+SQUARED_WEIGHTS = 1e-6  # what the objective has of ‖w‖², over all parameters
 
 
 @dataclass(frozen=True)
@@ -122,10 +126,8 @@ def train(
     with torch.random.fork_rng(devices=cuda):
         torch.manual_seed(seed)
         model = make().to(device).train()
-        optimizer = torch.optim.Adam(model.parameters())
-        schedule = torch.optim.lr_scheduler.OneCycleLR(
-            optimizer, max_lr=5e-3, epochs=epochs, steps_per_epoch=-(-len(data.train) // batch_size)
-        )
+        optimizer = torch.optim.SGD(model.parameters(), lr=RATE, momentum=0.9, weight_decay=2 * SQUARED_WEIGHTS)
+        schedule = torch.optim.lr_scheduler.MultiStepLR(optimizer, [int(share * epochs) for share in DROPS])
         parts: dict[str, Any] = {"model": model, "optimizer": optimizer, "schedule": schedule}
         done = 0
         if checkpoint is not None and checkpoint.exists():
@@ -144,7 +146,7 @@ def train(
                 optimizer.zero_grad()
                 loss.backward()
                 optimizer.step()
-                schedule.step()
+            schedule.step()
             if checkpoint is not None:
                 state = {name: part.state_dict() for name, part in parts.items()}
                 state |= {"epochs": epoch + 1, "generator": torch.get_rng_state()}
