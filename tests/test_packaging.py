@@ -221,7 +221,7 @@ LAYERS = (
     ("cli",),
     ("study",),
     ("__init__",),  # gathers the public names, and starts no command line
-    ("integrations",),
+    ("integrations", "pages"),
     ("adversarial", "evaluation", "losses"),
     ("analysis", "plot"),
     ("methods",),

@@ -1,7 +1,6 @@
 """The figures of a study: each is a function from the results to a matplotlib figure and its caption."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -9,10 +8,11 @@ import numpy as np
 
 from fastsal import plot
 from fastsal.files import extra, save_figure
+from fastsal.pages import drawing
+from fastsal.pages.page import Drawn
 from fastsal.study.results import TABLE, WORKING, Result, Study
 from fastsal.tensor.geometry import Geometry
 
-WIDTH = 4.2  # inches, of every figure: on a phone's screen the labels are then as large as the text
 HOLLOW = f"hollow where the accuracy is below {WORKING:.0%} of the plain one's"
 GLANCE = 5  # images in the first figure, so that each is as large there as on a screen
 SHORT = {"double backpropagation": "double\nbackprop.", "adversarial": "adversarial"}
@@ -28,12 +28,6 @@ def _quantity(results: dict[str, Result], name: str) -> dict[str, Any]:
 
 def _geometries(results: dict[str, Result]) -> dict[str, Geometry]:
     return {label: result.geometry() for label, result in results.items()}
-
-
-def _figure(height: float, rows: int = 1) -> tuple[Any, Any]:
-    figure = extra("matplotlib.figure").Figure(figsize=(WIDTH, height), layout="constrained")
-    figure.get_layout_engine().set(h_pad=0.08)  # inches: a panel's title stands clear of the labels above it
-    return figure, figure.subplots(rows, squeeze=False)[:, 0] if rows else None
 
 
 def _median_lines(study: Study, ax: Any, quantity: str) -> None:
@@ -52,14 +46,9 @@ def _median_lines(study: Study, ax: Any, quantity: str) -> None:
     ax.locator_params(axis="x", nbins=6)
 
 
-def _legend(figure: Any, ax: Any, columns: int) -> None:
-    """Above the figure, where it covers nothing."""
-    figure.legend(*ax.get_legend_handles_labels(), loc="outside upper center", ncols=columns, fontsize=8)
-
-
 def _grid_figure(height: float) -> Any:
     """For saliency maps, which need no space between them."""
-    figure, _ = _figure(height, 0)
+    figure, _ = drawing.new(height, 0)
     figure.get_layout_engine().set(w_pad=0.015, h_pad=0.015, wspace=0, hspace=0)
     return figure
 
@@ -99,11 +88,11 @@ def saliency_all(study: Study) -> tuple[Any, str]:
 
 def linearised_robustness(study: Study) -> tuple[Any, str]:
     families = study.families()
-    figure, axes = _figure(4.4 + 4.6 * len(families), 1 + len(families))
+    figure, axes = drawing.new(4.4 + 4.6 * len(families), 1 + len(families))
     _median_lines(study, axes[0], "linearized_robustness")
     axes[0].set_ylabel("median ρ̃ (units of x)")
     axes[0].axline((0, 0), slope=1, color="0.4", linewidth=1, zorder=0)
-    _legend(figure, axes[0], 3)
+    drawing.legend(figure, axes[0], 3)
     colormap = extra("matplotlib").colormaps["viridis"]
     everything = {
         name: np.concatenate([r.columns[name] for r in study.results]) for name in ("rho", "linearized_robustness")
@@ -133,11 +122,11 @@ def alignment(study: Study) -> tuple[Any, str]:
         "pixels kept in [0, 1]; black at 0": study.in_box(),
         "pixels kept in [0, 1]; mean image at 0": study.in_box().centred(),
     }
-    figure, axes = _figure(0.4 + 3.2 * len(panels), len(panels))
+    figure, axes = drawing.new(0.4 + 3.2 * len(panels), len(panels))
     for ax, (title, one) in zip(axes, panels.items(), strict=True):
         _median_lines(one, ax, "alignment")
         ax.set(ylabel="median α (units of x)", title=title)
-    _legend(figure, axes[0], 3)
+    drawing.legend(figure, axes[0], 3)
     return figure, (
         f"Alignment α of image and saliency map against robustness ρ: medians over {study.images} test images, a point a "
         f"model, joined in order of strength, with bars from quartile to quartile of α, {HOLLOW}. Top: ρ as defined, where a "
@@ -153,12 +142,12 @@ def homogeneity(study: Study) -> tuple[Any, str]:
         "degree": "predicted logit, signed: ⟨x,g⟩ / Ψ",
         "binarized_degree": "binarised logit, signed: ⟨x,g†⟩ / Ψ†",
     }
-    figure, axes = _figure(0.5 + 2.9 * len(panels), len(panels))
+    figure, axes = drawing.new(0.5 + 2.9 * len(panels), len(panels))
     for ax, (quantity, title) in zip(axes, panels.items(), strict=True):
         _median_lines(study, ax, quantity)
         ax.axhline(1, color="0.4", linewidth=1, zorder=0)
         ax.set(ylabel="homogeneity" if "homogeneity" in quantity else "degree", title=title)
-    _legend(figure, axes[0], 3)
+    drawing.legend(figure, axes[0], 3)
     return figure, (
         "Degree of homogeneity against robustness ρ, for the predicted logit Ψ and the binarised logit Ψ†, in two "
         "definitions. 1 (grey line) is a homogeneous, linear-like logit. "
@@ -168,7 +157,7 @@ def homogeneity(study: Study) -> tuple[Any, str]:
 
 
 def bound(study: Study) -> tuple[Any, str]:
-    figure, axes = _figure(1.8 + 0.38 * len(study.results))
+    figure, axes = drawing.new(1.8 + 0.38 * len(study.results))
     ax, rows = axes[0], np.arange(len(study.results))
     left = np.zeros(len(rows))
     terms = (
@@ -186,7 +175,7 @@ def bound(study: Study) -> tuple[Any, str]:
     ax.set_yticks(rows, [result.recipe.label for result in study.results])
     ax.invert_yaxis()
     ax.set_xlabel("median (units of x)")
-    _legend(figure, ax, 3)
+    drawing.legend(figure, ax, 3)
     return figure, (
         "The three terms that bound ρ̃, stacked, and beside them ρ̃, the alignment α and the binarised alignment α†: medians "
         f"over {study.images} test images, each quantity on its own."
@@ -195,7 +184,7 @@ def bound(study: Study) -> tuple[Any, str]:
 
 def accuracy(study: Study) -> tuple[Any, str]:
     families = study.families()
-    figure, axes = _figure(3.3 * len(families), len(families))
+    figure, axes = drawing.new(3.3 * len(families), len(families))
     names = {"double backpropagation": "penalty λ", "adversarial": "radius ε (units of x)"}
     for ax, (training, results) in zip(axes, families.items(), strict=True):
         # Every model has a place of its own, not to scale, so that no strengths are crowded and no space is empty.
@@ -219,27 +208,10 @@ FIGURES: dict[str, tuple[str, Callable[[Study], tuple[Any, str]]]] = {
 }
 
 
-@dataclass(frozen=True)
-class Drawn:
-    """A figure that is written: the name of its files, title, SVG and caption."""
-
-    name: str
-    title: str
-    svg: bytes
-    caption: str
-
-
 def write(study: Study, out: Path) -> dict[str, Drawn]:
     """Every figure as SVG and PNG into the folder `out`, and by its name what a page says of it."""
-    style = {
-        "svg.hashsalt": "fastsal",
-        "font.size": 9,
-        "axes.titlesize": 9,
-        "axes.spines.top": False,
-        "axes.spines.right": False,
-    }
     written = {}
-    with extra("matplotlib").rc_context(style):
+    with drawing.style():
         for name, (title, draw) in FIGURES.items():
             figure, caption = draw(study)
             for ending in ("svg", "png"):

@@ -1,89 +1,12 @@
 """The page of a study: verdicts, tables, figures and checks, as report.html, which needs no other file, and as report.md."""
 
-import base64
-import html
 from pathlib import Path
 
-from fastsal.files import MARK, replacing
+from fastsal.pages.page import Page
 from fastsal.study import figures, results
 from fastsal.study.attacks import ATTACKS
 from fastsal.study.claims import checks, variations, verdicts
 from fastsal.study.results import TABLE, WORKING, Study, summary
-
-PAGE = """<!doctype html>
-<html lang="en">
-<!-- {mark} -->
-<head>
-<meta charset="utf-8">
-<meta name="viewport" content="width=device-width, initial-scale=1">
-<title>fastsal study: {data}</title>
-<style>
-body {{ font: 1rem/1.5 system-ui, sans-serif; max-width: 46rem; margin: 0 auto; padding: 1rem; color: #111; background: #fff }}
-h1 {{ font-size: 1.5rem; line-height: 1.2 }}
-h2 {{ font-size: 1.2rem; margin-top: 2rem }}
-li {{ margin-bottom: .6rem }}
-figure {{ margin: 0 }}
-figure img {{ display: block; width: 100%; max-width: 36rem; height: auto; margin: 0 auto }}
-figcaption {{ color: #333; font-size: .95rem }}
-.wide {{ overflow-x: auto }}
-table {{ border-collapse: collapse; margin: 1rem 0; font-variant-numeric: tabular-nums; font-size: .85rem }}
-th, td {{ padding: .2rem .5rem; text-align: right; border-bottom: 1px solid #ddd }}
-th:first-child, td:first-child {{ text-align: left; position: sticky; left: 0; background: #fff }}
-td:first-child {{ min-width: 4.5rem }}
-</style>
-</head>
-<body>
-{body}
-</body>
-</html>
-"""
-
-
-class _Page:
-    """The same page twice, as HTML and as Markdown, put together from the top to the bottom."""
-
-    def __init__(self, title: str) -> None:
-        self.html = [f"<h1>{html.escape(title)}</h1>"]
-        self.markdown = [f"# {title}"]
-
-    def heading(self, title: str) -> None:
-        self.html.append(f"<h2>{html.escape(title)}</h2>")
-        self.markdown.append(f"## {title}")
-
-    def paragraph(self, text: str) -> None:
-        self.html.append(f"<p>{html.escape(text)}</p>")
-        self.markdown.append(text)
-
-    def items(self, items: list[tuple[str, str]]) -> None:
-        """Each with what stands out at its beginning."""
-        escaped = [(html.escape(head), html.escape(text)) for head, text in items]
-        lines = [f"<li><b>{head}</b> {text}</li>" if head else f"<li>{text}</li>" for head, text in escaped]
-        self.html.append(f"<ul>{''.join(lines)}</ul>")
-        self.markdown.append("\n".join(f"- **{head}** {text}" if head else f"- {text}" for head, text in items))
-
-    def table(self, rows: list[dict[str, str]]) -> None:
-        head = "".join(f"<th>{html.escape(name)}</th>" for name in rows[0])
-        cells = ("".join(f"<td>{html.escape(cell)}</td>" for cell in row.values()) for row in rows)
-        body = "".join(f"<tr>{row}</tr>" for row in cells)
-        self.html.append(f'<div class="wide"><table><tr>{head}</tr>{body}</table></div>')
-        lines = [list(rows[0]), ["---"] + ["--:"] * (len(rows[0]) - 1), *(list(row.values()) for row in rows)]
-        self.markdown.append("\n".join(f"| {' | '.join(line)} |" for line in lines))
-
-    def figure(self, drawn: figures.Drawn) -> None:
-        source = base64.b64encode(drawn.svg).decode()
-        self.html.append(
-            f'<figure><img src="data:image/svg+xml;base64,{source}" alt="{html.escape(drawn.title)}">'
-            f"<figcaption>{html.escape(drawn.caption)}</figcaption></figure>"
-        )
-        self.markdown.append(f"![{drawn.title}]({drawn.name}.png)\n\n{drawn.caption}")
-
-    def write(self, study: Study, out: Path) -> Path:
-        page = out / "report.html"
-        with replacing(page) as file:
-            file.write(PAGE.format(mark=MARK, data=html.escape(study.data), body="\n".join(self.html)).encode())
-        with replacing(out / "report.md") as file:
-            file.write("\n\n".join([*self.markdown, f"<!-- {MARK} -->\n"]).encode())
-        return page
 
 
 def tables(study: Study) -> list[list[dict[str, str]]]:
@@ -129,7 +52,7 @@ def write(study: Study, out: Path) -> Path:
     """Figures, tables and report.html into the folder `out`; returns the page."""
     results.write(study, out)
     drawn = figures.write(study, out)
-    page = _Page("Adversarial robustness and saliency maps")
+    page = Page("Adversarial robustness and saliency maps")
     page.paragraph(
         f"The study of Etmann, Lunz, Maass and Schönlieb (ICML 2019), reproduced by fastsal on {study.data}: "
         f"{len(study.results)} models trained on {study.training_images} images, and {study.images} of {study.test_images} "
@@ -176,4 +99,4 @@ def write(study: Study, out: Path) -> Path:
         page.heading(figure.title)
         page.figure(figure)
     page.paragraph("The numbers: models.csv has a row a model, images.csv a row a model and image.")
-    return page.write(study, out)
+    return page.write(out / "report.html", f"fastsal study: {study.data}", out / "report.md")
