@@ -69,7 +69,8 @@ def _growing_bias(layer: nn.Module) -> Iterator[None]:
         plain, tangent = forward_ad.unpack_dual(output)
         bias = module.forward(torch.zeros_like(forward_ad.unpack_dual(inputs[0]).primal))
         # A layer that is used twice already has a tangent the second time.
-        return forward_ad.make_dual(plain, bias if tangent is None else bias + tangent)
+        grown: Tensor = forward_ad.make_dual(plain, bias if tangent is None else bias + tangent)
+        return grown
 
     with ExitStack() as stack:
         stack.callback(layer.register_forward_hook(grow).remove)

@@ -81,7 +81,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def _steps(arguments: argparse.Namespace) -> int:
     """What the bar counts for a model: epochs of training and batches of attacked images."""
-    return int(arguments.epochs) + math.ceil(arguments.images / BATCH)
+    steps: int = arguments.epochs + math.ceil(arguments.images / BATCH)
+    return steps
 
 
 def _recipes(arguments: argparse.Namespace) -> list[Recipe]:
@@ -139,7 +140,8 @@ def _minutes(data: Data[Split], todo: list[Recipe], arguments: argparse.Namespac
                     seconds[recipe.training] = time.perf_counter() - start
     training = arguments.epochs * len(data.train) * sum(seconds[recipe.training] for recipe in todo)
     attacking = len(todo) * PASSES * min(arguments.images, len(data.test)) * seconds["plain"]
-    return (training + attacking) / len(x) / 60
+    minutes: float = (training + attacking) / len(x) / 60
+    return minutes
 
 
 def _result(

@@ -121,7 +121,6 @@ def quantities(scores: Tensor, x: Tensor, geometry: Geometry) -> dict[str, Tenso
     here = of_pair(scores, pair, x.flatten(1), 2)
     columns = {name: getattr(here, name) for name in SCALARS if hasattr(here, name)}
     columns |= {"prediction": geometry.prediction, "runner_up": geometry.runner_up}
-    columns["cosine"] = here.alignment / distances(x, zero, 2)
     # ⟨x, g⟩ = Ψ − β, so that the degree of homogeneity ⟨x, g⟩ / Ψ is 1 without an offset.
     columns["degree"] = 1 - here.offset / scores[:, 0]
     columns["binarized_degree"] = 1 - here.binarized_offset / here.binarized_logit
