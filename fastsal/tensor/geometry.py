@@ -80,7 +80,16 @@ class Geometry(Results):
     lower_bound: Tensor
     failure_probability: float
 
-    _shown: ClassVar = ("linearized_robustness", "alignment", "cosine", "bound", "homogeneity", "vjps", "jvps", "certified")
+    _shown: ClassVar = (
+        "linearized_robustness",
+        "alignment",
+        "cosine",
+        "bound",
+        "homogeneity",
+        "vjps",
+        "jvps",
+        "certified",
+    )
 
     def __post_init__(self) -> None:
         if self.distances is None:
