@@ -15,6 +15,7 @@ DEAR = ("Carlini-Wagner", "DDN")  # on a few images, to see how much smaller ρ 
 ATTACKS = CHEAP + DEAR
 BOX = (0.0, 1.0)
 EVERYWHERE = (-8.0, 9.0)  # foolbox wants bounds, and these are far outside of [0, 1]
+STEPS = {"iterative": 10, "Carlini-Wagner": 60, "DDN": 50}
 SHRINKING, SIZES = 0.6, 5  # how far an attack that must be told goes: ‖x‖ times powers of this, so many
 
 
@@ -26,12 +27,12 @@ def _attack(name: str, width: float) -> tuple[Any, bool]:
     if name == "gradient line search":
         return attacks.L2FastGradientAttack(random_start=False), True
     if name == "iterative":
-        return attacks.L2BasicIterativeAttack(random_start=False, steps=10, rel_stepsize=0.25), True
+        return attacks.L2BasicIterativeAttack(random_start=False, steps=STEPS[name], rel_stepsize=0.25), True
     if name == "DDN":
-        return attacks.DDNAttack(steps=50), False
+        return attacks.DDNAttack(steps=STEPS[name]), False
     # A black pixel lies where tanh is flat, as far from 0 as 7: shorter steps stay there. They are as long in any box.
-    step = 0.25 / width
-    return attacks.L2CarliniWagnerAttack(binary_search_steps=4, steps=60, stepsize=step, initial_const=1.0), False
+    options = {"binary_search_steps": 4, "initial_const": 1.0, "stepsize": 0.25 / width}
+    return attacks.L2CarliniWagnerAttack(steps=STEPS[name], **options), False
 
 
 def nearest_found(
@@ -53,7 +54,11 @@ def nearest_found(
     sizes = [largest * SHRINKING**k for k in range(1, 1 + SIZES)] if needs_sizes else [None]
     foolbox_model = extra("foolbox").PyTorchModel(model, bounds=bounds, device=x.device)
     best, size = x, torch.full((len(x),), math.inf, dtype=torch.float64, device=x.device)
-    for candidate in method(foolbox_model, x, prediction, epsilons=sizes)[0]:
+    with torch.random.fork_rng(
+        devices=[x.device] if x.is_cuda else []
+    ):  # foolbox draws numbers, even to leave them unused
+        candidates = method(foolbox_model, x, prediction, epsilons=sizes)[0]
+    for candidate in candidates:
         errs = predicted(model, candidate) != prediction
         distance = torch.where(errs, distances(candidate, x, 2), math.inf)
         best = torch.where((distance < size).view(-1, *(1,) * (x.dim() - 1)), candidate, best)

@@ -29,7 +29,7 @@ HOMOGENEOUS = (
     nn.Identity,
 )
 BATCH = 100
-FEW = 200  # images that the dear attacks try
+FEW = 200  # images that the dear attacks try, in whole batches
 SCALARS = (
     *("prediction", "runner_up", "linearized_robustness", "alignment", "binarized_alignment", "cosine"),
     *("homogeneity", "binarized_homogeneity", "degree", "binarized_degree", "bound", "gap_term", "offset_term"),
@@ -64,17 +64,19 @@ def measure(
     centre: Tensor,
     *,
     bounds: tuple[float, float] = BOX,
+    few: int = FEW,
     after_batch: Callable[[], None] = lambda: None,
 ) -> tuple[dict[str, np.ndarray[Any, Any]], np.ndarray[Any, Any]]:
     """Columns with a row for every image, and the saliency maps of the images at `shown`.
 
     The columns are `SCALARS`, in float64; those of `ORIGIN` once more for x − `centre`; the cosine of g† and the normal of the
     boundary where DeepFool meets it; how far β and β† are from the sums over the biases; the distance that every attack finds
-    within `bounds`, NaN where it was not tried; and ρ, the smallest of those that every image has been tried with.
+    within `bounds`, NaN where it was not tried, as the dear attacks are on `few`; and ρ, the smallest of those that every image
+    has been tried with.
     """
     parts = []
     for start in range(0, len(x), BATCH):
-        parts.append(_columns(model, x[start : start + BATCH], centre, bounds, dear=start < FEW))
+        parts.append(_columns(model, x[start : start + BATCH], centre, bounds, dear=start < few))
         after_batch()
     maps = analyze(model, x[shown], keep_saliency=True).saliency
     assert maps is not None

@@ -30,12 +30,11 @@ class Recipe:
     squared, so that its λ is B² times ours: λ = 10 at B = 100 there is 1e-3 here.
 
     Adversarial training (Madry et al., 2018) minimises the mean of ℓ(x + e), e found by projected gradient ascent among
-    ‖e‖₂ ≤ ε, and with `box` among those that keep every pixel in [0, 1].
+    ‖e‖₂ ≤ ε.
     """
 
     penalty: float = 0.0
     radius: float = 0.0
-    box: bool = False
 
     @property
     def training(self) -> str:
@@ -73,11 +72,8 @@ def _lengths(x: Tensor) -> Tensor:
     return torch.where(norms > 0, norms, 1.0)
 
 
-def worst_nearby(model: nn.Module, x: Tensor, y: Tensor, radius: float, *, box: bool = False) -> Tensor:
-    """x + e of high loss with ‖e‖₂ ≤ radius: projected gradient ascent from a random start, the model in evaluation mode.
-
-    box: x + e stays in [0, 1], as x does.
-    """
+def worst_nearby(model: nn.Module, x: Tensor, y: Tensor, radius: float) -> Tensor:
+    """x + e of high loss with ‖e‖₂ ≤ radius: projected gradient ascent from a random start, the model in evaluation mode."""
     training = model.training
     model.eval()
     start = torch.randn_like(x)
@@ -87,8 +83,6 @@ def worst_nearby(model: nn.Module, x: Tensor, y: Tensor, radius: float, *, box: 
         (ascent,) = torch.autograd.grad(cross_entropy(model(x + e), y, reduction="sum"), e)
         e = e.detach() + 2.5 * radius / PGD_STEPS * ascent / _lengths(ascent)
         e = e * (radius / _lengths(e)).clamp(max=1)
-        if box:
-            e = (x + e).clamp(0, 1) - x
     model.train(training)
     return x + e
 
@@ -96,7 +90,7 @@ def worst_nearby(model: nn.Module, x: Tensor, y: Tensor, radius: float, *, box: 
 def objective(model: nn.Module, x: Tensor, y: Tensor, recipe: Recipe) -> Tensor:
     """What training minimises on a batch."""
     if recipe.radius:
-        x = worst_nearby(model, x, y, recipe.radius, box=recipe.box)
+        x = worst_nearby(model, x, y, recipe.radius)
     x = x.detach().requires_grad_(recipe.penalty > 0)
     losses = cross_entropy(model(x), y, reduction="none")
     if not recipe.penalty:
