@@ -10,6 +10,7 @@ from fastsal.analysis import analyze
 from fastsal.biases import bias_contributions
 from fastsal.evaluation.evaluate import evaluate, load
 from fastsal.methods import Candidates, Certified, Exact
+from fastsal.pages.report import report
 from fastsal.tensor.geometry import Geometry, margin_geometry
 from fastsal.tensor.ops import info
 from fastsal.tensor.pairwise import PairwiseMargins, pairwise_margins
@@ -35,4 +36,5 @@ __all__ = [
     "margin_geometry",
     "pairwise_margins",
     "plot",
+    "report",
 ]

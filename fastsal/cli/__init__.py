@@ -1,4 +1,4 @@
-"""The command line: `fastsal demo | study | analyze | check | info`, also `python -m fastsal`.
+"""The command line: `fastsal demo | study | analyze | report | check | info`, also `python -m fastsal`.
 
 Each subcommand is a module of this folder with two functions, `add_arguments` and `run`. Its docstring is its help.
 """
@@ -8,10 +8,10 @@ import sys
 from typing import NoReturn
 
 import fastsal
-from fastsal.cli import analyze, check, demo, info, study
+from fastsal.cli import analyze, check, demo, info, report, study
 from fastsal.files import CommandError
 
-COMMANDS = {"demo": demo, "study": study, "analyze": analyze, "check": check, "info": info}
+COMMANDS = {"demo": demo, "study": study, "analyze": analyze, "report": report, "check": check, "info": info}
 
 
 class _Parser(argparse.ArgumentParser):

@@ -29,11 +29,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 from torch import distributed as dist
 
 from fastsal import plot
-from fastsal.cli import inputs, models
+from fastsal.cli import given
 from fastsal.cli.options import check_device, from_zero, natural, positive
 from fastsal.evaluation import shards, tables
 from fastsal.evaluation.evaluate import evaluate, in_memory, load
@@ -41,7 +40,6 @@ from fastsal.evaluation.summary import Summary
 from fastsal.evaluation.tables import KEPT
 from fastsal.files import Blame, CommandError, check_output, check_outside, extra, save_figure
 from fastsal.methods import FEW, METHODS
-from fastsal.model.calling import call
 
 FILES = (".csv", ".npz", ".parquet")
 PICTURES = (".pdf", ".png", ".svg")
@@ -49,24 +47,7 @@ PICTURES = (".pdf", ".png", ".svg")
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options, in the order a newcomer needs them."""
-    parser.add_argument(
-        "--model",
-        required=True,
-        metavar="NAME",
-        help="timm:NAME, torchvision:NAME, or package.module:name of a torch.nn.Module or of what returns one when called "
-        "without arguments, looked up from the current folder too",
-    )
-    parser.add_argument(
-        "--weights",
-        metavar="FILE",
-        help=".safetensors, or a torch file that holds a state_dict and no more; default: timm's or torchvision's own, which "
-        "they download once ('random': untrained), or what your code loads",
-    )
-    parser.add_argument(
-        "--data",
-        required=True,
-        help="folder:PATH of images, .npy, or .npz with the array x (or a single array) and perhaps the true classes y",
-    )
+    given.add_arguments(parser, required=True)
     parser.add_argument(
         "--out", required=True, help="where the results go: a folder, or a file ending with .csv, .npz or .parquet"
     )
@@ -93,10 +74,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="SECONDS",
         help="how much work a kill may cost, into a folder; default: %(default)g",
     )
-    parser.add_argument("--image-size", type=positive, help="pixels of a side, for images and a model of your own")
-    parser.add_argument("--channels", type=int, choices=(1, 3), help="1: grey levels, likewise; default: 3")
-    parser.add_argument("--mean", type=float, nargs="+", help="of the channels, for a model of your own; default: none")
-    parser.add_argument("--std", type=float, nargs="+", help="of the channels, likewise")
     parser.add_argument("--keep", nargs="+", default=[], choices=KEPT, help="arrays to keep besides, in a folder")
     parser.add_argument("--plot", type=Path, metavar="FILE", help="a picture of ρ̃ and α: .pdf, .png or .svg")
     parser.add_argument("--json", action="store_true", help="print the summary as JSON, with every quantity and class")
@@ -133,35 +110,6 @@ def _processes(device: torch.device) -> Iterator[bool]:
         yield dist.get_rank() == 0
     finally:
         dist.destroy_process_group()
-
-
-def _data(arguments: argparse.Namespace, loaded: models.Loaded) -> tuple[inputs.Arrays | inputs.Images, str]:
-    """The data, and what is to be said about them."""
-    dtype = next((p.dtype for p in loaded.model.parameters() if p.is_floating_point()), None)
-    if not arguments.data.startswith(inputs.FOLDER):
-        data = inputs.arrays(Path(arguments.data))
-        changed = dtype is not None and str(dtype) != f"torch.{data.x.dtype}"
-        return data, f"x is {data.x.dtype} in the file and was analysed in the model's {dtype}" if changed else ""
-    transform = loaded.transform
-    if transform is None:
-        if arguments.image_size is None:
-            raise CommandError("--image-size: is missing; a model of your own does not say how large its images are")
-        transform = inputs.Square(arguments.image_size, arguments.channels or 3)
-    elif given := [name for name in ("image_size", "channels") if getattr(arguments, name) is not None]:
-        raise CommandError(f"--{given[0].replace('_', '-')}: {arguments.model} brings its own")
-
-    def classes(x: Tensor) -> int:
-        with Blame(f"--model {arguments.model} on x of shape {tuple(x.shape)}"), torch.no_grad():
-            try:
-                return call(loaded.model, x.to(dtype)).shape[1]
-            except Exception as error:
-                hint = ""
-                with contextlib.suppress(Exception):
-                    call(loaded.model, x[:, :1].to(dtype))
-                    hint = f"--model {arguments.model}: takes images of one channel: --channels 1"
-                raise CommandError(hint) if hint else error from error
-
-    return inputs.images(Path(arguments.data.removeprefix(inputs.FOLDER)), transform, classes)
 
 
 def _plain(value: Any) -> Any:
@@ -211,10 +159,10 @@ def _check(arguments: argparse.Namespace) -> bool:
 def run(arguments: argparse.Namespace) -> int:
     """Analyses every example, writes the results, prints a summary."""
     folder = _check(arguments)
-    with _from_here(), _short_warnings():
+    with given.from_here(), _short_warnings():
         device = _device(arguments.device)
-        loaded = models.load(arguments.model, arguments.weights, arguments.mean, arguments.std)
-        data, note = _data(arguments, loaded)
+        loaded = given.model(arguments)
+        data, note = given.data(arguments, loaded)
         with Blame(f"--device {arguments.device}"):
             loaded.model.to(device)
         options: dict[str, Any] = {
@@ -240,17 +188,6 @@ def run(arguments: argparse.Namespace) -> int:
                 save_figure(figure, arguments.plot, "--plot")
             _say(summary, [text for text in (note, loaded.note) if text], arguments)
     return 1 if first and summary.failed else 0  # torchrun ends all where one has another status than 0
-
-
-@contextlib.contextmanager
-def _from_here() -> Iterator[None]:
-    """Lets imports see the current folder, as `python -m` does and an installed command does not."""
-    here = os.getcwd()
-    sys.path.insert(0, here)
-    try:
-        yield
-    finally:
-        sys.path.remove(here)
 
 
 @contextlib.contextmanager

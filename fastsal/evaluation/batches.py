@@ -66,8 +66,6 @@ class Batches(Dataset[Batch]):
         parts = item if isinstance(item, tuple | list) else (item,)
         x = torch.tensor(parts[0]) if isinstance(parts[0], np.ndarray) else parts[0]
         validation.floating("x", x)
-        if self.shape is not None and x.shape != self.shape:
-            raise ValueError(f"x: got shape {tuple(x.shape)}, wants that of the other examples, {self.shape}")
         return x, int(parts[1]) if len(parts) > 1 else NO_CLASS
 
     def __getitem__(self, number: int) -> Batch:
@@ -75,6 +73,8 @@ class Batches(Dataset[Batch]):
         for index in self.indices(number):
             try:
                 one, label = self.example(index)
+                if self.shape is not None and one.shape != self.shape:
+                    raise ValueError(f"x: got shape {tuple(one.shape)}, wants that of the other examples, {self.shape}")
             except Exception as error:
                 errors[index] = one_line(error)
                 label = NO_CLASS

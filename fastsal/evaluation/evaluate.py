@@ -28,7 +28,8 @@ from fastsal.model.calling import Model
 from fastsal.tensor import results
 
 
-def _checked(data: Any, batch_size: Any, names: Sequence[str] | None) -> Batches:
+def checked(data: Any, batch_size: Any, names: Sequence[str] | None) -> Batches:
+    """The data by batches; raises for what is no data set, and for names of other examples."""
     if not isinstance(data, Tensor) and not (hasattr(data, "__getitem__") and hasattr(data, "__len__")):
         raise TypeError(f"data: got {type(data).__name__}, wants a tensor or a map-style Dataset (with a length)")
     if batch_size is not None:
@@ -152,7 +153,7 @@ def evaluate(
         raise ValueError(f"save_every: got {save_every!r}, wants seconds from 0")
     options = _options(norm, method, chunk_size, backend, layer=layer, classes=classes, target=target)
     _check_kept(keep, options)
-    batches = _checked(data, batch_size, names)
+    batches = checked(data, batch_size, names)
     arrow()
     folder = Path(out)
     shards.check_own(folder)
@@ -223,7 +224,7 @@ def in_memory(
 ) -> tuple[Columns, Summary]:
     """What `evaluate` finds, in this process, as one table instead of a folder, and its summary."""
     options = _options(**options)
-    batches = _checked(data, batch_size, names)
+    batches = checked(data, batch_size, names)
     team = Team()
     if team.size > 1:
         raise ValueError("out: several processes share a folder only, wants one for the results")

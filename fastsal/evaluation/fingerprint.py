@@ -26,7 +26,7 @@ def _digest(*tensors: Tensor) -> bytes:
     return digest.digest()
 
 
-def _model_fingerprint(model: Model) -> tuple[str, dict[str, str]]:
+def model_fingerprint(model: Model) -> tuple[str, dict[str, str]]:
     """A module's name with a hash of its text, and hashes of its parameters and buffers; of another callable the name only."""
     if not isinstance(model, nn.Module):
         return f"{model.__module__}.{getattr(model, '__qualname__', type(model).__qualname__)}", {}
@@ -35,7 +35,7 @@ def _model_fingerprint(model: Model) -> tuple[str, dict[str, str]]:
     return f"{type(model).__name__} {text[:8]}", {name: _digest(tensor).hex()[:8] for name, tensor in named}
 
 
-def _data_fingerprint(batches: Batches, names: Sequence[str] | None) -> str:
+def data_fingerprint(batches: Batches, names: Sequence[str] | None) -> str:
     """A hash of eight examples, evenly spread, and of all names."""
 
     def content(index: int) -> bytes:
@@ -64,7 +64,7 @@ def made_from(
     """What the results depend on, each part under the name that a message calls it by."""
     parameter = next(model.parameters(), None) if isinstance(model, nn.Module) else None
     device = "cpu" if parameter is None else parameter.device.type
-    text, tensors = _model_fingerprint(model)
+    text, tensors = model_fingerprint(model)
     # Which layer, classes and target, where any is chosen.
     chosen: Record = {name: options[name] for name in ("layer", "target", "classes") if name in options}
     if isinstance(layer := chosen.get("layer"), nn.Module):
@@ -76,7 +76,7 @@ def made_from(
         "fastsal": importlib.metadata.version("fastsal"),
         "model": text,
         "parameters": tensors,
-        "data": _data_fingerprint(batches, names),
+        "data": data_fingerprint(batches, names),
         "examples": batches.examples,
         "norm": f"{options['norm']:g}",
         "method": _ADDRESS.sub("", repr(options["method"])),

@@ -149,3 +149,11 @@ def read_kept(found: Sequence[Path]) -> dict[str, Tensor]:
     """The arrays beside shards, joined, by the name of their field."""
     names = [name for name in KEPT if _array(found[0], name).exists()]
     return {name: torch.from_numpy(np.concatenate([np.load(_array(shard, name)) for shard in found])) for name in names}
+
+
+def read_kept_one(found: Sequence[Path], name: str, index: int) -> Tensor | None:
+    """One example's entry of an array beside shards, or None where it was not kept."""
+    for shard in found:
+        if index in span(shard) and (path := _array(shard, name)).exists():
+            return torch.from_numpy(np.load(path, mmap_mode="r")[index - span(shard).start].copy())
+    return None

@@ -11,6 +11,7 @@ function compare(a, b) {
 for (const table of document.querySelectorAll("table")) {
   const heads = [...table.tHead.rows[0].cells];
   heads.forEach((head, k) => {
+    if ("fixed" in head.dataset) return;
     const button = document.createElement("button");
     button.append(...head.childNodes);
     head.append(button);
@@ -23,4 +24,22 @@ for (const table of document.querySelectorAll("table")) {
       table.tBodies[0].append(...rows);
     });
   });
+}
+
+// The rows that contain what is searched for and have every tag that is chosen.
+for (const form of document.querySelectorAll(".filter")) {
+  const rows = [...form.nextElementSibling.querySelector("tbody").rows];
+  const show = () => {
+    const text = form.querySelector("input").value.toLowerCase();
+    const tags = [...form.querySelectorAll("select")].map((select) => select.value).filter(Boolean);
+    for (const row of rows) {
+      const has = (row.dataset.tags ?? "").split(" ");
+      row.hidden = !(row.textContent.toLowerCase().includes(text) && tags.every((tag) => has.includes(tag)));
+    }
+    form.querySelector("output").value = `${rows.filter((row) => !row.hidden).length} of ${rows.length}`;
+  };
+  form.addEventListener("input", show);
+  form.addEventListener("submit", (event) => event.preventDefault());
+  form.hidden = false;
+  show();
 }

@@ -27,6 +27,8 @@ script-src 'unsafe-inline'">
 </body>
 </html>
 """
+LONG = 20  # rows, above which a table scrolls and can be searched
+SEARCH = '<label>contains <input type="search"></label> <output></output>'
 
 
 @dataclass(frozen=True)
@@ -65,12 +67,21 @@ class Page:
 
     def table(self, rows: Sequence[Mapping[str, str]]) -> None:
         """A table, at least one row of it, from the names of the columns to what stands there. It can be sorted."""
+        long = len(rows) > LONG
+        controls = f'<form class="filter" hidden>{SEARCH}</form>' if long else ""
         head = "".join(f'<th scope="col">{html.escape(name)}</th>' for name in rows[0])
         cells = ("".join(f"<td>{html.escape(cell)}</td>" for cell in row.values()) for row in rows)
         body = "".join(f"<tr>{row}</tr>" for row in cells)
-        self.html.append(f'<div class="wide"><table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>')
+        table = f"<table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>"
+        self.html.append(
+            f'{controls}<div class="wide{" long" * long}" tabindex="0" role="region" aria-label="table">{table}</div>'
+        )
         lines = [list(rows[0]), ["---"] + ["--:"] * (len(rows[0]) - 1), *(list(row.values()) for row in rows)]
         self.markdown.append("\n".join(f"| {' | '.join(line)} |" for line in lines))
+
+    def raw(self, text: str) -> None:
+        """HTML, which the Markdown goes without."""
+        self.html.append(text)
 
     def figure(self, drawn: Drawn) -> None:
         """A figure with its caption: in the page itself, and for the Markdown a PNG beside it."""
@@ -81,14 +92,14 @@ class Page:
         )
         self.markdown.append(f"![{drawn.title}]({drawn.name}.png)\n\n{drawn.caption}")
 
-    def write(self, path: Path, title: str, markdown: Path | None = None) -> Path:
+    def write(self, path: Path, title: str, markdown: Path | None = None, option: str = "--out") -> Path:
         """Writes the page, with what a browser's tab says, and perhaps the Markdown. Returns `path`."""
         style, script = (Path(__file__).with_name(name).read_text(encoding="utf-8") for name in ("page.css", "page.js"))
         body = "\n".join(self.html)
         text = FRAME.format(mark=MARK, title=html.escape(title), style=style, body=body, script=script)
-        with replacing(path) as file:
+        with replacing(path, option) as file:
             file.write(text.encode())
         if markdown is not None:
-            with replacing(markdown) as file:
+            with replacing(markdown, option) as file:
                 file.write("\n\n".join([*self.markdown, f"<!-- {MARK} -->\n"]).encode())
         return path
