@@ -116,7 +116,7 @@ def _theory(study: Study) -> Found:
         bool(np.nanmax(exceeds) <= 1e-9 and np.median(within) >= CORRELATED),
         {
             "rank correlation over a network's images": float(np.median(within)),
-            "median |α† − ρ| over median |β†|/‖g†‖": float(np.median(ratios)),
+            "median abs(α† − ρ) over median abs(β†)/‖g†‖": float(np.median(ratios)),
             "rank correlation of the networks' median α† and ρ": _medians_correlate(study, "binarized_alignment"),
         },
     )

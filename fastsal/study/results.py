@@ -35,6 +35,8 @@ TABLE = {
 SPREAD = ("rho", "linearized_robustness", "alignment", "cosine", "homogeneity")
 QUARTILES = (("lower", 0.25), ("upper", 0.75))
 DIGITS = 6  # of a number in a file
+# Of an image, what images.csv, which is large, leaves to the medians and the largest values in models.csv.
+LEFT_OUT = ("attack", "degree", "binarized_degree", "bias_error", "binarized_bias_error", "centred bound")
 
 
 @dataclass(frozen=True)
@@ -142,11 +144,15 @@ def summary(result: Result) -> dict[str, Any]:
 
 
 def write_table(path: Path, rows: list[dict[str, Any]]) -> None:
-    """A CSV file with a line for each row, headed by the first row's keys, in the place of whatever stood there."""
-    names, short = rows[0], f".{DIGITS}g"
-    cells = ([row.get(name, "") for name in names] for row in rows)
+    """A CSV file with a line for each row, headed by the first row's keys, in the place of whatever stood there. NaN: empty."""
+
+    def cell(value: Any) -> Any:
+        if not isinstance(value, float):
+            return value
+        return "" if math.isnan(value) else format(value, f".{DIGITS}g")
+
     with Blame(f"--out {path}"), whole_file(path) as file:
-        write_csv(file, names, ([format(c, short) if isinstance(c, float) else c for c in row] for row in cells))
+        write_csv(file, rows[0], ([cell(row.get(name, "")) for name in rows[0]] for row in rows))
 
 
 def write(studies: list[Study], out: Path) -> None:
@@ -154,9 +160,9 @@ def write(studies: list[Study], out: Path) -> None:
     models = [result for study in studies for result in study.results]
     rows: list[dict[str, Any]] = []
     for result in models:
-        columns = [column.tolist() for column in result.columns.values()]
+        columns = {name: column.tolist() for name, column in result.columns.items() if name not in LEFT_OUT}
         name = {"seed": result.seed, "model": result.recipe.label}
-        rows += [name | dict(zip(result.columns, row, strict=True)) for row in zip(*columns, strict=True)]
+        rows += [name | dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True)]
     for file, table in {"models.csv": [summary(result) for result in models], "images.csv": rows}.items():
         check_own(out / file, columns=tuple(table[0]))
         write_table(out / file, table)
