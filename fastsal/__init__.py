@@ -6,8 +6,9 @@ and `fastsal` on the command line.
 
 from fastsal import losses, plot
 from fastsal.adaptive import fab
-from fastsal.adversarial import Adversarial, deepfool
+from fastsal.adversarial import Adversarial, boundary_normal, deepfool
 from fastsal.analysis import analyze
+from fastsal.biases import bias_contributions
 from fastsal.evaluation.evaluate import evaluate, load
 from fastsal.methods import Candidates, Certified, Exact
 from fastsal.pages.report import report
@@ -25,6 +26,8 @@ __all__ = [
     "Geometry",
     "PairwiseMargins",
     "analyze",
+    "bias_contributions",
+    "boundary_normal",
     "cat",
     "deepfool",
     "evaluate",
