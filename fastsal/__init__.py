@@ -5,8 +5,10 @@ and `fastsal` on the command line.
 """
 
 from fastsal import losses, plot
-from fastsal.adversarial import Adversarial, deepfool
+from fastsal.adaptive import fab
+from fastsal.adversarial import Adversarial, boundary_normal, deepfool
 from fastsal.analysis import analyze
+from fastsal.biases import bias_contributions
 from fastsal.evaluation.evaluate import evaluate, load
 from fastsal.methods import Candidates, Certified, Exact
 from fastsal.pages.report import report
@@ -24,9 +26,12 @@ __all__ = [
     "Geometry",
     "PairwiseMargins",
     "analyze",
+    "bias_contributions",
+    "boundary_normal",
     "cat",
     "deepfool",
     "evaluate",
+    "fab",
     "info",
     "load",
     "losses",

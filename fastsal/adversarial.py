@@ -284,3 +284,40 @@ def deepfool(
         distance = torch.where(success, distances(found, start, p), math.inf).to(begin.logits.dtype)
     result = Adversarial(found, distance, success, prediction, reached, steps)
     return result if len(x) else result[:0]
+
+
+def boundary_normal(model: Model, point: Tensor, own: Tensor, *, norm: float | str = 2) -> Tensor:
+    """The normal of the decision boundary at points on it, such as those that `deepfool` finds.
+
+    At a point z where two classes tie, the boundary between them is the zero set of Ψᶜ − Ψʲ, with c the class on this side and
+    j the one beyond, and its normal is the gradient of that: g†(z), the binarised saliency map there. At x itself g†(x) is what
+    the linearised classifier takes for it. `torch.cosine_similarity` says how far they agree: it is 1 where the classifier is
+    linear in between.
+
+    Args:
+        model: As in `deepfool`.
+        point: [B, *S], `Adversarial.adversarial`.
+        own: int64 [B], the classes c on the side of the boundary where x is: `Adversarial.prediction`.
+        norm: The p of the perturbation, by which the nearest boundary at z is found.
+
+    Returns:
+        ∇(Ψᶜ − Ψʲ)(z), shaped like `point`, for the class j whose linearised boundary with c is nearest to z. It points to x's
+        side.
+
+    Raises:
+        TypeError, ValueError: As in `analyze`.
+
+    Example:
+        >>> import torch, fastsal
+        >>> linear, x = torch.nn.Linear(4, 2), torch.rand(3, 4)
+        >>> moved = fastsal.deepfool(linear, x)
+        >>> normal = fastsal.boundary_normal(linear, moved.adversarial, moved.prediction)
+        >>> here = fastsal.analyze(linear, x, keep_saliency=True).binarized_saliency
+        >>> torch.allclose(torch.cosine_similarity(normal, here), torch.ones(3))
+        True
+    """
+    with linearize(model, point) as graph:
+        validation.labels("own", own, (len(point), graph.n))
+        question = Question(validation.norm(norm), None, "auto", own.to(graph.leaf.device, torch.int64))
+        _, _, row = nearest_boundary(graph, methods.resolve("auto", question.norm), question)
+    return row.view_as(point).to(point.dtype)

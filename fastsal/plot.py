@@ -26,6 +26,7 @@ MARKERS = ("o", "s", "^", "D", "v", "P", "X")
 LABELS = {
     "linearized_robustness": "linearised robustness ρ̃ (units of x)",
     "alignment": "alignment α (units of x)",
+    "cosine": "cosine |⟨x,g⟩| / (‖x‖ ‖g‖)",
     "binarized_alignment": "binarised alignment α† (units of x)",
     "bound": "bound of ρ̃ (units of x)",
     "homogeneity": "homogeneity |⟨x,g⟩| / (|⟨x,g⟩| + |β|)",

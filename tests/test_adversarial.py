@@ -281,3 +281,23 @@ class TestNearestBoundary:
         assert other.item() == (1 if own == 0 else 0)
         assert distance.item() == 0
         assert torch.equal(row[0], weight[own] - weight[other.item()])
+
+
+@pytest.mark.parametrize("norm", [2, 1, math.inf])
+def test_boundary_normal(norm):
+    """At DeepFool's point: the gradient of the difference of the two classes that tie there, towards the class of x."""
+    torch.manual_seed(2)
+    model = torch.nn.Sequential(torch.nn.Linear(6, 16), torch.nn.Tanh(), torch.nn.Linear(16, 4)).double()
+    x = torch.randn(9, 6, dtype=torch.float64)
+    moved = fastsal.deepfool(model, x, norm=norm)
+    assert moved.success.all()
+    normal = fastsal.boundary_normal(model, moved.adversarial, moved.prediction, norm=norm)
+    assert (normal.shape, normal.dtype) == (x.shape, x.dtype)
+    for b in range(9):
+        z = moved.adversarial[b].clone().requires_grad_()
+        logits = model(z)
+        difference = logits[moved.prediction[b]] - logits[moved.adversarial_class[b]]
+        assert difference.abs() < 1e-3
+        torch.testing.assert_close(normal[b], torch.autograd.grad(difference, z)[0])
+    with pytest.raises(ValueError, match=r"^own: got torch.float64 of shape \(9, 6\), wants integers \[B\] = \[9\]$"):
+        fastsal.boundary_normal(model, moved.adversarial, moved.adversarial)

@@ -77,6 +77,7 @@ def _system(psi: Any, margin: Any, g: Any, g_dag: Any, x: Any, p: float) -> dict
     gap = vector_norm(g_dag / norm_dag - g / norm_g, q)
     return {
         "alignment": (alignment, alignment_scale),
+        "cosine": (alignment / norm_x, alignment_scale / norm_x),
         "binarized_logit": (margin, np.abs(margin)),
         "binarized_alignment": (np.abs(dot_dag) / norm_dag, size_dag / norm_dag),
         "offset": (beta, beta_scale),
@@ -102,7 +103,7 @@ def geometry_truth(
     `runner_up` overrides the selection, and `own` is a class that takes the place of the predicted one.
     """
     B, n = logits.shape
-    names = (*reference.SCALARS, "prediction", "runner_up")
+    names = (*reference.SCALARS, "cosine", "prediction", "runner_up")
     values: dict[str, list[Any]] = {name: [] for name in names}
     scales: dict[str, list[Any]] = {name: [] for name in names}
     all_ratios = []

@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from fastsal.cli.photographs import lite0
+from fastsal.cli.photographs import lite
 from fastsal.tensor.reference import dual
 
 SIZE = 224
@@ -43,7 +43,7 @@ class Normalised(nn.Module):
 
 def network() -> nn.Module:
     """EfficientNet-Lite0 with its weights, in evaluation mode."""
-    return Normalised(lite0()).eval()
+    return Normalised(lite()).eval()
 
 
 def missing() -> str:

@@ -1,45 +1,48 @@
-"""Why alignment falls under strong adversarial training: networks of the study anew, with one thing changed at a time.
+"""What changes the study's verdicts: networks of the study anew, with one thing changed at a time.
 
-    python -m bench study_experiments [CHANGE ...]
+    python -m bench study_experiments [--study FOLDER] [CHANGE ...]
 
-Trains a plain network and some of each radius ε or strength λ, and measures them on the digits that `fastsal study --data
-mnist5k` measures. Writes bench/results/study/experiments.csv, a row for each network, and experiments_claims.csv beside it: the
-study's claims, judged by its criteria on the networks of each change. ρ is that of perturbations which keep pixels in [0, 1],
-as DDN finds it. Networks that --models holds are not trained again, nor is the training of one that was stopped begun anew.
+Needs a folder of `fastsal study --data mnist5k`, some of whose networks of seed 0 it measures in other ways, and trains others
+beside them. Writes bench/results/study/experiments.csv, a row for each network, experiments_claims.csv, the
+study's claims judged by its criteria on the networks of each change, and changes.png, both at a
+glance. Networks that are in the folder are not trained again, nor is the training of one that was stopped begun anew.
 """
 
 import argparse
 import csv
+import textwrap
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
 import fastsal
 from bench import RESULTS
-from fastsal.study.attacks import robustness_in_box
-from fastsal.study.claims import verdicts
+from fastsal.cli.study import GRIDS
+from fastsal.study.attacks import BOX, EVERYWHERE
+from fastsal.study.claims import CLAIMS, verdicts
 from fastsal.study.data import Data, Split, load
-from fastsal.study.measure import accuracy, centred_quantities, mean_image, quantities
+from fastsal.study.measure import accuracy, mean_image, measure
 from fastsal.study.models import cnn
 from fastsal.study.results import Columns, Result, Study, write_table
 from fastsal.study.train import Recipe, single_thread, train
 
-CONTRASTS = (0.5, 0.75, 1.25)  # besides 1
-ENDS = (Recipe(), Recipe(radius=2))
-STRENGTHS = (Recipe(), *(Recipe(penalty=strength) for strength in (0.1, 1, 10, 30, 100)))
+IMAGES = 200
+CONTRASTS = (0.5, 0.75, 1.0)
+ROBUSTIFIED = (Recipe(), Recipe(penalty=0.03), Recipe(penalty=0.2), Recipe(penalty=1.5))
 ADVERSARIAL = (Recipe(), Recipe(radius=1), Recipe(radius=2), Recipe(radius=3))
 MEDIANS = {
-    "rho in [0, 1]": "rho",
+    "rho": "rho",
     "linearized robustness": "linearized_robustness",
     "alignment": "alignment",
-    "alignment, mean image at 0": "centred alignment",
+    "cosine": "cosine",
     "homogeneity": "homogeneity",
     "degree": "degree",
-    **{name: name for t in CONTRASTS for name in (f"alignment at {t} x", f"degree at {t} x")},
+    **{f"cosine at {t} x": f"cosine at {t} x" for t in CONTRASTS},
 }
 
 
@@ -82,99 +85,130 @@ def _centred(data: Data[Split]) -> nn.Module:
 
 @dataclass(frozen=True)
 class Change:
-    """What is done in another way than in the study, for which networks."""
+    """What is done in another way than in the study, for which networks; `own`: they are trained for it, not the study's."""
 
     text: str
     make: Callable[[Data[Split]], nn.Module] = _cnn
-    epochs: int = 6
-    box: bool = False
-    recipes: tuple[Recipe, ...] = ENDS
+    own: bool = True
+    bounds: tuple[float, float] = BOX
+    recipes: tuple[Recipe, ...] = ROBUSTIFIED
+    centred: bool = False  # whether it is judged with the mean image at 0
 
 
 CHANGES = {
-    "study": Change("as in the study", recipes=ADVERSARIAL),
-    "epochs": Change("20 epochs instead of 6", epochs=20),
-    "smooth": Change("softplus (β = 10) and average pooling", _smooth),
-    "centred": Change("mean image subtracted in training", _centred),
-    "box": Change("adversaries in training kept in [0, 1]", box=True),
-    "biases": Change("no biases", _without_biases, recipes=ADVERSARIAL),
-    "strengths": Change("as in the study, a wider range of λ", recipes=STRENGTHS),
+    "study": Change("as in the study", own=False),
+    "box": Change("pixels may leave [0, 1]", own=False, bounds=EVERYWHERE),
+    "origin": Change("mean image at 0", own=False, centred=True),
+    "centred": Change("mean image subtracted in training too", _centred, centred=True),
+    "adversarial": Change("adversarial training", recipes=ADVERSARIAL),
+    "biases": Change("no biases", _without_biases),
+    "smooth": Change("softplus (β = 10), average pooling", _smooth),
 }
 
 
-def measured(model: nn.Module, x: Tensor, centre: Tensor) -> Columns:
-    """What the claims need, and alignment and degree of homogeneity at other contrasts, for every image."""
-    columns = quantities(model, x, fastsal.analyze(model, x, keep_saliency=True))
-    columns |= centred_quantities(model, x, centre)
-    columns["rho"] = robustness_in_box(model, x)
+def measured(model: nn.Module, x: Tensor, y: Tensor, centre: Tensor, bounds: tuple[float, float]) -> Columns:
+    """What the study measures, and the cosine of image and saliency map at other contrasts, for every image."""
+    columns, _ = measure(model, x, y, torch.arange(1), centre, bounds=bounds, few=0)
     for t in CONTRASTS:
-        other = quantities(model, t * x, fastsal.analyze(model, t * x, keep_saliency=True))
-        columns[f"alignment at {t} x"] = other["alignment"] / t  # ‖x‖ times the cosine of x and the gradient, as α is
-        columns[f"degree at {t} x"] = other["degree"]
-    return {name: column.detach().numpy() for name, column in columns.items()}
+        columns[f"cosine at {t} x"] = fastsal.analyze(model, t * x).cosine.numpy()
+    return columns
 
 
 def experiment(name: str, change: Change, data: Data[Split], images: int, models: Path) -> Study:
     """The networks of one change, trained and measured."""
-    x, _ = data.test.batch(torch.arange(images))
+    x, y = data.test.batch(torch.arange(images))
     results = []
     for recipe in change.recipes:
         model = train(
             lambda: change.make(data),
             data,
-            replace(recipe, box=change.box),
+            recipe,
             seed=0,
-            epochs=change.epochs,
-            batch_size=64,
-            checkpoint=models / f"{name}-{recipe.name}.pt",
+            epochs=GRIDS["mnist5k"].epochs,
+            batch_size=100,
+            checkpoint=models / f"{name}-{recipe.name}.pt" if change.own else models / f"{recipe.name}-seed-0.pt",
         )
-        columns = measured(model, x, mean_image(data.train))
+        columns = measured(model, x, y, mean_image(data.train), change.bounds)
         results.append(Result(recipe, accuracy(model, data.test, "cpu"), columns, torch.empty(0)))
         print(change.text, row(results[-1]), flush=True)
-    return Study(data.name, len(data.train), len(data.test), x[:0], results)
+    study = Study(data.name, len(data.train), len(data.test), x[:0], results)
+    return study.centred() if change.centred else study
 
 
 def row(result: Result) -> dict[str, Any]:
     """A network's, of the table."""
-    medians = {title: round(result.median(name), 4) for title, name in MEDIANS.items()}
-    return {"model": result.recipe.label, "accuracy": result.accuracy, **medians}
+    medians = {title: result.median(name) for title, name in MEDIANS.items()}
+    return {"network": result.recipe.label, "accuracy": result.accuracy, **medians}
 
 
 def judged(study: Study) -> list[dict[str, Any]]:
-    """A row for each claim, with black and with the mean image at 0."""
+    """A row for each claim."""
     return [
-        {"at 0": origin, "claim": claim.text, "confirmed": "yes" if found.confirmed else "no", "found": found.evidence}
-        for origin, one in {"black": study, "mean image": study.centred()}.items()
-        for claim, found in verdicts(one)
+        {
+            "claim": number,
+            "text": verdict.claim.text,
+            "confirmed": verdict.confirmed,
+            "number": next(iter(verdict.found[0].numbers.values())),
+            "found": verdict.evidence,
+        }
+        for number, verdict in enumerate(verdicts([study]), 1)
     ]
+
+
+def read(path: Path) -> list[dict[str, str]]:
+    """The rows of a table; none where there is no file."""
+    if not path.exists():
+        return []
+    with path.open(encoding="utf-8", newline="") as file:
+        return list(csv.DictReader(file))
 
 
 def write_rows(path: Path, change: str, rows: list[dict[str, Any]]) -> None:
     """Writes rows into a table, in place of those of the same change that it holds."""
-    table = []
-    if path.exists():
-        with path.open(encoding="utf-8", newline="") as file:
-            table = [one for one in csv.DictReader(file) if one["change"] != change]
-    table += [{"change": change, **one} for one in rows]
+    table = [one for one in read(path) if one["change"] != change] + [{"change": change, **one} for one in rows]
     order = [one.text for one in CHANGES.values()]
     write_table(path, sorted(table, key=lambda one: order.index(one["change"])))
+
+
+def draw(rows: list[dict[str, str]], path: Path) -> None:
+    """Changes against claims: blue where a claim is confirmed, with the number that decides."""
+    from matplotlib.figure import Figure
+
+    changes = list(dict.fromkeys(one["change"] for one in rows))
+    cells = {(one["change"], int(one["claim"])): one for one in rows}
+    figure = Figure(figsize=(6.4, 1.7 + 0.42 * len(changes)), layout="constrained")
+    ax = figure.subplots()
+    yes = np.array([[cells[c, k]["confirmed"] == "yes" for k in range(1, 1 + len(CLAIMS))] for c in changes])
+    ax.imshow(np.where(yes[..., None], (0.7, 0.85, 0.95), (0.97, 0.85, 0.78)), aspect="auto")
+    for (change, number), one in cells.items():
+        text = f"{one['confirmed']}, {float(one['number']):.2f}"
+        ax.text(number - 1, changes.index(change), text, ha="center", va="center", fontsize=8)
+    names = [f"{k}. {textwrap.fill(claim.text, 16)}" for k, claim in enumerate(CLAIMS, 1)]
+    ax.set_xticks(range(len(CLAIMS)), names, fontsize=7)
+    ax.set_yticks(range(len(changes)), [textwrap.fill(change, 22) for change in changes], fontsize=8)
+    ax.xaxis.tick_top()
+    ax.tick_params(length=0)
+    ax.spines[:].set_visible(False)
+    figure.savefig(path, dpi=200)
 
 
 def main() -> int:
     """The command line of `python -m bench study_experiments`."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("changes", nargs="*", metavar="CHANGE", help=f"of {', '.join(CHANGES)}; default: all")
-    parser.add_argument("--models", type=Path, default=Path("study-experiments"), help="folder; default: %(default)s")
+    parser.add_argument("--study", type=Path, default=Path("mnist-study"), help="folder; default: %(default)s")
     arguments = parser.parse_args()
     unknown = set(arguments.changes) - set(CHANGES)
     if unknown:
         parser.error(f"CHANGE: got {', '.join(sorted(unknown))}, wants of {', '.join(CHANGES)}")
-    arguments.models.mkdir(parents=True, exist_ok=True)
+    models, out = arguments.study / "models", RESULTS / "study"
+    models.mkdir(parents=True, exist_ok=True)
     data = load("mnist5k", 0)
     with single_thread():
         for name in arguments.changes or CHANGES:
             change = CHANGES[name]
-            study = experiment(name, change, data, 100, arguments.models)
-            write_rows(RESULTS / "study" / "experiments.csv", change.text, [row(result) for result in study.results])
-            write_rows(RESULTS / "study" / "experiments_claims.csv", change.text, judged(study))
+            study = experiment(name, change, data, IMAGES, models)
+            write_rows(out / "experiments.csv", change.text, [row(result) for result in study.results])
+            write_rows(out / "experiments_claims.csv", change.text, judged(study))
+            draw(read(out / "experiments_claims.csv"), out / "changes.png")
     return 0

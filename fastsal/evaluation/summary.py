@@ -13,6 +13,7 @@ from fastsal.tensor.reference import SCALARS
 PRINTED = (
     "linearized_robustness",
     "alignment",
+    "cosine",
     "binarized_alignment",
     "bound",
     "homogeneity",
@@ -103,7 +104,9 @@ def _group(columns: Columns, rows: np.ndarray[Any, Any]) -> Group:
         labelled = rows[columns["y"][rows] != NO_CLASS]
         right = columns["prediction"][labelled] == columns["y"][labelled]
         accuracy = float(right.mean()) if len(labelled) else None
-    return Group(len(rows), accuracy, {name: _spread(columns[name][rows]) for name in (*SCALARS, "lower_bound")})
+    return Group(
+        len(rows), accuracy, {name: _spread(columns[name][rows]) for name in (*SCALARS, "cosine", "lower_bound")}
+    )
 
 
 def _by_class(columns: Columns, rows: np.ndarray[Any, Any]) -> dict[int, Group]:

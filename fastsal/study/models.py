@@ -16,7 +16,10 @@ LIBRARIES = {"timm": "timm", "torchvision": "torchvision.models"}
 def cnn(
     shape: tuple[int, int, int], classes: int, widths: tuple[int, ...] = (32, 64, 128), dense: int = 128
 ) -> nn.Sequential:
-    """The MNIST network of Etmann et al.: a 3 x 3 convolution, ReLU and max-pooling for each width, a dense layer, dropout."""
+    """The MNIST network of Etmann et al.: a 3 x 3 convolution, ReLU and max-pooling for each width, a dense layer, dropout.
+
+    Weights begin as Keras's do, by Glorot and Bengio (2010), and biases at 0.
+    """
     channels, height, width = shape
     layers: list[nn.Module] = []
     for before, after in pairwise((channels, *widths)):
@@ -25,6 +28,11 @@ def cnn(
     if not left:
         raise CommandError(f"--model: {len(widths)} poolings leave nothing of images of {height} x {width} pixels")
     layers += [nn.Flatten(), nn.Linear(widths[-1] * left, dense), nn.ReLU(), nn.Dropout(0.5), nn.Linear(dense, classes)]
+    for layer in layers:
+        if isinstance(layer, nn.Conv2d | nn.Linear):
+            nn.init.xavier_uniform_(layer.weight)
+            assert layer.bias is not None
+            nn.init.zeros_(layer.bias)
     return nn.Sequential(*layers)
 
 

@@ -14,6 +14,10 @@ from fastsal.files import Blame, whole_file
 from fastsal.study.data import Data, Split
 
 PGD_STEPS = 7
+# The paper's code takes 200 epochs of MNIST's 60,000 digits at a rate of 1e-3, ten times less from epochs 80 and 160 on. Epochs
+# here are few, and their rate is higher.
+RATE, DROPS = 0.05, (0.4, 0.8)
+SQUARED_WEIGHTS = 1e-6  # what the objective has of ‖w‖², over all parameters
 
 
 @dataclass(frozen=True)
@@ -26,12 +30,11 @@ class Recipe:
     squared, so that its λ is B² times ours: λ = 10 at B = 100 there is 1e-3 here.
 
     Adversarial training (Madry et al., 2018) minimises the mean of ℓ(x + e), e found by projected gradient ascent among
-    ‖e‖₂ ≤ ε, and with `box` among those that keep every pixel in [0, 1].
+    ‖e‖₂ ≤ ε.
     """
 
     penalty: float = 0.0
     radius: float = 0.0
-    box: bool = False
 
     @property
     def training(self) -> str:
@@ -69,11 +72,8 @@ def _lengths(x: Tensor) -> Tensor:
     return torch.where(norms > 0, norms, 1.0)
 
 
-def worst_nearby(model: nn.Module, x: Tensor, y: Tensor, radius: float, *, box: bool = False) -> Tensor:
-    """x + e of high loss with ‖e‖₂ ≤ radius: projected gradient ascent from a random start, the model in evaluation mode.
-
-    box: x + e stays in [0, 1], as x does.
-    """
+def worst_nearby(model: nn.Module, x: Tensor, y: Tensor, radius: float) -> Tensor:
+    """x + e of high loss with ‖e‖₂ ≤ radius: projected gradient ascent from a random start, the model in evaluation mode."""
     training = model.training
     model.eval()
     start = torch.randn_like(x)
@@ -83,8 +83,6 @@ def worst_nearby(model: nn.Module, x: Tensor, y: Tensor, radius: float, *, box: 
         (ascent,) = torch.autograd.grad(cross_entropy(model(x + e), y, reduction="sum"), e)
         e = e.detach() + 2.5 * radius / PGD_STEPS * ascent / _lengths(ascent)
         e = e * (radius / _lengths(e)).clamp(max=1)
-        if box:
-            e = (x + e).clamp(0, 1) - x
     model.train(training)
     return x + e
 
@@ -92,7 +90,7 @@ def worst_nearby(model: nn.Module, x: Tensor, y: Tensor, radius: float, *, box: 
 def objective(model: nn.Module, x: Tensor, y: Tensor, recipe: Recipe) -> Tensor:
     """What training minimises on a batch."""
     if recipe.radius:
-        x = worst_nearby(model, x, y, recipe.radius, box=recipe.box)
+        x = worst_nearby(model, x, y, recipe.radius)
     x = x.detach().requires_grad_(recipe.penalty > 0)
     losses = cross_entropy(model(x), y, reduction="none")
     if not recipe.penalty:
@@ -122,10 +120,8 @@ def train(
     with torch.random.fork_rng(devices=cuda):
         torch.manual_seed(seed)
         model = make().to(device).train()
-        optimizer = torch.optim.Adam(model.parameters())
-        schedule = torch.optim.lr_scheduler.OneCycleLR(
-            optimizer, max_lr=5e-3, epochs=epochs, steps_per_epoch=-(-len(data.train) // batch_size)
-        )
+        optimizer = torch.optim.SGD(model.parameters(), lr=RATE, momentum=0.9, weight_decay=2 * SQUARED_WEIGHTS)
+        schedule = torch.optim.lr_scheduler.MultiStepLR(optimizer, [int(share * epochs) for share in DROPS])
         parts: dict[str, Any] = {"model": model, "optimizer": optimizer, "schedule": schedule}
         done = 0
         if checkpoint is not None and checkpoint.exists():
@@ -144,7 +140,7 @@ def train(
                 optimizer.zero_grad()
                 loss.backward()
                 optimizer.step()
-                schedule.step()
+            schedule.step()
             if checkpoint is not None:
                 state = {name: part.state_dict() for name, part in parts.items()}
                 state |= {"epochs": epoch + 1, "generator": torch.get_rng_state()}

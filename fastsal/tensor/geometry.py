@@ -36,6 +36,7 @@ class Geometry(Results):
         runner_up: j*, int64: often not the second-highest logit; the lowest class among equals.
         linearized_robustness: ρ̃ = min over j ≠ i* of (Ψ^{i*} − Ψʲ) / ‖g − g_j‖_q, how far the linearised decision boundary is.
         alignment: α = |⟨x, g⟩| / ‖g‖_q, how well the saliency map aligns with the input.
+        cosine: |⟨x, g⟩| / (‖x‖_p ‖g‖_q), the alignment whatever the size of x, from 0 to 1: for p = 2 the cosine of the two.
         binarized_logit: Ψ† = Ψ^{i*} − Ψ^{j*}.
         binarized_alignment: α† = |⟨x, g†⟩| / ‖g†‖_q.
         offset: β = Ψ^{i*} − ⟨x, g⟩, zero where the predicted logit is homogeneous.
@@ -60,6 +61,7 @@ class Geometry(Results):
     runner_up: Tensor
     linearized_robustness: Tensor
     alignment: Tensor
+    cosine: Tensor
     binarized_logit: Tensor
     binarized_alignment: Tensor
     offset: Tensor
@@ -78,7 +80,16 @@ class Geometry(Results):
     lower_bound: Tensor
     failure_probability: float
 
-    _shown: ClassVar = ("linearized_robustness", "alignment", "bound", "homogeneity", "vjps", "jvps", "certified")
+    _shown: ClassVar = (
+        "linearized_robustness",
+        "alignment",
+        "cosine",
+        "bound",
+        "homogeneity",
+        "vjps",
+        "jvps",
+        "certified",
+    )
 
     def __post_init__(self) -> None:
         if self.distances is None:
@@ -180,7 +191,14 @@ def _geometry(logits: Tensor, jacobian: Tensor, x: Tensor, norm: float, backend:
         rows = reference.rows_of(jacobian, winners)
         recomputed = reference.two_row_scalars(logits.gather(1, winners), rows, x, norm)
         scalars = _KernelValues.apply(values, *(recomputed[key] for key in reference.SCALARS))
-    return _filled(dict(zip(reference.SCALARS, scalars, strict=True)), prediction, runner_up, distances)
+    named = dict(zip(reference.SCALARS, scalars, strict=True))
+    if torch.is_grad_enabled() and x.requires_grad:
+        length = reference.vector_norm(x, norm)
+    else:
+        zero = x.new_zeros(1, x.shape[1]).expand_as(x)
+        length = ops.row_distances(zero, x.detach().unsqueeze(1), reference.dual(norm), backend).squeeze(1)
+    named["cosine"] = (named["alignment"] / length).to(values.dtype)
+    return _filled(named, prediction, runner_up, distances)
 
 
 def of_pair(logits: Tensor, pair: Tensor, x: Tensor, norm: float) -> Geometry:
@@ -192,7 +210,9 @@ def of_pair(logits: Tensor, pair: Tensor, x: Tensor, norm: float) -> Geometry:
         x: [B, D].
         norm: The p of the perturbation.
     """
-    named = {key: value.to(logits.dtype) for key, value in reference.two_row_scalars(logits, pair, x, norm).items()}
+    exact = reference.two_row_scalars(logits, pair, x, norm)
+    exact["cosine"] = exact["alignment"] / reference.vector_norm(x, norm)
+    named = {key: value.to(logits.dtype) for key, value in exact.items()}
     first = torch.zeros_like(logits[:, 0], dtype=torch.int64)
     return _filled(named, first, first + 1, None)
 

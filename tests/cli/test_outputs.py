@@ -17,6 +17,7 @@ import fastsal
 from fastsal.cli import analyze as command
 from fastsal.cli import demo, main, study
 from fastsal.evaluation.tables import MISSING
+from fastsal.study import attacks, figures
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -220,7 +221,7 @@ class TestStudy:
     def test_a_folder_of_the_users_is_refused(self, home, capsys, monkeypatch, out):
         monkeypatch.setattr(study, "train", lambda *_, **__: pytest.fail("refused too late"))
         (home / "options").mkdir()
-        (home / "options" / "options.json").write_text(json.dumps({"data": "digits", "seed": 0}))
+        (home / "options" / "options.json").write_text(json.dumps({"data": "digits", "images": 1}))
         before = contents(home)
         assert main(["study", "--out", out]) == 2
         assert contents(home) == before
@@ -243,6 +244,9 @@ class TestStudy:
         own = ("report.md", "report.html", "models.csv", "images.csv", "saliency.png", "accuracy.svg")
         monkeypatch.undo()
         monkeypatch.chdir(home)
+        monkeypatch.setitem(attacks.STEPS, "Carlini-Wagner", 2)
+        empty = lambda studies: (pytest.importorskip("matplotlib.figure").Figure(), "")  # noqa: E731
+        monkeypatch.setattr(figures, "FIGURES", {name: (title, empty) for name, (title, _) in figures.FIGURES.items()})
         for name in own:
             (home / "own" / name).write_text("mine")
             assert main(options) == 2

@@ -4,6 +4,7 @@ import pytest
 from study.small import GRID
 
 from fastsal.cli import main
+from fastsal.study import attacks, page
 from fastsal.study.data import Data, InMemory, load_digits
 from fastsal.study.train import single_thread
 
@@ -36,5 +37,17 @@ def few(digits):
 def study(tmp_path_factory):
     """The folder of a study with little of everything."""
     out = tmp_path_factory.mktemp("study")
-    assert main(["study", *GRID, "--out", str(out)]) == 0
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(attacks.STEPS, "Carlini-Wagner", 5)
+        assert main(["study", *GRID, "--out", str(out)]) == 0
     return out
+
+
+@pytest.fixture(scope="session")
+def studies(study):
+    """The same as read from its folder."""
+    found = []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(page, "write", lambda studies, out: found.extend(studies))
+        assert main(["study", *GRID, "--out", str(study)]) == 0
+    return found

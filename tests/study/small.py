@@ -2,7 +2,8 @@
 
 from torch import nn
 
-GRID = ["--epochs", "2", "--images", "24", "--strengths", "0.1", "--radii", "0.5"]
+IMAGES, SEEDS = 8, (0, 1)
+GRID = ["--epochs", "1", "--images", str(IMAGES), "--strengths", "0.1", "--radii", "0.5", "--seeds", *map(str, SEEDS)]
 LABELS = ["plain", "λ = 0.1", "ε = 0.5"]
 
 

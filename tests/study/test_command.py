@@ -1,58 +1,73 @@
 """`fastsal study`: what it does twice and what it does not, what it prints, what it refuses, and kill -9."""
 
+import argparse
 import dataclasses
 import functools
-import html
-import re
 import signal
 import subprocess
 import sys
 import time
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
-from study.small import GRID, LABELS
+from study.small import GRID, LABELS, network
 
 import fastsal
 from fastsal.cli import main
 from fastsal.cli import study as command
-from fastsal.study import page
+from fastsal.pages.page import Drawn
+from fastsal.study import attacks, figures, page
+from fastsal.study.data import load_digits
 from fastsal.study.train import Recipe, train
+
+TITLES = list(figures.FIGURES.items())
 
 
 def test_resumes(study, monkeypatch, capsys):
-    """Nothing is done twice, another strength is trained alone, and other options want another folder."""
+    """Nothing is done twice, another strength or seed is trained alone, and other options want another folder."""
     trained, wrote = [], []
-    monkeypatch.setattr(command, "train", lambda *args, **options: trained.append(args[2]) or train(*args, **options))
-    monkeypatch.setattr(page, "write", lambda study, out: wrote.append([r.recipe.label for r in study.results]))
-    assert main(["study", *GRID[:-2], "--radii", "--out", str(study)]) == 0
+    monkeypatch.setattr(
+        command, "train", lambda *args, **options: trained.append((options["seed"], args[2])) or train(*args, **options)
+    )
+    monkeypatch.setitem(attacks.STEPS, "Carlini-Wagner", 2)
+    monkeypatch.setattr(
+        page, "write", lambda studies, out: wrote.append([(r.seed, r.recipe.label) for s in studies for r in s.results])
+    )
+    assert main(["study", *GRID, "--radii", "--out", str(study)]) == 0
     assert trained == []
-    assert main(["study", *GRID, "--strengths", "0.1", "0.2", "--out", str(study)]) == 0
-    assert trained == [Recipe(penalty=0.2)]
-    assert wrote == [LABELS[:2], ["plain", "λ = 0.1", "λ = 0.2", "ε = 0.5"]]
+    assert main(["study", *GRID, "--radii", "--strengths", "0.1", "0.2", "--seeds", "1", "--out", str(study)]) == 0
+    assert main(["study", *GRID, "--radii", "--strengths", "0.2", "--seeds", "2", "1", "2", "--out", str(study)]) == 0
+    assert trained == [(1, Recipe(penalty=0.2)), (2, Recipe()), (2, Recipe(penalty=0.2))]
+    assert wrote == [
+        [(seed, label) for seed in (0, 1) for label in LABELS[:2]],
+        [(1, "plain"), (1, "λ = 0.1"), (1, "λ = 0.2")],
+        [(seed, label) for seed in (1, 2) for label in ("plain", "λ = 0.2")],
+    ]
     capsys.readouterr()
-    assert main(["study", *GRID, "--out", str(study), "--seed", "1"]) == 2
+    assert main(["study", *GRID, "--out", str(study), "--epochs", "2"]) == 2
     err = capsys.readouterr().err
     assert (
         err
-        == f"fastsal study: --out {study}: holds results of something else: seed was 0, is 1; wants another folder\n"
+        == f"fastsal study: --out {study}: holds results of something else: epochs was 1, is 2; wants another folder\n"
     )
 
 
-def test_prints_the_verdicts_again(study, capsys):
-    """A second run says the same, and writes the same files but for nothing."""
-    names = ("images.csv", "models.csv", "report.html", "accuracy.svg", "accuracy.png")
-    before = [(study / name).read_bytes() for name in names]
+def test_prints_the_verdicts_of_the_page(study, capsys, monkeypatch):
+    before = [(study / name).read_bytes() for name in ("images.csv", "models.csv", "report.md")]
+    monkeypatch.setattr(figures, "write", lambda *_: {name: Drawn(name, title, b"", "") for name, (title, _) in TITLES})
     assert main(["study", *GRID, "--out", str(study)]) == 0
-    assert [(study / name).read_bytes() for name in names] == before
+    assert [(study / name).read_bytes() for name in ("images.csv", "models.csv")] == before[:2]
     lines = capsys.readouterr().out.splitlines()
-    assert sum(line.startswith(("yes ", "no  ")) for line in lines) == 6
     assert lines[-1] == f"wrote {study / 'report.html'}"
-    text = html.unescape(re.sub("<[^>]+>", "", (study / "report.html").read_text(encoding="utf-8")))
-    for line in lines[len(LABELS) : -1]:
-        assert line[4:].partition(": ")[2] in text or line in text
+    text = before[2].decode()
+    verdicts, checks = lines[2 * len(LABELS) : -3], lines[-3:-1]
+    assert len(verdicts) == 6
+    for line in verdicts:
+        claim, _, evidence = line.partition(": ")
+        assert evidence in text
+        assert claim.removeprefix("yes ").removeprefix("no  ").partition("seeds ")[2] in text
+    assert all(line in text for line in checks)
 
 
 @pytest.mark.parametrize(
@@ -97,10 +112,10 @@ def test_defaults_by_data(monkeypatch, tmp_path):
     """What the user does not say is taken from the grid of the data, and what he says is kept."""
     asked = []
     monkeypatch.setattr(command, "_check_folder", asked.append)
-    monkeypatch.setattr(command, "_try", lambda *_: (_ for _ in ()).throw(SystemExit))
+    monkeypatch.setattr(command, "_minutes", lambda *_: (_ for _ in ()).throw(SystemExit))
     for options, want in (
         ([], command.GRIDS["digits"]),
-        (["--radii", "--epochs", "3"], dataclasses.replace(command.GRIDS["digits"], radii=(), epochs=3)),
+        (["--radii", "1", "--epochs", "3"], dataclasses.replace(command.GRIDS["digits"], radii=(1,), epochs=3)),
     ):
         (tmp_path / "models").mkdir(exist_ok=True)
         with pytest.raises(SystemExit):
@@ -111,22 +126,34 @@ def test_defaults_by_data(monkeypatch, tmp_path):
         )
 
 
-def test_progress(study, tmp_path, capsys, monkeypatch):
-    """What is left to do is said first, and counted in epochs and attacks, those of an earlier run included."""
+def test_progress(tmp_path, capsys, monkeypatch):
+    """What is left to do is said first, with how long it will take, and counted in epochs and batches of attacked images."""
     tqdm = pytest.importorskip("tqdm")
     bars = []
     bar = functools.partial(tqdm.tqdm, mininterval=0)
     monkeypatch.setattr(tqdm, "tqdm", lambda **options: bars.append(bar(**options | {"disable": False})) or bars[-1])
-    assert main(["study", *GRID, "--out", str(study)]) == 0
-    assert "to train" not in capsys.readouterr().out
-    out = tmp_path / "out"
+    monkeypatch.setattr(page, "write", lambda studies, out: out)
+    monkeypatch.setitem(attacks.STEPS, "Carlini-Wagner", 2)
+    options = ["study", *GRID[:-3], "--seeds", "0", "--radii", "--out", str(tmp_path / "out")]
     with monkeypatch.context() as patch:
         patch.setattr(command, "measure", lambda *_, **__: (_ for _ in ()).throw(KeyboardInterrupt))
-        assert main(["study", *GRID[:-2], "--radii", "--out", str(out)]) == 130
-    assert main(["study", *GRID[:-2], "--radii", "--out", str(out)]) == 0
+        assert main(options) == 130
+    assert main(options) == 0
+    assert main(options) == 0
     lines = capsys.readouterr().out.splitlines()
-    assert lines[0] == "2 networks to train and attack (torch threads: 1)"
-    assert [(bar.n, bar.total) for bar in bars] == [(0, 0), (2, 16), (16, 16)]
+    assert lines[0] == "2 networks to train and attack, some 0 minutes (torch threads: 1)"
+    assert sum("to train" in line for line in lines) == 2
+    assert [(bar.n, bar.total) for bar in bars] == [(1, 4), (4, 4), (0, 0)]
+
+
+def test_the_estimate_counts_steps_and_passes(monkeypatch, digits):
+    """Epochs of steps of each network's own way of training, and PASSES a tested image, by what a step takes."""
+    arguments = argparse.Namespace(batch_size=100, epochs=6, images=300, device="cpu", model="cnn")
+    clock = iter(range(1000))
+    monkeypatch.setattr(command.time, "perf_counter", lambda: float(next(clock)))  # every step takes a second
+    monkeypatch.setattr(command, "factory", lambda *_: network)
+    minutes = command._minutes(digits, [Recipe(), Recipe(penalty=1), Recipe(penalty=2)], arguments)
+    assert minutes == pytest.approx(3 * (6 * 13.47 + command.PASSES * 3) / 60)
 
 
 def test_a_network_that_cannot_be_trained_is_named_first(tmp_path, capsys, monkeypatch):
@@ -135,22 +162,22 @@ def test_a_network_that_cannot_be_trained_is_named_first(tmp_path, capsys, monke
     assert capsys.readouterr().err.startswith("fastsal study: --model timm:any: RuntimeError: ")
 
 
-def test_killed(tmp_path, study, monkeypatch):
-    """kill -9 amid training: what is started again ends with the numbers of a run in one go."""
+def test_killed(tmp_path, monkeypatch):
+    """kill -9 amid training: what is started again ends with the weights of a run in one go."""
     package = str(Path(fastsal.__file__).parent.parent)
     code = f"import sys; sys.path.insert(0, {package!r}); from fastsal.cli import main; main(sys.argv[1:])"
-    arguments = ["study", *GRID[:-2], "--radii", "--out", str(tmp_path / "out")]
+    arguments = ["study", *GRID[2:-3], "--epochs", "3", "--radii", "--out", str(tmp_path / "out"), "--seeds", "0"]
     process = subprocess.Popen([sys.executable, "-c", code, *arguments], stdout=subprocess.DEVNULL)
-    checkpoint = tmp_path / "out" / "models" / "plain.pt"
+    checkpoint = tmp_path / "out" / "models" / "plain-seed-0.pt"
     while not checkpoint.exists():
         assert process.poll() is None
         time.sleep(0.005)
     process.send_signal(signal.SIGKILL)
     process.wait()
-    assert not (tmp_path / "out" / "models" / "penalty-0.1.npz").exists()
-    monkeypatch.setattr(page, "write", lambda study, out: out)
-    assert main(arguments) == 0
-    for name in ("plain", "penalty-0.1"):
-        got, want = (np.load(folder / "models" / f"{name}.npz") for folder in (tmp_path / "out", study))
-        assert got.files == want.files
-        assert all(np.array_equal(got[part], want[part]) for part in want.files)
+    monkeypatch.setattr(command, "measure", lambda *_, **__: (_ for _ in ()).throw(KeyboardInterrupt))
+    assert main(arguments) == 130
+    data = load_digits(0)
+    want = train(command.factory("cnn", data), data, Recipe(), seed=0, epochs=3, batch_size=100).state_dict()
+    got = torch.load(checkpoint, weights_only=True)
+    assert got["epochs"] == 3
+    assert all(torch.equal(got["model"][name], want[name]) for name in want)

@@ -1,10 +1,9 @@
 """The figures of a study: files that are whole, and labels that can be read."""
 
 import pytest
-from study.small import GRID
 
-from fastsal.cli import main
-from fastsal.study import figures, page
+from fastsal.pages import drawing
+from fastsal.study import figures
 
 
 def test_figures(study):
@@ -16,15 +15,20 @@ def test_figures(study):
     assert not [path for path in study.rglob("*") if path.name.endswith(".tmp")]
 
 
+def test_the_same_file_again(study, studies, tmp_path, monkeypatch):
+    monkeypatch.setattr(figures, "FIGURES", {"accuracy": figures.FIGURES["accuracy"]})
+    figures.write(studies, tmp_path)
+    for name in ("accuracy.svg", "accuracy.png"):
+        assert (tmp_path / name).read_bytes() == (study / name).read_bytes()
+
+
 @pytest.mark.parametrize("name", figures.FIGURES)
-def test_no_label_covers_another(study, name, monkeypatch):
+def test_no_label_covers_another(studies, name):
     """Tick labels, axis labels and titles, as drawn."""
-    found = []
-    monkeypatch.setattr(page, "write", lambda study, out: found.append(study))
-    assert main(["study", *GRID, "--out", str(study)]) == 0
-    figure, _ = figures.FIGURES[name][1](found[0])
-    canvas = pytest.importorskip("matplotlib.backends.backend_agg").FigureCanvasAgg(figure)
-    canvas.draw()
+    with drawing.style():
+        figure, _ = figures.FIGURES[name][1](studies)
+        canvas = pytest.importorskip("matplotlib.backends.backend_agg").FigureCanvasAgg(figure)
+        canvas.draw()
     texts = []
     for ax in figure.axes:
         limits = [(axis.get_view_interval(), axis) for axis in (ax.xaxis, ax.yaxis)]

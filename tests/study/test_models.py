@@ -18,6 +18,9 @@ def test_cnn_of_the_paper():
     assert [module.out_channels for module in model if isinstance(module, nn.Conv2d)] == [32, 64, 128]
     assert model[12].p == 0.5
     assert model(torch.rand(2, 1, 28, 28)).shape == (2, 10)
+    assert not any(layer.bias.any() for layer in model if hasattr(layer, "bias"))
+    for layer, fans in ((model[0], 9 * (1 + 32)), (model[9 + 1], 1152 + 128)):  # Glorot: uniform up to √(6 / fans)
+        assert layer.weight.abs().max().item() == pytest.approx((6 / fans) ** 0.5, rel=0.05)
     with pytest.raises(CommandError, match="3 poolings leave nothing of images of 4 x 28 pixels"):
         cnn((1, 4, 28), 10)
 
