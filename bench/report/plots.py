@@ -78,7 +78,6 @@ def zoo(records: list[Record], path: Path) -> None:
     for axis, ticks in ((axes.xaxis, (10, 20, 30, 50, 100, 200)), (axes.yaxis, (0.2, 0.5, 1, 2, 5, 10))):
         axis.set_ticks(ticks, [f"{tick:g}" for tick in ticks])
         axis.set_minor_formatter("")
-    axes.set(xlim=(10, 200), ylim=(0.2, 10))
     axes.legend(fontsize=8)
     figure.savefig(path, dpi=120)
 
