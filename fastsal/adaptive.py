@@ -200,7 +200,7 @@ def fab(
         ValueError: x is out of bounds, the labels or an option are wrong, or the model is one that `analyze` refuses.
         RuntimeError: A backend that was named cannot run, or the model itself failed.
 
-    Example:
+    Examples:
         >>> import torch, fastsal
         >>> linear = torch.nn.Linear(2, 1)
         >>> _ = linear.weight.data.copy_(torch.tensor([[3.0, 4.0]])), linear.bias.data.fill_(-1.0)

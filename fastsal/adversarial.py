@@ -307,7 +307,7 @@ def boundary_normal(model: Model, point: Tensor, own: Tensor, *, norm: float | s
     Raises:
         TypeError, ValueError: As in `analyze`.
 
-    Example:
+    Examples:
         >>> import torch, fastsal
         >>> linear, x = torch.nn.Linear(4, 2), torch.rand(3, 4)
         >>> moved = fastsal.deepfool(linear, x)

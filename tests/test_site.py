@@ -69,5 +69,6 @@ def test_links_between_files_become_links_between_pages():
     )
     assert shown("gpu.md", "[a](../README.md) [b](../CONTRIBUTING.md)") == "[a](index.md) [b](CONTRIBUTING.md)"
     assert shown("gpu.md", "[a](../fastsal/losses.py)") == "[a](source/fastsal/losses.py.md)"
+    assert shown("install.md", "[a](../.ci/run)") == "[a](source/ci/run.md)"
     assert shown("benchmarks/kernel.md", "![a](../../bench/results/tensor.png)") == "![a](../bench/results/tensor.png)"
     assert shown("gpu.md", "f[x](nowhere.md) <details>") == 'f[x](nowhere.md) <details markdown="1">'
