@@ -213,7 +213,8 @@ class TestInstalled:
 def test_readme_starts_with_the_two_commands():
     block = re.search(r"^```\w*\n(.*?)^```", (ROOT / "README.md").read_text(encoding="utf-8"), re.M | re.S).group(1)
     assert block == (
-        "pip install -c constraints.txt '.[demo]' && fastsal demo\npip install -c constraints.txt '.[test]' && pytest -n 2 --dist loadfile\n"
+        "pip install -c constraints.txt '.[demo]' && fastsal demo\n"
+        "pip install -c constraints.txt '.[test]' && pytest -n 2 --dist loadfile\n"
     )
 
 
