@@ -222,7 +222,7 @@ LAYERS = (
     ("study",),
     ("__init__",),  # gathers the public names, and starts no command line
     ("integrations", "pages"),
-    ("adversarial", "evaluation", "losses"),
+    ("adversarial", "biases", "evaluation", "losses"),
     ("analysis", "plot"),
     ("methods",),
     ("methods.rows",),
