@@ -12,8 +12,15 @@ COMMANDS = {
         "write docs/benchmarks.md and the pages behind it, the README's tables and the plots",
     ),
     "auto": ("bench.tools.auto", "passes and seconds of the default method from 10 to 10,000 classes"),
-    "photographs": ("bench.tools.photographs", "draw saliency maps of EfficientNet-Lite0 on photographs"),
-    "study_experiments": ("bench.tools.study_experiments", "why alignment falls under strong adversarial training"),
+    "photographs": (
+        "bench.tools.photographs",
+        "EfficientNet-Lite0 to -Lite2 on photographs: the paper's quantities, saliency maps",
+    ),
+    "study_results": (
+        "bench.tools.study_results",
+        "copy a finished study's results and write its tables into docs/study.md",
+    ),
+    "study_experiments": ("bench.tools.study_experiments", "what changes the study's verdicts"),
     "gpu": ("bench.tools.gpu", "build, test, sanitize and measure on a GPU"),
     "triton_matrix": ("bench.tools.triton_matrix", "compile every Triton kernel without a GPU"),
 }

@@ -227,8 +227,8 @@ LAYERS = (
     ("__init__",),  # gathers the public names, and starts no command line
     ("integrations", "pages"),
     ("adaptive",),
-    ("adversarial", "evaluation", "losses"),
-    ("analysis", "biases", "plot"),
+    ("adversarial", "biases", "evaluation", "losses"),
+    ("analysis", "plot"),
     ("methods",),
     ("methods.rows",),
     ("methods.certified", "methods.features"),

@@ -2,14 +2,15 @@
 
     python -m bench study_experiments [--study FOLDER] [CHANGE ...]
 
-Needs a folder of `fastsal study --data mnist5k`, some of whose networks of seed 0 it measures in other ways, and trains others
-beside them. Writes bench/results/study/experiments.csv, a row for each network, experiments_claims.csv, the
-study's claims judged by its criteria on the networks of each change, and changes.png, both at a
-glance. Networks that are in the folder are not trained again, nor is the training of one that was stopped begun anew.
+Needs a folder of `fastsal study`, some of whose networks of seed 0 it measures in other ways, and trains others beside them.
+Writes bench/results/study/experiments.csv, a row for each network, experiments_claims.csv, the study's claims judged by its
+criteria on the networks of each change, and changes.png, both at a glance. Networks that are in the folder are not trained
+again, nor is the training of one that was stopped begun anew.
 """
 
 import argparse
 import csv
+import json
 import textwrap
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -22,19 +23,18 @@ from torch import Tensor, nn
 
 import fastsal
 from bench import RESULTS
-from fastsal.cli.study import GRIDS
 from fastsal.study.attacks import BOX, EVERYWHERE
 from fastsal.study.claims import CLAIMS, verdicts
 from fastsal.study.data import Data, Split, load
 from fastsal.study.measure import accuracy, mean_image, measure
-from fastsal.study.models import cnn
+from fastsal.study.models import factory
 from fastsal.study.results import Columns, Result, Study, write_table
 from fastsal.study.train import Recipe, single_thread, train
 
 IMAGES = 200
 CONTRASTS = (0.5, 0.75, 1.0)
 ROBUSTIFIED = (Recipe(), Recipe(penalty=0.03), Recipe(penalty=0.2), Recipe(penalty=1.5))
-ADVERSARIAL = (Recipe(), Recipe(radius=1), Recipe(radius=2), Recipe(radius=3))
+RADII = {"digits": (0.25, 0.5, 1.0), "mnist5k": (1.0, 2.0, 3.0)}
 MEDIANS = {
     "rho": "rho",
     "linearized robustness": "linearized_robustness",
@@ -62,13 +62,13 @@ class Centred(nn.Module):
         return logits
 
 
-def _cnn(data: Data[Split]) -> nn.Sequential:
-    return cnn(data.shape, data.classes)
+def _cnn(data: Data[Split]) -> nn.Module:
+    return factory("cnn", data)()
 
 
 def _without_biases(data: Data[Split]) -> nn.Module:
     network = _cnn(data)
-    for module in network:
+    for module in network.modules():
         if isinstance(module, nn.Conv2d | nn.Linear):
             module.bias = None
     return network
@@ -76,7 +76,7 @@ def _without_biases(data: Data[Split]) -> nn.Module:
 
 def _smooth(data: Data[Split]) -> nn.Module:
     others = {nn.ReLU: nn.Softplus(beta=10), nn.MaxPool2d: nn.AvgPool2d(2)}
-    return nn.Sequential(*(others.get(type(module), module) for module in _cnn(data)))
+    return nn.Sequential(*(others.get(type(module), module) for module in _cnn(data).children()))
 
 
 def _centred(data: Data[Split]) -> nn.Module:
@@ -91,7 +91,7 @@ class Change:
     make: Callable[[Data[Split]], nn.Module] = _cnn
     own: bool = True
     bounds: tuple[float, float] = BOX
-    recipes: tuple[Recipe, ...] = ROBUSTIFIED
+    adversarial: bool = False  # whether that is the way of training
     centred: bool = False  # whether it is judged with the mean image at 0
 
 
@@ -100,7 +100,7 @@ CHANGES = {
     "box": Change("pixels may leave [0, 1]", own=False, bounds=EVERYWHERE),
     "origin": Change("mean image at 0", own=False, centred=True),
     "centred": Change("mean image subtracted in training too", _centred, centred=True),
-    "adversarial": Change("adversarial training", recipes=ADVERSARIAL),
+    "adversarial": Change("adversarial training", adversarial=True),
     "biases": Change("no biases", _without_biases),
     "smooth": Change("softplus (β = 10), average pooling", _smooth),
 }
@@ -114,17 +114,18 @@ def measured(model: nn.Module, x: Tensor, y: Tensor, centre: Tensor, bounds: tup
     return columns
 
 
-def experiment(name: str, change: Change, data: Data[Split], images: int, models: Path) -> Study:
+def experiment(name: str, change: Change, data: Data[Split], images: int, epochs: int, models: Path) -> Study:
     """The networks of one change, trained and measured."""
     x, y = data.test.batch(torch.arange(images))
+    recipes = (Recipe(), *(Recipe(radius=radius) for radius in RADII[data.name])) if change.adversarial else ROBUSTIFIED
     results = []
-    for recipe in change.recipes:
+    for recipe in recipes:
         model = train(
             lambda: change.make(data),
             data,
             recipe,
             seed=0,
-            epochs=GRIDS["mnist5k"].epochs,
+            epochs=epochs,
             batch_size=100,
             checkpoint=models / f"{name}-{recipe.name}.pt" if change.own else models / f"{recipe.name}-seed-0.pt",
         )
@@ -181,11 +182,11 @@ def draw(rows: list[dict[str, str]], path: Path) -> None:
     yes = np.array([[cells[c, k]["confirmed"] == "yes" for k in range(1, 1 + len(CLAIMS))] for c in changes])
     ax.imshow(np.where(yes[..., None], (0.7, 0.85, 0.95), (0.97, 0.85, 0.78)), aspect="auto")
     for (change, number), one in cells.items():
-        text = f"{one['confirmed']}, {float(one['number']):.2f}"
+        text = f"{one['confirmed']}, {float(one['number'] or 'nan'):.2f}"
         ax.text(number - 1, changes.index(change), text, ha="center", va="center", fontsize=8)
-    names = [f"{k}. {textwrap.fill(claim.text, 16)}" for k, claim in enumerate(CLAIMS, 1)]
-    ax.set_xticks(range(len(CLAIMS)), names, fontsize=7)
-    ax.set_yticks(range(len(changes)), [textwrap.fill(change, 22) for change in changes], fontsize=8)
+    names = [textwrap.fill(f"{k}. {claim.text}", 14) for k, claim in enumerate(CLAIMS, 1)]
+    ax.set_xticks(range(len(CLAIMS)), names, fontsize=6.5)
+    ax.set_yticks(range(len(changes)), [textwrap.fill(change, 24) for change in changes], fontsize=8)
     ax.xaxis.tick_top()
     ax.tick_params(length=0)
     ax.spines[:].set_visible(False)
@@ -202,12 +203,12 @@ def main() -> int:
     if unknown:
         parser.error(f"CHANGE: got {', '.join(sorted(unknown))}, wants of {', '.join(CHANGES)}")
     models, out = arguments.study / "models", RESULTS / "study"
-    models.mkdir(parents=True, exist_ok=True)
-    data = load("mnist5k", 0)
+    options = json.loads((arguments.study / "options.json").read_text(encoding="utf-8"))
+    data = load(options["data"], 0)
     with single_thread():
         for name in arguments.changes or CHANGES:
             change = CHANGES[name]
-            study = experiment(name, change, data, IMAGES, models)
+            study = experiment(name, change, data, IMAGES, options["epochs"], models)
             write_rows(out / "experiments.csv", change.text, [row(result) for result in study.results])
             write_rows(out / "experiments_claims.csv", change.text, judged(study))
             draw(read(out / "experiments_claims.csv"), out / "changes.png")

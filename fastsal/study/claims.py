@@ -9,6 +9,7 @@ import numpy as np
 from fastsal.study.results import Result, Study, rank_correlation
 
 CORRELATED = 0.5  # what a rank correlation must be, up or down, to speak for a claim
+ROUNDING = 1e-9  # by what share an inequality between numbers in float64 may be off
 PAPER, READING, THEORY = "the paper's", "our reading of the paper's figures", "what the theory says"
 
 
@@ -113,7 +114,7 @@ def _theory(study: Study) -> Found:
     within = [rank_correlation(d, c["offset_term"]) for d, c in zip(distances, columns, strict=True)]
     ratios = [np.nanmedian(d) / np.nanmedian(c["offset_term"]) for d, c in zip(distances, columns, strict=True)]
     return Found(
-        bool(np.nanmax(exceeds) <= 1e-9 and np.median(within) >= CORRELATED),
+        bool(np.nanmax(exceeds) <= ROUNDING and np.median(within) >= CORRELATED),
         {
             "rank correlation over a network's images": float(np.median(within)),
             "median abs(α† − ρ) over median abs(β†)/‖g†‖": float(np.median(ratios)),
@@ -191,7 +192,7 @@ def checks(studies: Sequence[Study]) -> list[str]:
     excess = max(float(np.nanmax((c["linearized_robustness"] - c["bound"]) / c["bound"])) for c in models)
     lines = [
         f"ρ̃ ≤ bound in all {images} pairs of an image and a network: largest (ρ̃ − bound)/bound {excess:.1e}"
-        + ("" if excess <= 1e-9 else ", which is not rounding")
+        + ("" if excess <= ROUNDING else ", which is not rounding")
     ]
     if "bias_error" in models[0]:
         kinds = ("bias_error", "binarized_bias_error")

@@ -16,12 +16,9 @@ from study.small import GRID, LABELS, network
 import fastsal
 from fastsal.cli import main
 from fastsal.cli import study as command
-from fastsal.pages.page import Drawn
-from fastsal.study import attacks, figures, page
+from fastsal.study import attacks, page, results
 from fastsal.study.data import load_digits
 from fastsal.study.train import Recipe, train
-
-TITLES = list(figures.FIGURES.items())
 
 
 def test_resumes(study, monkeypatch, capsys):
@@ -55,7 +52,8 @@ def test_resumes(study, monkeypatch, capsys):
 
 def test_prints_the_verdicts_of_the_page(study, capsys, monkeypatch):
     before = [(study / name).read_bytes() for name in ("images.csv", "models.csv", "report.md")]
-    monkeypatch.setattr(figures, "write", lambda *_: {name: Drawn(name, title, b"", "") for name, (title, _) in TITLES})
+    written = lambda studies, out: results.write(studies, out) or out / "report.html"  # noqa: E731
+    monkeypatch.setattr(page, "write", written)
     assert main(["study", *GRID, "--out", str(study)]) == 0
     assert [(study / name).read_bytes() for name in ("images.csv", "models.csv")] == before[:2]
     lines = capsys.readouterr().out.splitlines()
