@@ -7,7 +7,10 @@ import sys
 COMMANDS = {
     "foils": ("bench.cases.foils", "the nearest other tokens of a trained Whisper, and what finding them takes"),
     "layers": ("bench.cases.layers", "margins at hidden layers, against cut networks"),
-    "report": ("bench.report.page", "write docs/benchmarks.md, the README's tables and the plots"),
+    "report": (
+        "bench.report.page",
+        "write docs/benchmarks.md and the pages behind it, the README's tables and the plots",
+    ),
     "auto": ("bench.tools.auto", "passes and seconds of the default method from 10 to 10,000 classes"),
     "photographs": (
         "bench.tools.photographs",

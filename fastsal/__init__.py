@@ -5,6 +5,7 @@ and `fastsal` on the command line.
 """
 
 from fastsal import losses, plot
+from fastsal.adaptive import fab
 from fastsal.adversarial import Adversarial, boundary_normal, deepfool
 from fastsal.analysis import analyze
 from fastsal.biases import bias_contributions
@@ -30,6 +31,7 @@ __all__ = [
     "cat",
     "deepfool",
     "evaluate",
+    "fab",
     "info",
     "load",
     "losses",

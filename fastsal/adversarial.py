@@ -231,7 +231,7 @@ def deepfool(
         ValueError: The labels or an option are wrong, or the model is one that `analyze` refuses.
         RuntimeError: A backend that was named cannot run, or the model itself failed.
 
-    Example:
+    Examples:
         >>> import torch, fastsal
         >>> linear = torch.nn.Linear(2, 1)
         >>> _ = linear.weight.data.copy_(torch.tensor([[3.0, 4.0]])), linear.bias.data.fill_(5.0)
@@ -307,7 +307,7 @@ def boundary_normal(model: Model, point: Tensor, own: Tensor, *, norm: float | s
     Raises:
         TypeError, ValueError: As in `analyze`.
 
-    Example:
+    Examples:
         >>> import torch, fastsal
         >>> linear, x = torch.nn.Linear(4, 2), torch.rand(3, 4)
         >>> moved = fastsal.deepfool(linear, x)

@@ -36,18 +36,15 @@ def analyze(
     """Linearised robustness, saliency alignment and the bound that ties them, for every example of a batch of a model.
 
     The linearised robustness ρ̃ asks for the class whose linearised decision boundary is nearest. The methods differ in which
-    classes they look at, among n of them:
+    classes they look at, among n of them, and so in backward and forward-mode passes:
 
-    | method         | backward and forward-mode passes     | what comes back                | when to use it              |
-    |----------------|--------------------------------------|--------------------------------|-----------------------------|
-    | `"auto"`       | `"exact"` where that takes at most 100 passes an example, or p = 1; else `"certified"`; the default |
-    | `"exact"`      | n backward, or F + 3 where the       | ρ̃ and the distances of all     | few classes, or a narrow    |
-    |                | logits leave a linear layer of F     | classes                        | last layer; when every      |
-    |                | inputs and that is fewer             |                                | distance matters            |
-    | `"certified"`  | some 20 to 90 at 1000 classes, of    | ρ̃, except with probability     | many classes, norm 2 or inf |
-    |                | both kinds                           | 1e-6 for each example          |                             |
-    | `"candidates"` | 11 backward: the predicted class and | an upper bound of ρ̃, often ρ̃   | a first look; inside loops  |
-    |                | the 10 highest other logits          | itself, but not known where    | (DeepFool's choice)         |
+    - `"auto"`, the default: `"exact"` where that takes at most 100 passes an example, or p = 1; else `"certified"`.
+    - `"exact"`: n backward passes, or F + 3 where the logits leave a linear layer of F inputs and that is fewer, for ρ̃ and
+      the distances of all classes. For few classes, or a narrow last layer; when every distance matters.
+    - `"certified"`: some 20 to 90 passes of both kinds at 1000 classes, for ρ̃, except with a probability of 1e-6 for each
+      example. For many classes, norm 2 or inf.
+    - `"candidates"`: 11 backward passes, of the predicted class and the 10 highest other logits, for an upper bound of ρ̃,
+      often ρ̃ itself, but not known where. For a first look, and inside loops (DeepFool's choice).
 
     `fastsal.Exact`, `fastsal.Certified` and `fastsal.Candidates` are the same methods with options. `Geometry.vjps` and
     `Geometry.jvps` count the passes that were taken.
@@ -105,7 +102,7 @@ def analyze(
     Warns:
         UserWarning: Every row of the logits looks like probabilities, or torch cannot take several rows of this model at once.
 
-    Example:
+    Examples:
         >>> import torch, fastsal
         >>> linear = torch.nn.Linear(2, 3, bias=False)
         >>> _ = linear.weight.data.copy_(torch.tensor([[1.0, 0.0], [-1.0, 0.0], [0.0, 2.0]]))

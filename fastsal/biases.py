@@ -37,7 +37,7 @@ def bias_contributions(model: nn.Module, x: Tensor) -> dict[str, Tensor]:
     Raises:
         ValueError: A BatchNorm is in training mode, where its bias depends on the batch.
 
-    Example:
+    Examples:
         >>> import torch, fastsal
         >>> model = torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.ReLU(), torch.nn.Linear(8, 3)).double()
         >>> x = torch.rand(5, 4, dtype=torch.float64)

@@ -48,13 +48,16 @@ def margin_loss(
         model: As in `fastsal.analyze`.
         x: [B, *S], of any floating dtype.
         y: int64 [B], the labels.
-        args, kwargs, layer: As in `fastsal.analyze`: with a layer, margins are those in the space of its output (Elsayed et
-            al. take them at several layers at once).
+        args: As in `fastsal.analyze`.
+        kwargs: As in `fastsal.analyze`.
+        layer: As in `fastsal.analyze`: margins are those in the space of its output (Elsayed et al. take them at several
+            layers at once).
         target: The ρ̃ from which on an example adds nothing, in units of x. None (default) for the mean of −m, which has no
             lower bound: it is −inf where a gradient vanishes.
         norm: The p of the perturbation, 2 (default), 1, `math.inf` or "inf".
         method: "auto" (default) or any method of `fastsal.analyze`.
-        chunk_size, backend: As in `fastsal.analyze`.
+        chunk_size: As in `fastsal.analyze`.
+        backend: As in `fastsal.analyze`.
 
     Returns:
         A scalar, float64 for float64 x and float32 for all others. Deterministic, differentiable to any order.
@@ -113,7 +116,9 @@ def cross_lipschitz_loss(
         model: As in `fastsal.analyze`.
         x: [B, *S], of any floating dtype.
         y: Not looked at, since the definition asks for no labels; taken so that all losses are called alike.
-        args, kwargs, layer: As in `fastsal.analyze`.
+        args: As in `fastsal.analyze`.
+        kwargs: As in `fastsal.analyze`.
+        layer: As in `fastsal.analyze`.
         norm: The p of the perturbation, 2 (default), 1, `math.inf` or "inf"; gradients are measured in the dual q-norm.
         backend: As in `fastsal.analyze`.
 

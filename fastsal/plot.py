@@ -150,7 +150,7 @@ def scatter(
         ValueError: A quantity has no such name, or not one value for each example.
         ImportError: matplotlib is missing.
 
-    Example:
+    Examples:
         >>> import torch, fastsal
         >>> _ = torch.manual_seed(0)
         >>> model, images = torch.nn.Linear(6, 3), torch.randn(50, 6)
@@ -221,7 +221,7 @@ def medians(
     Raises:
         ValueError, ImportError: As `scatter`.
 
-    Example:
+    Examples:
         >>> import torch, fastsal
         >>> _ = torch.manual_seed(0)
         >>> results = {name: fastsal.analyze(torch.nn.Linear(6, 3), torch.randn(50, 6)) for name in ("a", "b")}
@@ -278,7 +278,7 @@ def saliency_grid(x: Tensor, results: Results | Mapping[str, Tensor], *, columns
         ValueError: A result holds no saliency.
         ImportError: matplotlib is missing.
 
-    Example:
+    Examples:
         >>> import torch, fastsal
         >>> _ = torch.manual_seed(0)
         >>> model, images = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(36, 3)), torch.rand(4, 1, 6, 6)
@@ -340,7 +340,7 @@ def tokens_html(tokens: Sequence[str], values: Any) -> str:
     Raises:
         ValueError: There is not one value for each token.
 
-    Example:
+    Examples:
         >>> import fastsal
         >>> fastsal.plot.tokens_html(["a", "<b>"], [1.0, 0.0]).count("<span")
         3
@@ -368,7 +368,7 @@ def tokens(tokens: Sequence[str], values: Any, *, width: int = 60, ax: Any = Non
         ImportError: matplotlib is missing.
         ValueError: There is not one value for each token.
 
-    Example:
+    Examples:
         >>> import fastsal
         >>> ax = fastsal.plot.tokens(["a", " loss", " of", " words"], [0.3, -1.0, 0.0, 2.0])
         >>> [text.get_text() for text in ax.texts]

@@ -1,5 +1,6 @@
 """Checks of arguments: each raises one error that names the argument, what it got and what it wants."""
 
+import functools
 import math
 import warnings
 from typing import Any
@@ -36,14 +37,34 @@ def output_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
+@functools.cache
+def _has_float64(place: torch.device) -> bool:
+    """Whether a device computes in float64, as Apple's MPS and some of Intel's GPUs do not."""
+    try:
+        torch.ones(1, device=place).double().sqrt()
+    except (RuntimeError, TypeError):
+        return False
+    return True
+
+
+def device(name: str, value: Tensor) -> None:
+    """Raises TypeError where a tensor is on a device without float64."""
+    if value.device.type not in ("cpu", "cuda", "meta") and not _has_float64(value.device):
+        raise TypeError(
+            f"{name}: is on {value.device}, which has no float64, in which fastsal adds; wants all tensors, and the model if "
+            f"there is one, on another device: pass {name}.cpu()"
+        )
+
+
 def floating(name: str, value: Any) -> None:
-    """Raises TypeError unless the value is a dense tensor of one of the four floating dtypes."""
+    """Raises TypeError unless the value is a dense tensor of one of the four floating dtypes, on a device with float64."""
     if not isinstance(value, Tensor):
         raise TypeError(f"{name}: got {type(value).__name__}, wants a torch.Tensor")
     if value.dtype not in DTYPES:
         raise TypeError(f"{name}: got dtype {value.dtype}, wants float32, float64, float16 or bfloat16")
     if value.layout != torch.strided:
         raise TypeError(f"{name}: got layout {value.layout}, wants a strided (dense) tensor; pass {name}.to_dense()")
+    device(name, value)
 
 
 def _flat(name: str, value: Tensor, lead: int) -> Tensor:
@@ -69,7 +90,7 @@ def labels(name: str, value: Any, shape: torch.Size | tuple[int, ...]) -> None:
         raise ValueError(f"{name}: got classes {int(value.min())} to {int(value.max())}, wants 0 to {n - 1}")
 
 
-def allowed(value: Any, shape: torch.Size | tuple[int, ...], device: torch.device) -> Tensor | None:
+def allowed(value: Any, shape: torch.Size | tuple[int, ...], place: torch.device) -> Tensor | None:
     """Which classes may be the nearest, bool [n] or [B, n] or None, for logits of shape [B, n]: bool [B, n], or None."""
     if value is None:
         return None
@@ -80,7 +101,7 @@ def allowed(value: Any, shape: torch.Size | tuple[int, ...], device: torch.devic
     ):
         got = f"{value.dtype} of shape {tuple(value.shape)}" if isinstance(value, Tensor) else type(value).__name__
         raise ValueError(f"classes: got {got}, wants bool [n] = {list(shape[1:])} or [B, n] = {list(shape)}")
-    return value.to(device).expand(*shape)
+    return value.to(place).expand(*shape)
 
 
 def tensors(logits: Tensor, jacobian: Tensor, x: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:

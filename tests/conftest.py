@@ -37,6 +37,12 @@ def one_thread() -> Iterator[None]:
 
 
 @pytest.fixture
+def forward_mode(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Products in forward mode, as a convolutional network's, for every model."""
+    monkeypatch.setattr("fastsal.model.products.FEW", -1.0)
+
+
+@pytest.fixture
 def run_python(tmp_path: Path) -> Callable[..., subprocess.CompletedProcess[str]]:
     """`run_python(*arguments, **environment)`: a fresh interpreter in an empty folder, with this process's fastsal."""
     import fastsal

@@ -84,6 +84,7 @@ class Sizes(nn.Module):
         return torch.cat((logits[:, :-1], Scaled.apply(logits[:, -1:], self.times)), 1)
 
 
+@pytest.mark.usefixtures("forward_mode")
 class TestForwardModeIsAnother:
     """Backward passes of classes that nobody evaluates give other gradients than forward mode."""
 
@@ -142,6 +143,54 @@ class TestForwardModeIsAnother:
         assert len([text for text in told if "exact rows" in text]) == 1
 
 
+def kept_from_derivatives(value, times):
+    value = value * 1
+    if value.requires_grad:
+        value.register_hook(lambda grad: grad.detach() * times)
+    return value
+
+
+def clamped(value, times):
+    """Not linear in the gradient: rows of one class each come at `times`, small ones at far less."""
+    value = value * 1
+    if value.requires_grad:
+        value.register_hook(lambda grad: torch.where(grad.abs() < 0.9, 0.1, times) * grad)
+    return value
+
+
+class TestDerivativesOfBackwardPasses:
+    """Products are the derivatives of backward passes, where these are not the derivatives of what they compute."""
+
+    CASES = TestForwardModeIsAnother.CASES
+
+    @pytest.mark.parametrize("norm", [2.0, math.inf])
+    @pytest.mark.parametrize("kind", TWISTS)
+    @pytest.mark.parametrize("case", CASES, ids=lambda case: f"{case[0]}")
+    def test_gradients_that_forward_mode_does_not_see_are_certified(self, kind, norm, case):
+        gap, seed, dtype, classes, entries = case
+        model = Twisted(TWISTS[kind], classes, entries, seed=seed, dtype=dtype)
+        x = inputs(model, 3, entries, seed)
+        calibrated(model, x, gap, norm)
+        found, told = reported(assert_right, model, x, norm)
+        assert found.runner_up[0] >= classes - model.part
+        if kind == "data":  # a backward pass that hides itself
+            assert len([text for text in told if "exact rows" in text]) == 1
+        else:
+            assert told == []
+
+    @pytest.mark.parametrize("norm", [2.0, math.inf])
+    @pytest.mark.parametrize("twist", [kept_from_derivatives, clamped])
+    @pytest.mark.parametrize("case", CASES, ids=lambda case: f"{case[0]}")
+    def test_gradients_that_hide_from_their_derivative(self, twist, norm, case):
+        gap, seed, dtype, classes, entries = case
+        model = Twisted(twist, classes, entries, seed=seed, dtype=dtype)
+        x = inputs(model, 3, entries, seed)
+        calibrated(model, x, gap, norm)
+        found, told = reported(assert_right, model, x, norm)
+        assert found.runner_up[0] >= classes - model.part
+        assert len([text for text in told if "exact rows" in text]) == 1
+
+
 class Steered(Twisted):
     """The last part's gradients are steered by a list, and its logits at black images are not."""
 
@@ -191,6 +240,7 @@ class Underflowing(Twisted):
 
 @pytest.mark.parametrize("norm", [2.0, math.inf])
 @pytest.mark.parametrize(("gap", "seed"), [(0.01, 0), (0.2, 1), (0.6, 3)])
+@pytest.mark.usefixtures("forward_mode")
 def test_underflow_in_forward_mode(norm, gap, seed):
     model = Underflowing(seed=seed)
     x = inputs(model, 4, 60, seed)

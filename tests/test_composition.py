@@ -19,6 +19,7 @@ from fastsal import Candidates, Certified, Exact, analyze, margin_geometry
 from fastsal.methods import base, certified
 from fastsal.methods.base import Question
 from fastsal.methods.certified import certify
+from fastsal.model import products
 from fastsal.model.linearization import Linearization, linearize
 from fastsal.model.products import ModelPasses
 
@@ -177,6 +178,7 @@ class Inconsistent(nn.Module):
         return torch.cat((logits[:, :-9], Scaled.apply(logits[:, -9:], times)), 1)
 
 
+@pytest.mark.usefixtures("forward_mode")
 @pytest.mark.parametrize("place", range(4))
 def test_one_inconsistent_example_among_others(place):
     """Kills: `good.any()` for the mask of each example in `check`, and one mixture for the whole group."""
@@ -315,9 +317,12 @@ class TestMemory:
         assert_kept(found, ratios(*dense(model, x)), rtol=1e-9)
         assert (found.linearized_robustness > 0).all()
 
-    def test_products_that_run_out_of_memory_are_taken_a_few_at_a_time(self, monkeypatch):
+    @pytest.mark.parametrize("ways", [("_forward_mode", "_double_backward"), ("_double_backward", "_forward_mode")])
+    def test_products_that_run_out_of_memory_are_taken_a_few_at_a_time(self, monkeypatch, ways):
         """Kills: out of memory swallowed in `jvp`, after which slower ways are taken, or all rows."""
-        right, taken = ModelPasses._forward_mode, []
+        first, second = ways
+        monkeypatch.setattr(products, "FEW", -1.0 if first == "_forward_mode" else 1.0)
+        right, taken = getattr(ModelPasses, first), []
 
         def short_of_memory(self, examples, tangents):
             if len(tangents) > 2:
@@ -325,8 +330,8 @@ class TestMemory:
             taken.append(len(tangents))
             return right(self, examples, tangents)
 
-        monkeypatch.setattr(ModelPasses, "_forward_mode", short_of_memory)
-        monkeypatch.setattr(ModelPasses, "_double_backward", lambda *_: pytest.fail("another way was taken"))
+        monkeypatch.setattr(ModelPasses, first, short_of_memory)
+        monkeypatch.setattr(ModelPasses, second, lambda *_: pytest.fail("another way was taken"))
         model, x = network()
         found, told = reported(assert_right, model, x, rtol=1e-9)
         assert told == []
@@ -341,8 +346,8 @@ class TestMemory:
             raise torch.OutOfMemoryError("out of memory")
 
         monkeypatch.setattr(ModelPasses, way, full)
-        if way == "_double_backward":
-            monkeypatch.setattr(ModelPasses, "_forward_mode", lambda *_: 1 / 0)
+        if way == "_forward_mode":
+            monkeypatch.setattr(ModelPasses, "_double_backward", lambda *_: 1 / 0)
         model, x = network()
         with pytest.raises(torch.OutOfMemoryError):
             analyze(model, x, method=Certified())

@@ -49,8 +49,8 @@ def test_every_parameter_and_field_is_described(thing):
         line.partition(":")[0] for line in lines if re.match(r"\w+: ", line) and line.partition(":")[0] in names
     ] == names
     if names and not dataclasses.is_dataclass(thing):
-        sections = [line for line in lines if line in ("Args:", "Returns:", "Raises:", "Example:")]
-        assert sections == ["Args:", "Returns:", "Raises:", "Example:"]
+        sections = [line for line in lines if line in ("Args:", "Returns:", "Raises:", "Examples:")]
+        assert sections == ["Args:", "Returns:", "Raises:", "Examples:"]
 
 
 @pytest.mark.parametrize("guide", sorted(ROOT.glob("docs/*.md")), ids=lambda path: path.name)

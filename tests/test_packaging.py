@@ -154,13 +154,16 @@ class TestInstalled:
 
     @pytest.mark.skipif(shutil.which("ldd") is None, reason="needs ldd")
     @pytest.mark.parametrize("name", ["_cpu", "_cuda"])
-    def test_native_modules_link_no_torch_and_no_cuda(self, name):
+    def test_native_modules_link_the_system_s_libraries_alone(self, name):
+        """Of which libgomp comes with torch, and is left out of the wheels; the last five are parts of the C library."""
         spec = importlib.util.find_spec(f"fastsal.{name}")
         if spec is None:
             pytest.skip(f"built without {name}")
         linked = subprocess.run(["ldd", spec.origin], capture_output=True, text=True, check=True).stdout
-        assert "libstdc++" in linked
-        assert not re.search(r"libtorch|libc10|libcuda|libcudart", linked)
+        names = {Path(line.split()[0]).name.partition(".so")[0] for line in linked.splitlines()}
+        assert "libstdc++" in names
+        system = {"libstdc++", "libgcc_s", "libgomp", "libc", "libm", "libdl", "libpthread", "librt", "linux-vdso"}
+        assert {name for name in names if not name.startswith("ld-linux")} <= system
 
     def test_native_module_needs_no_torch(self, run_python):
         code = (
@@ -201,7 +204,7 @@ class TestInstalled:
             f"fastsal.integrations.{name} needs {name}, which is not installed: pip install {install}"
             for name, install in (
                 ("foolbox", "foolbox"),
-                ("torchattacks", "--no-deps torchattacks"),
+                ("torchattacks", "--no-deps torchattacks; fastsal.fab, the same attack, needs nothing"),
                 ("captum", "captum"),
             )
         ]
@@ -210,7 +213,8 @@ class TestInstalled:
 def test_readme_starts_with_the_two_commands():
     block = re.search(r"^```\w*\n(.*?)^```", (ROOT / "README.md").read_text(encoding="utf-8"), re.M | re.S).group(1)
     assert block == (
-        "pip install -c constraints.txt '.[demo]' && fastsal demo\npip install -c constraints.txt '.[test]' && pytest\n"
+        "pip install -c constraints.txt '.[demo]' && fastsal demo\n"
+        "pip install -c constraints.txt '.[test]' && pytest -n 2 --dist loadfile\n"
     )
 
 
@@ -222,8 +226,9 @@ LAYERS = (
     ("study",),
     ("__init__",),  # gathers the public names, and starts no command line
     ("integrations", "pages"),
-    ("adversarial", "biases", "evaluation", "losses"),
-    ("analysis", "plot"),
+    ("adaptive",),
+    ("adversarial", "evaluation", "losses"),
+    ("analysis", "biases", "plot"),
     ("methods",),
     ("methods.rows",),
     ("methods.certified", "methods.features"),
@@ -236,12 +241,12 @@ LAYERS = (
     ("methods.base", "methods.gram", "methods.mixtures"),
     ("model", "tensor"),
     ("model.products", "tensor.geometry", "tensor.pairwise"),
-    ("model.traced", "tensor.ops", "tensor.results"),
+    ("model.double_backward", "model.traced", "tensor.ops", "tensor.results"),
     ("model.linearization", "tensor.backends"),
     ("model.inputs", "tensor.tolerance", "_cpu", "_cuda"),
     ("model.function",),
     ("model.calling",),
-    ("model.chunking",),
+    ("model.chunking", "model.private"),
     ("tensor.reference",),
     ("devices", "files", "progress", "validation"),
 )
@@ -368,6 +373,20 @@ def wrong_imports(package):
     return wrong
 
 
+def private_names(text):
+    """Modules of torch's that a file of this text imports or names, and that torch calls private."""
+    found = re.findall(r"\b(torch(?:\.\w+)*\._[a-z]\w*|torch\.fx\.experimental|torch\._C\b)", text)
+    return sorted(set(found) - {"torch.__version__", "torch.__file__"})
+
+
+def test_private_modules_of_torch_are_named_in_one_file():
+    assert private_names("import torch._guards\nfrom torch.nn._x import y; torch._C.z") != []
+    found = {path.name: private_names(path.read_text(encoding="utf-8")) for path in PACKAGE.rglob("*.py")}
+    assert {name for name, names in found.items() if names} == {"private.py", "calling.py"}
+    # Whether it was imported by others, which a torch without it answers too.
+    assert found["calling.py"] == ["torch._dynamo"]
+
+
 def imported_names(path, package):
     """Full names of everything that a file of the package imports, at its top or inside functions."""
     home = ".".join(("fastsal", *path.relative_to(package).parts[:-1]))
@@ -388,3 +407,15 @@ def test_nothing_hides_a_module_of_its_name(package):
     for submodule in pkgutil.iter_modules(module.__path__):
         found = getattr(module, submodule.name, None)
         assert found is None or isinstance(found, types.ModuleType), f"{package}.{submodule.name} is {found!r}"
+
+
+def test_lower_bounds_are_those_of_the_oldest_environment():
+    """A bound that no environment has is a guess."""
+    tomllib = pytest.importorskip("tomllib")  # of Python 3.11
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    needs = {line for group in (project["dependencies"], *project["optional-dependencies"].values()) for line in group}
+    bounds = dict(re.fullmatch(r"([\w-]+)>=([\d.]+)", line).groups() for line in needs if ">=" in line)
+    oldest = dict(re.findall(r"^([\w-]+)==([\d.]+)$", (ROOT / "oldest.txt").read_text(encoding="utf-8"), re.M))
+    for name, bound in bounds.items():
+        assert oldest[name].split(".")[: bound.count(".") + 1] == bound.split("."), name
+    assert set(oldest) - set(bounds) == {"triton"}

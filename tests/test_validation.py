@@ -207,3 +207,44 @@ def test_a_jacobian_of_the_whole_batch_is_named_with_the_way_to_each_examples_ow
     assert jacobian.shape == (B, 5, 3, 2, 2)
     found = fastsal.margin_geometry(model(x).detach(), jacobian, x)
     torch.testing.assert_close(found.linearized_robustness, fastsal.analyze(model, x).linearized_robustness)
+
+
+class OnMps(torch.Tensor):
+    """A tensor as it is seen on Apple's GPU, which torch refuses to make a float64 tensor for, here too."""
+
+    device = torch.device("mps")
+
+
+class TestDeviceWithoutFloat64:
+    WANTS = "which has no float64, in which fastsal adds; wants all tensors, and the model if there is one, on another device"
+
+    def test_tensor_level(self):
+        for name, value in good().items():
+            with pytest.raises(TypeError, match=f"{name}: is on mps, {self.WANTS}: pass {name}.cpu"):
+                fastsal.margin_geometry(**good(**{name: value.as_subclass(OnMps)}))
+
+    def test_model_level(self):
+        model, x = torch.nn.Linear(4, 3), torch.randn(2, 4).as_subclass(OnMps)
+        for call in (fastsal.analyze, fastsal.deepfool, fastsal.fab):
+            with pytest.raises(TypeError, match=f"x: is on mps, {self.WANTS}"):
+                call(model, x)
+
+    def test_the_output_of_a_layer(self):
+        class Tokens(torch.nn.Embedding):
+            def forward(self, tokens):
+                return super().forward(tokens).as_subclass(OnMps)
+
+        model = torch.nn.Sequential(Tokens(9, 4), torch.nn.Flatten(), torch.nn.Linear(12, 3))
+        with pytest.raises(TypeError, match=f"the output of layer '0': is on mps, {self.WANTS}"):
+            fastsal.analyze(model, torch.tensor([[1, 2, 3]]), layer="0")
+
+    def test_others_are_asked_once(self, monkeypatch):
+        """A device that torch has no special name for is let in where it computes in float64."""
+        validation._has_float64.cache_clear()
+        asked = []
+        monkeypatch.setattr(torch, "ones", lambda *_, device: asked.append(device) or torch.zeros(1))
+        tensor = torch.randn(2, 4).as_subclass(OnMps)
+        for _ in range(2):
+            validation.floating("x", tensor)
+        assert asked == [torch.device("mps")]
+        validation._has_float64.cache_clear()

@@ -96,7 +96,7 @@ def art_deepfool(model: nn.Module, x: Tensor, gradients: int) -> Tensor:
 
 
 @contextmanager
-def _adv_lib() -> Iterator[Any]:
+def adv_lib() -> Iterator[Any]:
     """adv-lib, which on import asks for a plotting server and for torchvision's models, neither of which is used here."""
     with mock.patch.dict(sys.modules):
         for name in ("visdom", "torchvision", "torchvision.models"):
@@ -106,14 +106,14 @@ def _adv_lib() -> Iterator[Any]:
 
 
 def adv_lib_deepfool(model: nn.Module, x: Tensor) -> Tensor:
-    with _adv_lib() as attacks:
+    with adv_lib() as attacks:
         images = attacks.df(model, x, _labels(model, x), steps=1, overshoot=0.0, return_unsuccessful=True)
     return (_moved(images, x) - STABILISER).clamp_min(0)
 
 
 def adv_lib_fab(model: nn.Module, x: Tensor, norm: float = 2.0) -> Tensor:
     recorded = _LastInput(model)
-    with _adv_lib() as attacks:
+    with adv_lib() as attacks:
         attacks.fab(recorded, x, _labels(model, x), norm=norm, n_iter=1, η=FAB_OVERSHOOT)
     return _moved(recorded.last, x, norm) / FAB_OVERSHOOT
 

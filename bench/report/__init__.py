@@ -1,1 +1,1 @@
-"""How stored figures are shown: tables, plots, docs/benchmarks.md and the README's part. Nothing there is typed by hand."""
+"""How stored figures are shown: tables, plots, pages of figures and the README's part. Nothing there is typed by hand."""

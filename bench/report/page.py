@@ -1,7 +1,8 @@
-"""docs/benchmarks.md, which holds every figure, and the README's few: both are written from bench/results/*.json."""
+"""The pages of figures, a page for a question, and the README's few: all are written from bench/results/*.json."""
 
 import argparse
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 from bench import RESULTS, ROOT
@@ -17,7 +18,16 @@ PAGE = Path("docs", "benchmarks.md")
 
 INTRODUCTION = """# Benchmarks
 
-`python -m bench report` writes this page from the figures in `bench/results/`; what is changed here by hand is lost."""
+`python -m bench report` writes this page and those behind it from the figures in `bench/results/`; what is changed here by hand
+is lost."""
+
+# A page for each question: the levels whose figures answer it. It begins with what follows from the first, and its plot.
+QUESTIONS = {
+    "kernel": ("How fast is the kernel?", ("tensor", "pairs", "edge")),
+    "passes": ("How many passes does it take on trained networks?", ("imagenet", "certified")),
+    "networks": ("Does it hold on other people's networks?", ("zoo",)),
+    "peers": ("How fast are its peers from a model?", ("model",)),
+}
 
 COMMANDS = """## How to measure
 
@@ -28,7 +38,7 @@ python -m bench             # photographs, Jacobians, pairs, models, awkward inp
 python -m bench imagenet    # a network trained on ImageNet alone, ten minutes
 python -m bench zoo         # timm's networks, one of every kind, half an hour
 python -m bench certified   # the networks of 1000 classes; trains them first, which takes minutes
-python -m bench report      # writes this page
+python -m bench report      # writes these pages
 ```
 
 Implementations are timed in interleaved rounds on identical inputs, in one process, and no speed is reported before the answer
@@ -50,6 +60,11 @@ class Found:
             if records := [record for record in store.records.values() if record["level"] == level]:
                 self.levels[level], self._environment[level] = records, store.environment
 
+    def question(self, level: str) -> list[str]:
+        """The levels that have figures on the page of a level."""
+        (levels,) = [levels for _, levels in QUESTIONS.values() if level in levels]
+        return [one for one in levels if one in self.levels]
+
     def measured(self, level: str) -> str:
         """The commit, the date and the machine."""
         return f"Measured at {when(self.levels[level])}, on {where(self._environment[level])}."
@@ -62,38 +77,69 @@ def headline(found: Found) -> str:
     return f"{tables.photographs(mine)} {more}"
 
 
-def page(found: Found) -> str:
-    """The whole of docs/benchmarks.md."""
-    parts = [INTRODUCTION, "## What follows", "\n".join(summary.follows(found.levels))]
-    for level, section in SECTIONS.items():
-        if records := found.levels.get(level):
-            parts += [
-                f"## {section.title}",
-                f"{section.meaning} {found.measured(level)}",
-                *tables.figures(section, records),
-                f"![{section.title}: bars](../bench/results/{level}.png)",
-                "<details><summary>Every case, with quartiles and errors</summary>",
-                *tables.every_case(records),
-                "</details>",
-            ]
-    if records := found.levels.get("edge"):
-        meaning = "The answers for ρ̃ that are not right: as a multiple of the truth, or what came instead. The inputs: "
-        parts += ["## Awkward inputs", f"{meaning}{', '.join(records[0]['columns'])}.", tables.edge(records[0])]
-    if records := found.levels.get("certified"):
-        parts += [
-            "## Exact and certified with 1000 classes",
-            found.measured("certified"),
-            *studies.certified(records),
-            "![Passes over classes](../bench/results/certified_growth.png)",
-            "![Bounds under a limit of passes](../bench/results/certified_limits.png)",
-        ]
-    if records := found.levels.get("zoo"):
-        parts += ["## Certified on networks of timm", found.measured("zoo"), *studies.zoo(records)]
-    return "\n\n".join([*parts, COMMANDS]) + "\n"
+def index(found: Found) -> str:
+    """docs/benchmarks.md: what follows from the figures, and where they are."""
+    pages = "\n".join(
+        f"- [{question}]({PAGE.stem}/{name}.md)"
+        for name, (question, levels) in QUESTIONS.items()
+        if set(levels) & set(found.levels)
+    )
+    parts = [INTRODUCTION, pages, "## What follows", "\n".join(summary.follows(found.levels)), COMMANDS]
+    return "\n\n".join(parts) + "\n"
+
+
+def page(question: str, levels: Sequence[str], found: Found) -> str:
+    """A page: one sentence, one figure, and all figures behind them."""
+    first, *_ = levels = [level for level in levels if level in found.levels]
+    parts = [f"# {question}", summary.SAY[first](found.levels[first]), _picture(question, first)]
+    for level in levels:
+        parts += SHOW[level](found, level)
+    return "\n\n".join(parts) + "\n"
+
+
+def _picture(what: str, name: str) -> str:
+    return f"![{what}](../../bench/results/{name}.png)"
+
+
+def _cases(found: Found, level: str) -> list[str]:
+    section, records = SECTIONS[level], found.levels[level]
+    first = next(iter(found.question(level)))
+    return [
+        f"## {section.title}",
+        f"{section.meaning} {found.measured(level)}",
+        *tables.figures(section, records),
+        *([_picture(f"{section.title}: bars", level)] if level != first else []),
+        "<details><summary>Every case, with quartiles and errors</summary>",
+        *tables.every_case(records),
+        "</details>",
+    ]
+
+
+def _edge(found: Found, level: str) -> list[str]:
+    (record,) = found.levels[level]
+    meaning = "The answers for ρ̃ that are not right: as a multiple of the truth, or what came instead. The inputs: "
+    return ["## Awkward inputs", f"{meaning}{', '.join(record['columns'])}.", tables.edge(record)]
+
+
+def _certified(found: Found, level: str) -> list[str]:
+    return [
+        "## Exact and certified with 1000 classes",
+        found.measured(level),
+        *studies.certified(found.levels[level]),
+        _picture("Passes over classes", "certified_growth"),
+        _picture("Bounds under a limit of passes", "certified_limits"),
+    ]
+
+
+def _zoo(found: Found, level: str) -> list[str]:
+    return ["## Certified on networks of timm", found.measured(level), *studies.zoo(found.levels[level])]
+
+
+SHOW = dict.fromkeys(SECTIONS, _cases) | {"edge": _edge, "certified": _certified, "zoo": _zoo}
 
 
 def documents(results: Path, readme: str) -> dict[Path, str]:
-    """What the page and the README (now `readme`) must hold, by their place in the checkout.
+    """What the pages and the README (now `readme`) must hold, by their place in the checkout.
 
     Raises:
         ValueError: there are no figures, or the README does not say where they go.
@@ -106,11 +152,16 @@ def documents(results: Path, readme: str) -> dict[Path, str]:
     if readme.count(BEGIN) != 1 or readme.count(END) != 1 or readme.index(END) < readme.index(BEGIN):
         raise ValueError(f"README.md: wants one line `{BEGIN}` and after it one line `{END}`")
     before, after = readme.split(BEGIN)[0], readme.split(END)[1]
-    return {PAGE: page(found), Path("README.md"): f"{before}{BEGIN}\n\n{headline(found)}\n\n{END}{after}"}
+    pages = {
+        PAGE.with_suffix("") / f"{name}.md": page(question, levels, found)
+        for name, (question, levels) in QUESTIONS.items()
+        if set(levels) & set(found.levels)
+    }
+    return {PAGE: index(found)} | pages | {Path("README.md"): f"{before}{BEGIN}\n\n{headline(found)}\n\n{END}{after}"}
 
 
 def main(results: Path = RESULTS, root: Path = ROOT) -> int:
-    """Writes page, README and plots; with --check it writes nothing, and fails where page or README is stale."""
+    """Writes pages, README and plots; with --check it writes nothing, and fails where one of them is stale."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--check", action="store_true", help="write nothing, and fail where one of them is stale")
     check = parser.parse_args().check
@@ -125,7 +176,7 @@ def main(results: Path = RESULTS, root: Path = ROOT) -> int:
         print(f"stale: {', '.join(map(str, stale))}; run `python -m bench report`" if stale else "all is up to date")
         return int(bool(stale))
     for name, text in texts.items():
-        (root / name).parent.mkdir(exist_ok=True)
+        (root / name).parent.mkdir(parents=True, exist_ok=True)
         (root / name).write_text(text, encoding="utf-8")
     plots.every(Found(results).levels, results)
     print(f"wrote {' and '.join(map(str, texts))}")

@@ -3,6 +3,8 @@
 from pathlib import Path
 from typing import Any
 
+from bench.baselines.zoo import FAMILIES
+from bench.report.studies import faster
 from bench.report.tables import SECTIONS
 from bench.report.words import Record, count, times
 
@@ -20,6 +22,8 @@ def every(found: dict[str, list[Record]], folder: Path) -> None:
         if mine := found.get(level):
             most = max(record["threads"] for record in mine)
             bars(level, [record for record in mine if record["threads"] == most], folder / f"{level}.png")
+    if networks := [record for record in found.get("zoo", ()) if "failed" not in record]:
+        zoo(networks, folder / "zoo.png")
     parts = {record["case"]: record for record in found.get("certified", ())}
     if parts:
         growth(parts["p = 2, growth"]["rows"], folder / "certified_growth.png")
@@ -31,7 +35,7 @@ def bars(level: str, records: list[Record], path: Path) -> None:
     names = list(
         dict.fromkeys(row["implementation"] for record in records for row in record["results"] if "ratio" in row)
     )
-    across = min(4, len(records))
+    across = min(2, len(records))  # a telephone shows two beside each other
     down = -(-len(records) // across)
     figure = _figure(2.2 + 2.6 * across, 0.7 + down * (0.7 + 0.22 * len(names)))
     grid = figure.subplots(down, across, squeeze=False, sharey=True)
@@ -58,6 +62,24 @@ def bars(level: str, records: list[Record], path: Path) -> None:
     threads = count(records[0]["threads"])
     figure.supxlabel(f"{SECTIONS[level].axis}\n{threads}; log scale; lines join the quartiles", size=8)
     figure.savefig(path, dpi=110)
+
+
+def zoo(records: list[Record], path: Path) -> None:
+    """Passes of certified on every network, and how many times as fast as exact rows that is, by family."""
+    figure = _figure(6, 4)
+    axes = figure.subplots()
+    for marker, (family, names) in zip("osD^v", FAMILIES.items(), strict=True):
+        some = [record for record in records if record["case"] in names]
+        passes = [record["passes"] for record in some]
+        axes.plot(passes, [faster(record) for record in some], marker, label=family, alpha=0.7, markersize=5)
+    axes.axhline(1, color="black", lw=0.8)
+    axes.set(xscale="log", yscale="log", xlabel=f"passes of certified, of {records[0]['classes']} classes")
+    axes.set_ylabel("times as fast as exact rows")
+    for axis, ticks in ((axes.xaxis, (10, 20, 30, 50, 100, 200)), (axes.yaxis, (0.2, 0.5, 1, 2, 5, 10))):
+        axis.set_ticks(ticks, [f"{tick:g}" for tick in ticks])
+        axis.set_minor_formatter("")
+    axes.legend(fontsize=8)
+    figure.savefig(path, dpi=120)
 
 
 def growth(rows: list[Record], path: Path) -> None:

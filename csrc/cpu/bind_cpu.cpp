@@ -111,7 +111,8 @@ bool has_openmp() {
 
 }  // namespace
 
-PYBIND11_MODULE(_cpu, m) {
+// Without the lock of CPython too: what is shared is atomic, and the kernels run outside of the lock as it is.
+PYBIND11_MODULE(_cpu, m, pybind11::mod_gil_not_used()) {
   m.doc() = "CPU kernels of fastsal; see fastsal/tensor/backends/cpu.py.";
   const auto release = pybind11::call_guard<pybind11::gil_scoped_release>();
   m.def("row_distances", &row_distances, release);

@@ -136,7 +136,7 @@ def evaluate(
         RuntimeError: The model fails as such: on examples that it took before, for want of memory, or on a batch of examples
             that it takes one at a time. Or another process of this run has ended.
 
-    Example:
+    Examples:
         >>> import tempfile, torch, fastsal
         >>> _ = torch.manual_seed(0)
         >>> data = torch.utils.data.TensorDataset(torch.rand(100, 6), torch.arange(100) % 3)
@@ -254,7 +254,7 @@ def load(path: str | Path) -> Any:
         FileNotFoundError: There is nothing.
         ImportError: pyarrow is missing, for a folder.
 
-    Example:
+    Examples:
         >>> import tempfile, torch, fastsal
         >>> with tempfile.TemporaryDirectory() as folder:
         ...     _ = fastsal.evaluate(torch.nn.Linear(6, 3), torch.rand(20, 6), folder)

@@ -3,13 +3,12 @@
     import torchattacks                              # before
     from fastsal.integrations import torchattacks    # after
 
-At every step FAB needs one class of each example, the one with the nearest linearised boundary. torchattacks takes the
-gradients of all n classes one at a time, and holds them, [n, B, D], beside their differences to the label's, [B, n, D]. Here
-they stream by in chunks, of which the nearest row is kept, and a model with a narrow linear head takes one gradient a feature
-instead. All else, random starts included, is torchattacks' own code: the same seed gives the same images up to rounding.
+torchattacks takes the gradients of all n classes one at a time, and holds them, [n, B, D], beside their differences to the
+label's, [B, n, D]. Here a run is that of `fastsal.fab`, which keeps the nearest row alone. Restarts, seeds, targets and what
+else steers the runs is torchattacks' own code: the same seed gives the same images up to rounding.
 
 Different is what torchattacks gets wrong: gradients far below 1e-8, which its projections take for zero, and `norm="L1"`, with
-which its attack raises UnboundLocalError. The targeted modes take a single gradient a step; it stays torchattacks'.
+which its attack raises UnboundLocalError. The targeted modes take a single gradient a step; they stay torchattacks'.
 """
 
 import math
@@ -19,12 +18,12 @@ import torch
 from torch import Tensor
 
 from fastsal import methods
-from fastsal.adversarial import nearest_boundary
+from fastsal.adaptive import descend, random_start
 from fastsal.integrations import Logits, peer
 from fastsal.methods.base import Question
 from fastsal.model.linearization import linearize
 
-with peer("torchattacks", "--no-deps torchattacks"):
+with peer("torchattacks", "--no-deps torchattacks; fastsal.fab, the same attack, needs nothing"):
     import torchattacks
 
 __all__ = ["FAB"]
@@ -60,21 +59,29 @@ class FAB(torchattacks.FAB):
         super().__init__(model, norm, *args, **kwargs)
         self.method = methods.resolve(method, NORMS[norm])
 
-    def get_diff_logits_grads_batch(self, imgs: Tensor, la: Tensor) -> tuple[Tensor, Tensor]:
-        """Ψʲ − Ψᶜ [B, 1] and g_j − g_c [B, 1, *S], of the class j with the boundary nearest to that of the labels c alone.
-
-        torchattacks' has them of all classes, [B, n] and [B, n, *S], and looks for the nearest itself. The two are scaled by a
-        power of two that brings the gradient's largest entry near 1. That moves no boundary.
-        """
-        norm = NORMS[self.norm]
-        with linearize(Logits(self.get_logits, self.model), imgs) as graph:
-            selection, _, row = nearest_boundary(graph, self.method, Question(norm, target=la))
-        own, other = selection.logits.double().gather(1, selection.winners).split(1, 1)
-        margin = other - own
-        largest = row.abs().amax(1, keepdim=True)
-        scale = torch.where(largest.isfinite() & (largest > 0), torch.frexp(largest).exponent, 0)
-        row, margin = torch.ldexp(-row, -scale), torch.ldexp(margin, -scale)
-        return margin.to(imgs.dtype), row.to(imgs.dtype).view_as(imgs).unsqueeze(1)
+    def attack_single_run(self, x: Tensor, y: Tensor | None = None, use_rand_start: bool = False) -> Tensor:
+        """The images [B, *S] with those replaced that one run moves out of their class, by however much."""
+        images: Tensor = x.detach().clone().float().to(self.device)
+        prediction = self._get_predicted_label(images)
+        labels = prediction if y is None else y.detach().to(prediction)
+        right = (prediction == labels).nonzero().squeeze(1)
+        if not len(right):
+            return images
+        own, norm, box = images[right], NORMS[self.norm], (0.0, 1.0)
+        start = random_start(own, self.eps, norm, box) if use_rand_start else own
+        with linearize(Logits(self.get_logits, self.model), own) as begin:
+            images[right], _ = descend(
+                begin,
+                start,
+                Question(norm, target=labels[right]),
+                self.method,
+                steps=self.steps,
+                alpha_max=self.alpha_max,
+                eta=self.eta,
+                beta=self.beta,
+                bounds=box,
+            )
+        return images
 
     def perturb(self, x: Tensor, y: Tensor) -> Tensor:
         """The images [B, *S] with those replaced that the attack moves out of their class within `eps`."""

@@ -29,7 +29,7 @@ class Exact(Method):
         TypeError: `head` is no module.
         ValueError: `memory_limit` is no number of bytes. Later, `analyze` raises it where a head that was given cannot serve.
 
-    Example:
+    Examples:
         >>> import torch, fastsal
         >>> _ = torch.manual_seed(0)
         >>> model = torch.nn.Sequential(torch.nn.Linear(30, 8), torch.nn.ReLU(), torch.nn.Linear(8, 100))
@@ -74,7 +74,7 @@ class Candidates(Method):
     Raises:
         ValueError: `k` is no integer from 1 on.
 
-    Example:
+    Examples:
         >>> import torch, fastsal
         >>> _ = torch.manual_seed(0)
         >>> found = fastsal.analyze(torch.nn.Linear(30, 100), torch.randn(2, 30), method=fastsal.Candidates(k=3))

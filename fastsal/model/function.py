@@ -7,9 +7,10 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 from torch import Tensor, nn
-from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
 
+from fastsal import validation
 from fastsal.model.calling import Model, check_input
+from fastsal.model.private import tree_flatten, tree_map, tree_unflatten
 
 Examples = Tensor | slice
 
@@ -142,6 +143,7 @@ class Function:
             raise TypeError(f"layer: {self.name} is a {type(output).__name__}, wants a module that returns one tensor")
         if not output.is_floating_point():
             raise TypeError(f"layer: {self.name} has dtype {output.dtype}, wants one of floating-point numbers")
+        validation.device(self.name, output)
         if output.dim() == 0 or len(output) != len(self.x) or 0 in output.shape[1:]:
             raise ValueError(
                 f"layer: {self.name} has shape {tuple(output.shape)}, wants [B, *S] with B = {len(self.x)} in front"
@@ -193,7 +195,8 @@ class Function:
                 return one.shape[slot in self._own :], one.dtype
             return one if isinstance(one, plain) else type(one)
 
-        return self.name, self._spec, *(told(slot, one) for slot, one in enumerate(self._leaves))
+        # Before torch 2.7 the spec itself has no hash.
+        return self.name, repr(self._spec), *(told(slot, one) for slot, one in enumerate(self._leaves))
 
 
 def _copied(value: Any) -> Any:

@@ -192,13 +192,16 @@ class Linearization:
 
     def _at_once(self) -> int:
         """How many gradients of one example are worth taking at once on a CPU."""
-        gradients = self.gradient_bytes()
+        gradients = [size for _, size in self.operations()]
         weights = sum(p.nbytes for p in self.model.parameters()) if isinstance(self.model, nn.Module) else 0
-        # Weights are worth reading once for many rows where they are more than what a row reads besides.
-        return max(CHUNK_BYTES, weights if weights > sum(gradients) else 0) // max(gradients)
+        # As many as fit a cache; or as many as, all together, are read as long as the weights, which are read once for all.
+        return max(CHUNK_BYTES // max(gradients), weights // sum(gradients))
 
-    def gradient_bytes(self) -> list[int]:
-        """Bytes of every gradient that a backward pass of one row of one example forms, read off the recorded graph."""
+    def operations(self) -> list[tuple[str, int]]:
+        """What a backward pass goes through, by name, and the bytes of each gradient that one row of one example forms there.
+
+        They are read off the recorded graph.
+        """
         users: dict[Any, list[Any]] = {}
         nodes: list[Any] = [self.graph_logits.grad_fn]
         while nodes:
@@ -207,7 +210,7 @@ class Linearization:
                 if after is not None and after not in users:
                     nodes.append(after)
                 users.setdefault(after, []).append(node)
-        found, seen, nodes = [self.leaf.nbytes], set(), [torch.autograd.graph.get_gradient_edge(self.leaf).node]
+        found, seen, nodes = [("x", self.leaf.nbytes)], set(), [torch.autograd.graph.get_gradient_edge(self.leaf).node]
         while nodes:  # from x upward, since the gradients of weights are not computed
             node = nodes.pop()
             if node not in seen:
@@ -215,8 +218,8 @@ class Linearization:
                 nodes += users.get(node, [])
                 # An attribute of torch's own. Where it is missing, only the size of x counts.
                 metadata = getattr(node, "_input_metadata", ())
-                found += [math.prod(gradient.shape) * self.leaf.element_size() for gradient in metadata]
-        return [max(1, size // len(self.leaf)) for size in found]
+                found += [(node.name(), math.prod(one.shape) * self.leaf.element_size()) for one in metadata]
+        return [(name, max(1, size // len(self.leaf))) for name, size in found]
 
     def sweep(self, classes: Tensor, chunk_size: int | None, visit: Callable[[Tensor, Tensor], None]) -> None:
         """Takes the rows of classes int64 [K, B], `chunk_size` of them at a time, and hands them to `visit` in order.

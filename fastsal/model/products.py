@@ -10,6 +10,7 @@ from torch import Tensor
 from fastsal.devices import take, to_device, to_host
 from fastsal.model.calling import call, flatten, math_attention
 from fastsal.model.chunking import first_line, in_parts, is_out_of_memory, vmap
+from fastsal.model.double_backward import DoubleBackward
 from fastsal.model.linearization import Linearization
 from fastsal.model.traced import TracedPasses, Traces, UntraceableError
 
@@ -17,6 +18,9 @@ RECORDING = 4  # what recording an example costs, in its rows, where these are t
 # Bytes of the gradients of a backward pass. A recorded pass of more gives way to JVPs, which want memory too, and is taken anew
 # for the next VJPs: for EfficientNet-Lite0 0 to 3 % of the time, and a fifth to a quarter less memory.
 KEPT = 1 << 26
+# Of all operations: with no more convolutions than that, second derivatives take less time than forward mode, and what a trace
+# spares then is less by a factor (a ViT-Tiny at 16 directions: 374, 467 and 545 ms by trace, second derivatives, forward mode).
+FEW, LESS = 0.02, 0.25
 GROSS = 0.01  # of its length: a JVP further than this from a known gradient is no matter of rounding
 
 
@@ -44,9 +48,10 @@ class Passes(Protocol):
 class ModelPasses:
     """The `Passes` of a model at some examples, int64 [E], of a recorded batch.
 
-    A JVP is taken from a trace where there is one (`fastsal.model.traced` says when). Else it is taken in forward mode, vmapped
-    over the directions. Where a module has no forward-mode rule (LSTM, for one), it is the derivative of the VJP with respect
-    to its cotangent. All of them compute attention by plain operations.
+    A JVP is taken from a trace where there is one (`fastsal.model.traced` says when). Else it is the derivative of the VJP with
+    respect to its cotangent (`fastsal.model.double_backward`), or, of a convolutional network, taken in forward mode, vmapped
+    over the directions. Where a module has no rule for the one (LSTM none for forward mode, for one), it is the other. All of
+    them compute attention by plain operations.
     """
 
     def __init__(self, graph: Linearization, examples: np.ndarray, chunk_size: int | None) -> None:
@@ -57,9 +62,15 @@ class ModelPasses:
         self.pairs = self._graph.default_pairs() if chunk_size is None else chunk_size * len(examples)
         # Functions, not bound methods: a reference cycle would keep the recorded pass until the next garbage collection.
         self._ways = [ModelPasses._traced, ModelPasses._forward_mode, ModelPasses._double_backward]
-        gradients = self._graph.gradient_bytes()
-        self._large = sum(gradients) * len(examples) > KEPT
-        self._traces = Traces(graph, gradients)
+        operations = self._graph.operations()
+        total = sum(size for _, size in operations)
+        gain = total / len(operations)  # about proportional to what a trace spares a product
+        if sum("Convolution" in name for name, _ in operations) <= FEW * len(operations):
+            self._ways[1:] = [ModelPasses._double_backward, ModelPasses._forward_mode]
+            gain *= LESS
+        self._twice: DoubleBackward | None = None
+        self._large = total * len(examples) > KEPT
+        self._traces = Traces(graph, gain)
         self._products: TracedPasses | None = None
         self._latest: tuple[np.ndarray, Tensor, Tensor] | None = None  # of the VJPs: examples, cotangents, products
 
@@ -75,8 +86,8 @@ class ModelPasses:
 
         The recorded pass may hold more examples than these. It is recorded anew where products taken in vain would cost more.
         """
-        e, c = cotangents.shape[:2]
-        if (len(self._held) - e) * c > min(RECORDING, self.pairs) * e or not np.isin(examples, self._held).all():
+        c = cotangents.shape[1]
+        if self._in_vain(self._held, examples, c):
             self._held, self._graph = examples, self._recorded(self._own[examples])
         slot = to_device(np.searchsorted(self._held, examples), cotangents.device)
         padded = cotangents.new_zeros(c, len(self._held), cotangents.shape[2])
@@ -84,6 +95,11 @@ class ModelPasses:
         products = torch.cat(self._chunks(self._vjp, padded, len(self._held)), 1)[slot]
         self._latest = (examples, cotangents, products)
         return products
+
+    def _in_vain(self, held: np.ndarray, examples: np.ndarray, count: int) -> bool:
+        """Whether products at `held` examples instead of these, `count` of them, cost more than recording these."""
+        more = (len(held) - len(examples)) * count > min(RECORDING, self.pairs) * len(examples)
+        return more or not np.isin(examples, held).all()
 
     def jvp(self, examples: np.ndarray, directions: Tensor) -> Tensor:
         """Multiplies the Jacobians with directions [e, k, D]: [e, k, n]. Raises NoJVPError where the model cannot."""
@@ -99,14 +115,18 @@ class ModelPasses:
             except Exception as error:  # user code, in a pass that exact rows do without
                 if is_out_of_memory(error):
                     raise
-                batch = self._base.batch
-                if batch is not None and not batch.whole and not self._base.allows(self._own[examples]):
+                if not isinstance(error, UntraceableError) and self._has_to_see_whole_batches(examples):
                     continue
                 reason = first_line(error)
                 self._ways.pop(0)
         raise NoJVPError(
             f"{type(self._base.model).__name__}: has neither forward-mode nor second derivatives ({reason})"
         )
+
+    def _has_to_see_whole_batches(self, examples: np.ndarray) -> bool:
+        """Whether the model, which failed at these examples, does so because they are not the whole batch; found out once."""
+        batch = self._base.batch
+        return batch is not None and not batch.whole and not self._base.allows(self._own[examples])
 
     def distrust(self) -> None:
         """Makes the trace of the model anew the next time; gives it up if that has happened before."""
@@ -167,14 +187,13 @@ class ModelPasses:
             return vmap(jvp, tangents)
 
     def _double_backward(self, examples: np.ndarray, tangents: Tensor) -> Tensor:
-        leaf = self._at(examples).requires_grad_()
-        with math_attention(), torch.backends.cudnn.flags(enabled=False):  # cudnn's RNNs have no second derivative
-            with self._base.same_precision():
-                logits = call(self._base.function(self._own[examples]), leaf.clone())
-            dummy = torch.zeros_like(logits, requires_grad=True)
-            (gradient,) = torch.autograd.grad(logits, leaf, dummy, create_graph=True)
-
-            def jvp(tangent: Tensor) -> Tensor:
-                return torch.autograd.grad(gradient, dummy, tangent, retain_graph=True)[0]
-
-            return vmap(jvp, tangents)
+        kept, examples = self._twice, self._own[examples]
+        if kept is None or self._in_vain(kept.examples, examples, len(tangents)):
+            self._twice = kept = None  # not two at a time
+            self._twice = kept = DoubleBackward(self._base, examples)
+        slot = to_device(np.searchsorted(kept.examples, examples), tangents.device)
+        if len(examples) == len(kept.examples):
+            return kept.jvp(tangents)
+        padded = tangents.new_zeros(len(tangents), len(kept.examples), *tangents.shape[2:])
+        padded[:, slot] = tangents
+        return kept.jvp(padded)[:, slot]

@@ -17,21 +17,18 @@ example, and `products.ModelPasses` uses the trace only where its logits equal t
 agree with the gradients that a backward pass gives.
 """
 
-import contextlib
 import warnings
 import weakref
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, cast
 
 import numpy as np
 import torch
 from torch import Tensor, fx, nn
-from torch._guards import TracingContext, tracing
-from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.fx.experimental.proxy_tensor import make_fx
 
 from fastsal.devices import take
+from fastsal.model import private
 from fastsal.model.calling import call, math_attention
 from fastsal.model.chunking import first_line, is_out_of_memory
 from fastsal.model.function import Function
@@ -105,12 +102,10 @@ class Trace:
         try:
             # What a forward pass leaves in a module, tracing leaves in the copy, which shares the parameters and buffers.
             twin = function.twin({id(tensor): tensor for tensor in _tensors(function.model).values()})
-            # One fake mode for all shapes: make_fx alone would make one for every value, which takes three times as long.
-            shapes = tracing(TracingContext(FakeTensorMode(allow_fallback_kernels=True)))
-            with torch.no_grad(), math_attention(), warnings.catch_warnings(), shapes:
+            with torch.no_grad(), math_attention(), warnings.catch_warnings():
                 warnings.simplefilter("ignore")  # what torch says of the model it says without the trace, too
                 given = (_given(function, state), x, [*own], torch.ones_like(x))
-                traced = make_fx(torch.func.functionalize(product))(*given)
+                traced = private.recorded(product, *given)
         except Exception as error:  # whatever keeps a model from being traced: other ways compute the same
             if is_out_of_memory(error):
                 raise
@@ -193,7 +188,7 @@ class TracedPasses:
         with torch.no_grad():
             if self._batched and directions.shape[:2] != (1, 1):
                 try:
-                    with _no_fallback():
+                    with private.no_fallback():
                         return self._at_once(examples, directions).squeeze(2)
                 except RuntimeError as error:
                     if is_out_of_memory(error):
@@ -221,18 +216,6 @@ class TracedPasses:
         return torch.func.vmap(torch.func.vmap(run), in_dims=(None, 0))(own, directions)
 
 
-@contextlib.contextmanager
-def _no_fallback() -> Iterator[None]:
-    """Inside, vmap raises where torch would take an operation one by one, with a line on the error output for each call."""
-    switch: Any = torch._C._functorch
-    before = switch._is_vmap_fallback_enabled()
-    switch._set_vmap_fallback_enabled(False)
-    try:
-        yield
-    finally:
-        switch._set_vmap_fallback_enabled(before)
-
-
 def _simplify(traced: fx.GraphModule) -> None:
     """Drops what is zero by construction, and copies of what nothing overwrites."""
     zero: set[Any] = set()
@@ -240,7 +223,7 @@ def _simplify(traced: fx.GraphModule) -> None:
     def is_zero(node: fx.Node) -> bool:
         if node.op == "get_attr":
             value = getattr(traced, str(node.target))
-            return isinstance(value, Tensor) and value._is_zerotensor()
+            return isinstance(value, Tensor) and private.is_zero(value)
         if node.target is _aten.convolution.default and node.args[2] is not None and node.args[2] not in zero:
             return False
         if node.target in _PRODUCTS or node.target is _aten.convolution.default:
@@ -341,10 +324,10 @@ class Traces:
 
     Args:
         graph: The recorded pass of all examples that are to be looked at.
-        gradients: Bytes of every gradient that a backward pass of one row of one example forms.
+        gain: What a trace spares a product, in bytes of the gradients that an operation forms for one row of one example.
     """
 
-    def __init__(self, graph: Linearization, gradients: list[int]) -> None:
+    def __init__(self, graph: Linearization, gain: float) -> None:
         self._graph = graph
         leaf = graph.leaf
         self._function = None if graph.batch is None else graph.batch.function
@@ -356,7 +339,7 @@ class Traces:
             self._entry = kinds[kind] = kinds.pop(kind, _Known())  # the latest comes last
             while len(kinds) > KINDS:
                 kinds.pop(next(iter(kinds)))
-        self._worth = sum(gradients) / len(gradients)
+        self._gain = gain
 
     def at(self, examples: np.ndarray, logits: Tensor | None) -> "TracedPasses":
         """The products at some examples, from a trace whose logits there equal the model's, bit for bit.
@@ -370,7 +353,7 @@ class Traces:
         """
         entry, function = self._entry, self._function
         x, own = take(self._graph.leaf.detach(), examples), self._graph.further(examples)
-        if entry.trace is None and (entry.examples + len(self._graph.leaf)) * self._worth < PAYS:
+        if entry.trace is None and (entry.examples + len(self._graph.leaf)) * self._gain < PAYS:
             entry.examples += len(x)
             raise UntraceableError("a trace does not pay yet")
         for _ in range(2):  # a trace that no longer fits the model is made again, once

@@ -19,7 +19,7 @@ QUANTITIES = {
     "bound": "bound",
     "homogeneity": "homogeneity",
 }
-BINS = 60
+BINS = 60  # at most, and fewer of few examples
 CLASSES = 12  # that are drawn, where there are more
 SHARES = 10  # equal parts of the examples in which accuracy is counted, or fewer of at least
 LEAST = 20  # examples each
@@ -48,12 +48,13 @@ def _histogram(ax: Any, values: Values, log: bool) -> None:
     """Equal bins, of logarithms if they are wanted and all values are positive and spread over more than a factor of ten."""
     if not len(values):
         return
+    bins = min(BINS, round(8 + 1.7 * math.sqrt(len(values))))
     low, high = float(values.min()), float(values.max())
     if log and low > 0 and high > 10 * low:
         ax.set_xscale("log")
-        edges = np.geomspace(low, high, BINS + 1)
+        edges = np.geomspace(low, high, bins + 1)
     else:
-        edges = np.linspace(low, high if high > low else low + 1, BINS + 1)
+        edges = np.linspace(low, high if high > low else low + 1, bins + 1)
     edges[0], edges[-1] = min(edges[0], low), max(edges[-1], high)
     ax.stairs(*np.histogram(values, edges), fill=True, color=plot.COLORS[1])
 

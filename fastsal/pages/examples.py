@@ -17,14 +17,9 @@ from fastsal.files import one_line
 from fastsal.model.calling import Model
 from fastsal.model.linearization import linearize
 from fastsal.pages import page, pictures
+from fastsal.pages.distributions import QUANTITIES
 
 SHOWN = 24  # from either end
-NUMBERS = {
-    "linearized_robustness": "ρ̃",
-    "alignment": "α",
-    "bound": "bound",
-    "homogeneity": "homogeneity",
-}
 PICTURES = {"image": "image", "saliency": "g", "binarized_saliency": "g†"}
 
 Names = Callable[[int], str]
@@ -109,7 +104,7 @@ def table(columns: Columns, examples: Sequence[Example], called: Names) -> str:
     bounds = limits([one.arrays["image"] for one in examples if "image" in one.arrays])
     labelled = "y" in columns
     heads = ["end", "example", *(PICTURES[name] for name in drawn), "predicted", "nearest"]
-    heads += ["true"] * labelled + [*NUMBERS.values(), "passes"]
+    heads += ["true"] * labelled + [*QUANTITIES.values(), "passes"]
     rows = []
     for one in examples:
         cell: dict[str, Any] = {name: column[one.row] for name, column in columns.items()}
@@ -125,7 +120,7 @@ def table(columns: Columns, examples: Sequence[Example], called: Names) -> str:
             known, right = cell["y"] != NO_CLASS, cell["y"] == cell["prediction"]
             cells.append(f"{'✓' if right else '✗'} {html.escape(called(int(cell['y'])))}" if known else "")
             tags += ["right" if right else "wrong"] * bool(known)
-        cells += [f"{cell[kind]:.4g}" for kind in NUMBERS] + [str(cell["vjps"] + cell["jvps"])]
+        cells += [f"{cell[kind]:.4g}" for kind in QUANTITIES] + [str(cell["vjps"] + cell["jvps"])]
         labels = zip(heads, cells, strict=True)
         rows.append(
             f'<tr role="row" data-tags="{" ".join(tags)}">'

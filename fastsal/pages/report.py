@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 
+from fastsal import plot
 from fastsal.evaluation import shards
 from fastsal.evaluation.batches import Batches, Data
 from fastsal.evaluation.evaluate import checked
@@ -19,14 +20,6 @@ from fastsal.pages import distributions, examples
 from fastsal.pages.page import Page
 
 FAILURES = 100  # that are listed
-LABELS = {
-    "linearized_robustness": "linearised robustness ρ̃",
-    "alignment": "alignment α",
-    "binarized_alignment": "binarised alignment α†",
-    "bound": "bound of ρ̃",
-    "homogeneity": "homogeneity",
-    "binarized_homogeneity": "binarised homogeneity",
-}
 
 
 def report(
@@ -61,7 +54,7 @@ def report(
         FileNotFoundError: There is no such folder.
         ImportError: A package is missing.
 
-    Example:
+    Examples:
         >>> import tempfile, torch, fastsal
         >>> from pathlib import Path
         >>> model, images = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(36, 3)), torch.rand(50, 1, 6, 6)
@@ -168,7 +161,7 @@ def _quartiles(summary: Summary) -> list[dict[str, str]]:
         spread = summary.all.quantities[name]
         numbers = {"lower quartile": spread.lower, "median": spread.median, "upper quartile": spread.upper}
         cells = {key: f"{value:.4g}" for key, value in numbers.items()}
-        rows.append({"quantity": LABELS[name]} | cells | {"not a number": str(spread.nan)})
+        rows.append({"quantity": plot.LABELS[name]} | cells | {"not a number": str(spread.nan)})
     if not any(int(row["not a number"]) for row in rows):
         for row in rows:
             del row["not a number"]
@@ -206,7 +199,7 @@ def _by_class(summary: Summary, called: Callable[[int], str]) -> list[dict[str, 
     rows = []
     for y, group in sorted(summary.by_class.items()):
         rho = group.quantities["linearized_robustness"]
-        medians = {symbol: group.quantities[name].median for name, symbol in examples.NUMBERS.items()}
+        medians = {symbol: group.quantities[name].median for name, symbol in distributions.QUANTITIES.items()}
         rows.append(
             {"class": called(y), "examples": str(group.examples)}
             | {"accuracy": "" if group.accuracy is None else f"{group.accuracy:.4f}"}

@@ -158,7 +158,7 @@ def margin_geometry(
         ValueError: A shape, a stride, a device, the norm or the name of the backend is wrong; likewise.
         RuntimeError: A backend that was named cannot run; the message says why.
 
-    Example:
+    Examples:
         >>> import torch, fastsal
         >>> x = torch.tensor([[3.0, 4.0]])
         >>> jacobian = torch.tensor([[[1.0, 0.0], [-1.0, 0.0], [0.0, 2.0]]])

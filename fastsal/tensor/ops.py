@@ -49,9 +49,10 @@ def choose(backend: str, jacobian: Tensor) -> str:
 def info() -> dict[str, Any]:
     """Which backends are there and why the others are not, with the native modules' particulars.
 
-    >>> import fastsal
-    >>> fastsal.info()["backends"]["reference"]
-    'available'
+    Examples:
+        >>> import fastsal
+        >>> fastsal.info()["backends"]["reference"]
+        'available'
     """
     backends = {name: module.unavailable() or "available" for name, module in BACKENDS.items()}
     return {"backends": backends} | {name: module.info() for name, module in BACKENDS.items()}

@@ -126,7 +126,7 @@ def pairwise_margins(
     Raises:
         TypeError, ValueError, RuntimeError: As `margin_geometry`, which takes the same arguments.
 
-    Example:
+    Examples:
         >>> import torch, fastsal
         >>> jacobian = torch.tensor([[[1.0, 0.0], [-1.0, 0.0], [0.0, 2.0]]])
         >>> pairs = fastsal.pairwise_margins(torch.tensor([[3.0, -3.0, 8.0]]), jacobian)

@@ -165,7 +165,7 @@ def cat(results: Iterable[R]) -> R:
         TypeError: There is something else among them, or they are of several kinds.
         ValueError: There is none, or they do not go together; the message names the field.
 
-    Example:
+    Examples:
         >>> import torch, fastsal
         >>> model, images = torch.nn.Linear(6, 3), torch.rand(20, 6)
         >>> whole = fastsal.cat(fastsal.analyze(model, part) for part in images.split(8))

@@ -7,7 +7,14 @@ import torch
 from networks import LargestTensor
 from torch import nn
 
-torchattacks = pytest.importorskip("torchattacks")
+from fastsal import Exact
+from fastsal.adversarial import nearest_boundary
+from fastsal.methods.base import Question
+from fastsal.model.linearization import linearize
+
+torchattacks = pytest.importorskip(
+    "torchattacks", reason="pip install --no-deps torchattacks: it asks for a requests of 2020"
+)
 
 from fastsal.integrations import torchattacks as drop_in  # noqa: E402
 
@@ -150,7 +157,7 @@ class TestWhereTorchattacksErrs:
 
     def test_l1_starts_again_at_random(self, monkeypatch, digits):
         """Kills: a second start that is not random."""
-        starts, run = [], torchattacks.FAB.attack_single_run
+        starts, run = [], drop_in.FAB.attack_single_run
 
         def listed(self, x, y, use_rand_start=False):
             starts.append(use_rand_start)
@@ -208,17 +215,12 @@ class TestStreaming:
         distance = logits.abs() / torch.linalg.vector_norm(gradients, dual, dim=2)
         nearest = distance.argmin(1)
         rows = torch.arange(20)
-        ours_logits, ours_gradients = drop_in.FAB(model, norm=norm).get_diff_logits_grads_batch(x, labels)
-        assert ours_logits.shape == (20, 1)
-        assert ours_gradients.shape == (20, 1, 12)
-        assert (ours_logits.sign().squeeze(1) == logits[rows, nearest].sign()).all()
-        size = ours_gradients.abs().amax(2)
-        assert ((size >= 0.5) & (size < 1)).all()
-        # The hyperplane, whatever the scale: 30 logits in float32, each off by 1e-7 of about 1, and as near as 1e-3.
-        unit = torch.linalg.vector_norm(ours_gradients.squeeze(1), dual, dim=1, keepdim=True)
-        want = gradients[rows, nearest] / torch.linalg.vector_norm(gradients[rows, nearest], dual, dim=1, keepdim=True)
-        torch.testing.assert_close(ours_gradients.squeeze(1) / unit, want, rtol=1e-4, atol=1e-5)
-        torch.testing.assert_close(ours_logits.abs() / unit, distance[rows, nearest].unsqueeze(1), rtol=1e-3, atol=1e-6)
+        with linearize(model, x) as graph:
+            selection, ours, row = nearest_boundary(graph, Exact(), Question(float(p), target=labels))
+        assert (selection.winners[:, 0] == labels).all()
+        # 30 logits in float32, each off by 1e-7 of about 1, and as near as 1e-3.
+        torch.testing.assert_close(ours.float(), distance[rows, nearest], rtol=1e-3, atol=1e-6)
+        torch.testing.assert_close(-row.float(), gradients[rows, nearest], rtol=1e-4, atol=1e-5)
 
     def test_no_tensor_as_large_as_the_jacobian(self):
         n, B, D = 300, 4, 400

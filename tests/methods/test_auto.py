@@ -107,10 +107,9 @@ def test_is_the_default_everywhere(n, tmp_path):
 
 def test_is_the_default_of_the_drop_ins():
     pytest.importorskip("captum")
-    pytest.importorskip("torchattacks")
-    from fastsal.integrations import captum, torchattacks
+    from fastsal.integrations import captum
 
-    for function in (captum.MarginSaliency, torchattacks.FAB, fastsal.evaluate, fastsal.analyze, fastsal.deepfool):
+    for function in (captum.MarginSaliency, fastsal.evaluate, fastsal.analyze, fastsal.deepfool, fastsal.fab):
         assert inspect.signature(function).parameters["method"].default == "auto"
     for n, method in ((10, "exact"), (150, "certified")):
         model, x = network(n), inputs()

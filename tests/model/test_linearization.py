@@ -58,11 +58,8 @@ class TestChunkSize:
             (nn.Conv2d(1, 8, 3, padding=1), 64, 1),  # 8 MiB
             (nn.Conv2d(1, 8, 3, padding=1), 128, 1),
             (nn.Conv2d(1, 1, 3, padding=1), 1, 40),  # the most
-            (
-                nn.Sequential(nn.Conv2d(1, 8, 3, padding=1), nn.Flatten(), nn.Linear(2**15, 128)),
-                8,
-                16,
-            ),  # 16 MiB of weights
+            # 64 MiB of weights, and 80 KiB of gradients a row
+            (nn.Sequential(nn.Flatten(), nn.Linear(2**12, 2**12)), 64, 12),
         ],
     )
     @pytest.mark.parametrize("frozen", [False, True])

@@ -11,6 +11,7 @@ import fastsal
 
 CHROMIUM = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")
 N, CLASSES = 130, 5
+PATIENCE = 120_000  # milliseconds, on a busy machine
 BAD = 7  # an example that cannot be read
 
 
@@ -83,6 +84,7 @@ def opened(browser, written):
 
     def open_(width=1200):
         page = browser.new_page(viewport={"width": width, "height": 900})
+        page.set_default_timeout(PATIENCE)
         page.on("request", lambda request: noted.append(request.url.partition(",")[0]))
         page.on("console", lambda message: noted.append(message.text))
         page.on("pageerror", lambda error: noted.append(str(error)))

@@ -191,6 +191,10 @@ class Unpickled:
 
 
 class TestTable:
+    @pytest.fixture(autouse=True)
+    def _pandas(self):
+        pytest.importorskip("pandas")
+
     def test_rows(self, results):
         frame = results.to_pandas()
         pairs = isinstance(results, fastsal.PairwiseMargins)

@@ -94,45 +94,52 @@ __attribute__((always_inline)) static inline GroupSums<A, R> group_sums(const T*
   return sums;
 }
 
-// The folds of rows of one anchor from their vectors, `count` of them; four rows are reduced together.
-template <int Q, class T>
-__attribute__((always_inline)) static inline void finish_folds(const VecD* sums, int count, const T* anchor,
-                                                               const T* const* rows, int64_t len, Scaled* out,
-                                                               int64_t stride) {
+// The folds that `count` vectors make, four reduced together; again(r) makes one that left the range of its lanes.
+template <int Q, class Again>
+__attribute__((always_inline)) static inline void finish(const VecD* sums, int count, int64_t len, double tiny,
+                                                         Again again, Scaled* out, int64_t stride) {
   for (int r = 0; r < count; r += 4) {
     auto sum = [=](int k) { return sums[r + k < count ? r + k : count - 1]; };
     double folds[4];
     reduce_four<Q>(sum(0), sum(1), sum(2), sum(3), folds);
     for (int k = 0; k < 4 && r + k < count; ++k) out[(r + k) * stride] = {folds[k], 0};
-    if (all_in_range(folds, len, OwnLanes<T>::kTiny)) continue;
+    if (all_in_range(folds, len, tiny)) continue;
     for (int k = r; k < r + 4 && k < count; ++k) {
-      if (!in_range(out[k * stride].value, len, OwnLanes<T>::kTiny))
-        out[k * stride] = fold_again<Q>(anchor, rows[k], len);
+      if (!in_range(out[k * stride].value, len, tiny)) out[k * stride] = again(k);
     }
   }
 }
 
+// Not inline, these two would be a third of the machine code, once for each size of a group.
+template <int Q, class T>
+__attribute__((noinline)) static void finish_folds(const VecD* sums, int count, const T* anchor, const T* const* rows,
+                                                   int64_t len, Scaled* out, int64_t stride) {
+  auto again = [=](int r) { return fold_again<Q>(anchor, rows[r], len); };
+  finish<Q>(sums, count, len, OwnLanes<T>::kTiny, again, out, stride);
+}
+template <class T, class X>
+__attribute__((noinline)) static void finish_dots(const VecD* sums, int count, const T* anchor, const T* const* rows,
+                                                  const X* x, int64_t len, Scaled* out, int64_t stride) {
+  auto again = [=](int r) { return dot_again(anchor, rows[r], x, len); };
+  finish<kL1>(sums, count, len, OwnLanes<T>::kTiny, again, out, stride);
+}
+
 template <int Q, class T, int A, int R, bool X>
-static void fold_group(const T* const* anchors, const T* const* rows, const typename OwnLanes<T>::Scalar* x,
+static void fold_group(const T* const* anchors, const T* const* rows, int n_rows, const typename OwnLanes<T>::Scalar* x,
                        int64_t len, const char* const* ahead, Scaled* norm, Scaled* dot, Strides out) {
   const GroupSums<A, R> sums = group_sums<Q, T, A, R, X>(anchors, rows, x, len, ahead);
   for (int i = 0; i < A; ++i) {
-    finish_folds<Q>(sums.norm[i], R, anchors[i], rows, len, norm + i * out.anchor, out.row);
-    for (int r = 0; X && r < R; ++r) {
-      const double p = reduce<kL1>(sums.dot[i][r]);
-      dot[i * out.anchor + r * out.row] =
-          in_range(p, len, OwnLanes<T>::kTiny) ? Scaled{p, 0} : dot_again(anchors[i], rows[r], x, len);
-    }
+    finish_folds<Q>(sums.norm[i], n_rows, anchors[i], rows, len, norm + i * out.anchor, out.row);
+    if constexpr (X) finish_dots(sums.dot[i], n_rows, anchors[i], rows, x, len, dot + i * out.anchor, out.row);
   }
 }
 
 // The template of as many rows as a call has, R at the most.
-template <int Q, class T, int A, int R, bool X>
-static void fold_at_most(const T* const* anchors, const T* const* rows, int n_rows,
-                         const typename OwnLanes<T>::Scalar* x, int64_t len, const char* const* ahead, Scaled* norm,
-                         Scaled* dot, Strides out) {
-  if (n_rows == R) return fold_group<Q, T, A, R, X>(anchors, rows, x, len, ahead, norm, dot, out);
-  if constexpr (R > 1) fold_at_most<Q, T, A, R - 1, X>(anchors, rows, n_rows, x, len, ahead, norm, dot, out);
+template <int Q, class T, int R>
+static void fold_at_most(const T* const* anchors, const T* const* rows, int n_rows, int64_t len,
+                         const char* const* ahead, Scaled* norm, Strides out) {
+  if (n_rows == R) return fold_group<Q, T, 1, R, false>(anchors, rows, R, nullptr, len, ahead, norm, nullptr, out);
+  if constexpr (R > 1) fold_at_most<Q, T, R - 1>(anchors, rows, n_rows, len, ahead, norm, out);
 }
 
 // Row after row. The sums are reduced last: done in between, that would hold up the reading.
@@ -163,15 +170,19 @@ static void fold_rows(const void* const* anchors, int n_anchors, const void* con
   if (one_stream) return fold_in_one_stream<Q, T>(a[0], r, n_rows, len, hint, norm, out);
   if constexpr (kBytes == 64) {
     if (!x && n_anchors == 2 && n_rows == 4) {
-      return fold_group<Q, T, 2, 4, false>(a, r, xs, len, hint, norm, dot, out);
+      return fold_group<Q, T, 2, 4, false>(a, r, n_rows, xs, len, hint, norm, dot, out);
     }
   }
+  if (x && n_rows == 3) r[3] = r[2];  // three rows are four with one twice: less machine code
   for (int i = 0; i < n_anchors; ++i) {
     Scaled* own = norm + i * out.anchor;
-    if (x) {
-      fold_at_most<Q, T, 1, kPairRows, true>(a + i, r, n_rows, xs, len, hint, own, dot + i * out.anchor, out);
+    if (!x) {
+      fold_at_most<Q, T, kGroupRows>(a + i, r, n_rows, len, hint, own, out);
     } else {
-      fold_at_most<Q, T, 1, kGroupRows, false>(a + i, r, n_rows, xs, len, hint, own, nullptr, out);
+      const auto fold_with_x = n_rows == 1   ? fold_group<Q, T, 1, 1, true>
+                               : n_rows == 2 ? fold_group<Q, T, 1, 2, true>
+                                             : fold_group<Q, T, 1, kPairRows, true>;
+      fold_with_x(a + i, r, n_rows, xs, len, hint, own, dot + i * out.anchor, out);
     }
   }
 }

@@ -46,7 +46,7 @@ class Certified(Method):
     Raises:
         ValueError: An option is out of its range.
 
-    Example:
+    Examples:
         >>> import torch, fastsal
         >>> _ = torch.manual_seed(0)
         >>> model = torch.nn.Sequential(torch.nn.Linear(30, 50), torch.nn.Tanh(), torch.nn.Linear(50, 200))

@@ -16,16 +16,18 @@ class Normals:
     def __init__(self, seed: int, dimension: int, device: torch.device) -> None:
         self.seed, self._dimension, self._device = seed, dimension, device
         self.pilot_probes = self._next(stream(seed, "pilots"), PILOT_PROBES)
-        self._generator = stream(seed, "probes")
-        self._probes = self.pilot_probes[:0]
+        self._generator, self._drawn = stream(seed, "probes"), 0
+        self._probes = self.pilot_probes[:0]  # with room for more behind those that are drawn
 
     def _next(self, generator: np.random.Generator, count: int) -> Tensor:
         return torch.from_numpy(generator.standard_normal((count, self._dimension))).to(self._device)
 
     def probes(self, count: int) -> Tensor:
         """The first `count` probes, float64 [count, D]: the same whatever was asked for before."""
-        if count > len(self._probes):
-            self._probes = torch.cat((self._probes, self._next(self._generator, count - len(self._probes))))
+        if count > self._drawn:
+            more = self._next(self._generator, count - self._drawn)
+            self._probes = write(self._probes.unsqueeze(0), np.arange(1), self._drawn, more.unsqueeze(0))[0]
+            self._drawn = count
         return self._probes[:count]
 
 

@@ -20,10 +20,12 @@ def test_drop_ins_give_the_images_of_the_originals(title, measured):
     if case.missing:
         pytest.skip(case.missing)
     record = measured(case.make(True), case.level, case.name)
-    ours, original = record["results"]
-    assert (ours["implementation"], ours["status"], original["status"]) == ("fastsal", "right", "right")
-    assert ours["success"] == original["success"] == 1
-    assert ours["median distance"] == pytest.approx(original["median distance"], rel=1e-3) != 0
+    ours, *originals = record["results"]
+    assert (ours["implementation"], ours["status"], ours["success"]) == ("fastsal", "right", 1)
+    assert originals
+    for original in originals:
+        assert (original["status"], original["success"]) == ("right", 1)
+        assert ours["median distance"] == pytest.approx(original["median distance"], rel=1e-3) != 0
 
 
 def test_an_image_that_differs_is_found(measured, monkeypatch):

@@ -1,4 +1,4 @@
-"""docs/benchmarks.md and the README's part: what the stored figures say, nothing else, and readable on a narrow page."""
+"""The pages of figures and the README's part: what the stored figures say, nothing else, and readable on a narrow page."""
 
 import json
 import re
@@ -47,15 +47,19 @@ def edge():
     return next(record for record in stored.values() if record["level"] == "edge")
 
 
-def the_page():
-    return (ROOT / "docs" / "benchmarks.md").read_text(encoding="utf-8")
+PAGES = [f"docs/benchmarks/{name}.md" for name in page.QUESTIONS]
+
+
+def the_pages():
+    """One after the other."""
+    return "\n".join((ROOT / name).read_text(encoding="utf-8") for name in PAGES)
 
 
 def test_writes_page_readme_and_plots(figures, monkeypatch, capsys):
     readme, written = figures / "README.md", figures / "docs" / "benchmarks.md"
     monkeypatch.setattr("sys.argv", ["report", "--check"])
     assert page.main(figures, figures) == 1
-    assert capsys.readouterr().out.startswith("stale: docs/benchmarks.md, README.md; ")
+    assert capsys.readouterr().out.startswith("stale: docs/benchmarks.md, docs/benchmarks/kernel.md, ")
     assert "old" in readme.read_text()
     monkeypatch.setattr("sys.argv", ["report"])
     assert page.main(figures, figures) == 0
@@ -64,11 +68,20 @@ def test_writes_page_readme_and_plots(figures, monkeypatch, capsys):
     assert before[0].endswith(f"{page.END}\n\ntail\n")
     assert "old" not in before[0]
     assert "EfficientNet-Lite0" in before[0]
-    places = [before[1].index(f"## {title}") for title in ("What follows", "Trained on ImageNet", "From a Jacobian")]
-    assert places == sorted(places)
+    assert before[1].index("## What follows") < before[1].index("## How to measure")
+    pages = {path.stem: path.read_text() for path in (figures / "docs" / "benchmarks").iterdir()}
+    assert pages.keys() == {"kernel", "passes", "peers"}  # there are no networks of timm
+    for name, text in pages.items():
+        question, sentence, picture, section = text.split("\n\n")[:4]
+        assert question == f"# {page.QUESTIONS[name][0]}"
+        assert sentence in before[1]
+        assert picture.endswith(f"(../../bench/results/{page.QUESTIONS[name][1][0]}.png)")
+        assert text.count(picture.partition("(")[2]) == 1
+        assert section.startswith("## ")
+        assert f"({page.PAGE.stem}/{name}.md)" in before[1]
     assert "commit abc" in before[0]
     assert {path.name for path in figures.glob("*.png")} == {"imagenet.png", "tensor.png", "pairs.png", "model.png"}
-    assert before[1].count("fastsal triton skipped: ") == 2
+    assert pages["kernel"].count("fastsal triton skipped: ") == 2
     assert page.main(figures, figures) == 0
     monkeypatch.setattr("sys.argv", ["report", "--check"])
     assert page.main(figures, figures) == 0
@@ -92,13 +105,13 @@ def test_without_figures_or_markers_nothing_is_written(home, monkeypatch, capsys
 
 def test_the_page_and_the_readme_say_what_the_figures_say():
     texts = page.documents(RESULTS, (ROOT / "README.md").read_text(encoding="utf-8"))
-    assert sorted(map(str, texts)) == ["README.md", "docs/benchmarks.md"]
+    assert sorted(map(str, texts)) == sorted(["README.md", "docs/benchmarks.md", *PAGES])
     for name, text in texts.items():
         assert (ROOT / name).read_text(encoding="utf-8") == text, f"{name} is stale: run `python -m bench report`"
 
 
 def test_every_time_error_and_memory_is_on_the_page_in_its_row_and_column():
-    text, seen = the_page(), 0
+    text, seen = the_pages(), 0
     for record in records():
         _, _, section = text.partition(f"\n## {tables.SECTIONS[record['level']].title}\n")
         section = section.partition("\n## ")[0]
@@ -132,8 +145,8 @@ def test_every_time_error_and_memory_is_on_the_page_in_its_row_and_column():
     assert seen > 250
 
 
-def test_every_wrong_answer_for_an_awkward_input_is_on_the_page():
-    text, record = the_page().partition("## Awkward inputs")[2].partition("\n## ")[0], edge()
+def test_every_wrong_answer_for_an_awkward_input_is_on_the_pages():
+    text, record = the_pages().partition("## Awkward inputs")[2].partition("\n## ")[0], edge()
     lines = {
         name: line for line in text.splitlines() if line.startswith("- ") for name in record["rows"] if name in line
     }
@@ -148,8 +161,8 @@ def test_every_wrong_answer_for_an_awkward_input_is_on_the_page():
         assert told == {column.removeprefix("gradients of "): answer for column, answer in wrong.items()}
 
 
-def test_every_network_is_on_the_page():
-    text = the_page().partition("## Certified on networks of timm")[2]
+def test_every_network_is_on_the_pages():
+    text = the_pages().partition("## Certified on networks of timm")[2]
     found = json.loads((RESULTS / "zoo.json").read_text(encoding="utf-8"))["records"].values()
     for record in found:
         gain = record["seconds"]["exact rows"] / record["seconds"]["certified"]
@@ -157,7 +170,7 @@ def test_every_network_is_on_the_page():
         assert (f" {record['case']} ({record['instability']:.0e})" in text) == (record["instability"] > 1e-3)
 
 
-@pytest.mark.parametrize("name", ["docs/benchmarks.md", "README.md"])
+@pytest.mark.parametrize("name", [*PAGES, "README.md"])
 def test_no_table_scrolls_sideways(name):
     """A column is at least as wide as its longest word; 800 pixels are what a page of 900 leaves, 8.5 a generous letter."""
     text = (ROOT / name).read_text(encoding="utf-8")

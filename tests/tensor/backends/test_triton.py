@@ -28,6 +28,7 @@ def test_interpreter(run_python):
 @pytest.mark.parametrize("capability", [80, 90])
 def test_every_kernel_compiles_within_the_spill_budget(run_python, tmp_path, capability):
     """Each kernel × dtype × norm as it is launched by default, to machine code."""
+    pytest.importorskip("triton", minversion="3.3")  # before, a kernel is compiled from other arguments
     table = tmp_path / "matrix.json"
     result = run_python(
         *(str(TESTS.parent / "bench" / "tools" / "triton_matrix.py"), "--default"),
