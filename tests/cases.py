@@ -101,7 +101,7 @@ def assert_geometry(result: Any, logits: Tensor, jacobian: Tensor, x: Tensor, p:
     """Every field of a `Geometry` of flat inputs against the truth."""
     B, n, _ = jacobian.shape
     dtype, device = out_dtype(jacobian.dtype), jacobian.device
-    for name in (*reference.SCALARS, "cosine", "lower_bound"):
+    for name in (*reference.SCALARS, "lower_bound"):
         field = getattr(result, name)
         assert (field.shape, field.dtype, field.device) == ((B,), dtype, device), name
     for name in ("prediction", "runner_up", "vjps", "jvps"):
@@ -132,7 +132,7 @@ def assert_geometry(result: Any, logits: Tensor, jacobian: Tensor, x: Tensor, p:
         got = getattr(result, name).cpu().double().numpy()
         assert not ((got < 0) | (undecided & (name != "bound") & (got > 1))).any(), name
         truth.values[name][:] = np.where(undecided, got, truth.values[name])
-    for name in (*reference.SCALARS, "cosine", "distances"):
+    for name in (*reference.SCALARS, "distances"):
         assert_close(name, getattr(result, name), truth.values[name], truth.scales[name], tol)
     assert_same(result.lower_bound, result.linearized_robustness)
 

@@ -103,7 +103,7 @@ def geometry_truth(
     `runner_up` overrides the selection, and `own` is a class that takes the place of the predicted one.
     """
     B, n = logits.shape
-    names = (*reference.SCALARS, "cosine", "prediction", "runner_up")
+    names = (*reference.SCALARS, "prediction", "runner_up")
     values: dict[str, list[Any]] = {name: [] for name in names}
     scales: dict[str, list[Any]] = {name: [] for name in names}
     all_ratios = []

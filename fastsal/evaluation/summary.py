@@ -105,7 +105,7 @@ def _group(columns: Columns, rows: np.ndarray[Any, Any]) -> Group:
         right = columns["prediction"][labelled] == columns["y"][labelled]
         accuracy = float(right.mean()) if len(labelled) else None
     return Group(
-        len(rows), accuracy, {name: _spread(columns[name][rows]) for name in (*SCALARS, "cosine", "lower_bound")}
+        len(rows), accuracy, {name: _spread(columns[name][rows]) for name in (*SCALARS, "lower_bound")}
     )
 
 

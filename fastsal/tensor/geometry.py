@@ -192,12 +192,6 @@ def _geometry(logits: Tensor, jacobian: Tensor, x: Tensor, norm: float, backend:
         recomputed = reference.two_row_scalars(logits.gather(1, winners), rows, x, norm)
         scalars = _KernelValues.apply(values, *(recomputed[key] for key in reference.SCALARS))
     named = dict(zip(reference.SCALARS, scalars, strict=True))
-    if torch.is_grad_enabled() and x.requires_grad:
-        length = reference.vector_norm(x, norm)
-    else:
-        zero = x.new_zeros(1, x.shape[1]).expand_as(x)
-        length = ops.row_distances(zero, x.detach().unsqueeze(1), reference.dual(norm), backend).squeeze(1)
-    named["cosine"] = (named["alignment"] / length).to(values.dtype)
     return _filled(named, prediction, runner_up, distances)
 
 
@@ -211,7 +205,6 @@ def of_pair(logits: Tensor, pair: Tensor, x: Tensor, norm: float) -> Geometry:
         norm: The p of the perturbation.
     """
     exact = reference.two_row_scalars(logits, pair, x, norm)
-    exact["cosine"] = exact["alignment"] / reference.vector_norm(x, norm)
     named = {key: value.to(logits.dtype) for key, value in exact.items()}
     first = torch.zeros_like(logits[:, 0], dtype=torch.int64)
     return _filled(named, first, first + 1, None)

@@ -28,6 +28,7 @@ SCALARS = (
     "bound",
     "homogeneity",
     "binarized_homogeneity",
+    "cosine",
 )
 
 
@@ -251,6 +252,7 @@ def two_row_scalars(logits: Tensor, rows: Tensor, x: Tensor, norm: float) -> dic
         "bound": alpha.number() + (norm_x * gap).number() + (abs(beta_dag) / norm_dag).number(),
         "homogeneity": homogeneity(dot, beta),
         "binarized_homogeneity": homogeneity(dot_dag, beta_dag),
+        "cosine": (alpha / norm_x).number(),
     }
     return {name: quantity.squeeze(1) for name, quantity in quantities.items()}
 

@@ -66,6 +66,7 @@ def _scales(values: dict[str, Tensor], logits: Tensor, rows: Tensor, x: Tensor, 
         alignment, offset = _absolute(score, v, x, norm)
         size = (x * v).sum(-1).abs() + values[f"{prefix}offset"].abs()
         scales |= {f"{prefix}alignment": alignment, f"{prefix}offset": offset, f"{prefix}homogeneity": offset / size}
+    scales["cosine"] = scales["alignment"] / reference.vector_norm(x, norm)
     scales["direction_gap"] = torch.ones_like(logits[:, 0])
     # The three terms of the bound: α, ‖x‖_p · gap, and (|Ψ†| + Σ|x_k g†_k|) / ‖g†‖_q.
     scales["bound"] = (

@@ -10,7 +10,7 @@ from fastsal.evaluation.summary import Group, summarize
 from fastsal.evaluation.tables import MISSING
 from fastsal.tensor.reference import SCALARS
 
-QUANTITIES = (*SCALARS, "cosine", "lower_bound")
+QUANTITIES = (*SCALARS, "lower_bound")
 
 
 @pytest.fixture

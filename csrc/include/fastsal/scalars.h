@@ -28,7 +28,7 @@ FASTSAL_HD inline double squared_gap(const TwoRowSums& s) {
   return 2 - 2 * (s.cross.value / s.norm_d.value / s.norm_g.value);
 }
 
-constexpr int kScalars = 10;  // in the order of fastsal.tensor.reference.SCALARS
+constexpr int kScalars = 11;  // in the order of fastsal.tensor.reference.SCALARS
 
 struct RowScalars {
   double alignment, offset, residual, homogeneity;
@@ -43,6 +43,12 @@ FASTSAL_HD inline RowScalars row_scalars(double score, Scaled dot, Scaled norm) 
           to_double({beta_abs / norm.value, s.exponent - norm.exponent}), dot_abs / (dot_abs + beta_abs)};
 }
 
+// abs(dot) / (a b), which is at most 1 whatever the factors.
+FASTSAL_HD inline double cosine_of(Scaled dot, Scaled a, Scaled b) {
+  if (!is_plain(dot) || !is_plain(a) || !is_plain(b)) dot = normalized(dot), a = normalized(a), b = normalized(b);
+  return to_double({fabs(dot.value) / a.value / b.value, dot.exponent - a.exponent - b.exponent});
+}
+
 // All scalars of an example. psi is the predicted logit, margin that of the runner-up, rho the ratio of the two that
 // made it the runner-up, and gap the direction gap; the norms in `sums` have their roots.
 FASTSAL_HD inline void two_row_scalars(double psi, double margin, double rho, const TwoRowSums& sums, double gap,
@@ -51,8 +57,9 @@ FASTSAL_HD inline void two_row_scalars(double psi, double margin, double rho, co
   const RowScalars d = row_scalars(margin, sums.dot_d, sums.norm_d);
   const double spread = to_double({sums.norm_x.value * gap, sums.norm_x.exponent});
   const double bound = g.alignment + spread + d.residual;
-  const double all[kScalars] = {rho,      g.alignment, margin, d.alignment,   g.offset,
-                                d.offset, gap,         bound,  g.homogeneity, d.homogeneity};
+  const double cosine = cosine_of(sums.dot_g, sums.norm_g, sums.norm_x);
+  const double all[kScalars] = {rho, g.alignment, margin,        d.alignment,   g.offset, d.offset,
+                                gap, bound,       g.homogeneity, d.homogeneity, cosine};
   for (int s = 0; s < kScalars; ++s) out[s] = all[s];
 }
 

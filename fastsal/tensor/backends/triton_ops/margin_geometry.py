@@ -317,6 +317,7 @@ def margin_geometry_finish_kernel(
         bound,
         homogeneity,
         homogeneity_dag,
+        tl.abs(dot_g) / norm_g / norm_x,
     )
     out = scalars_ptr + b
     for k in tl.static_range(N_SCALARS):
