@@ -43,6 +43,7 @@ def eager(logits: Tensor, jacobian: Tensor, x: Tensor) -> Outputs:
         "bound": alignment + x.norm(dim=1) * gap + offset_dag.abs() / size_dag,
         "homogeneity": dot.abs() / (dot.abs() + offset.abs()),
         "binarized_homogeneity": dot_dag.abs() / (dot_dag.abs() + offset_dag.abs()),
+        "cosine": alignment / x.norm(dim=1),
     }
 
 
