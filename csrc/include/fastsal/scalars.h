@@ -43,10 +43,10 @@ FASTSAL_HD inline RowScalars row_scalars(double score, Scaled dot, Scaled norm) 
           to_double({beta_abs / norm.value, s.exponent - norm.exponent}), dot_abs / (dot_abs + beta_abs)};
 }
 
-// abs(dot) / (a b), which is at most 1 whatever the factors.
+// abs(dot) / (a b), which is at most 1 whatever the factors. The exponents go before the second quotient, so that
+// nothing overflows on the way.
 FASTSAL_HD inline double cosine_of(Scaled dot, Scaled a, Scaled b) {
-  if (!is_plain(dot) || !is_plain(a) || !is_plain(b)) dot = normalized(dot), a = normalized(a), b = normalized(b);
-  return to_double({fabs(dot.value) / a.value / b.value, dot.exponent - a.exponent - b.exponent});
+  return to_double({fabs(dot.value) / a.value, dot.exponent - a.exponent - b.exponent}) / b.value;
 }
 
 // All scalars of an example. psi is the predicted logit, margin that of the runner-up, rho the ratio of the two that
