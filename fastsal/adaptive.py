@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.nn.functional import pad
 
 from fastsal import methods, validation
-from fastsal.adversarial import Adversarial, distances, nearest_boundary, predicted
+from fastsal.adversarial import Adversarial, classes_to_leave, distances, nearest_boundary, predicted
 from fastsal.methods import Method
 from fastsal.methods.base import Question
 from fastsal.model.calling import Model
@@ -232,10 +232,7 @@ def fab(
                 f"x: got entries from {least.item():.3g} to {greatest.item():.3g}, wants them within bounds={bounds}; pass "
                 "other bounds, or images that the model normalises itself"
             )
-        target = prediction
-        if labels is not None:
-            validation.labels("labels", labels, (len(x), begin.logits.shape[1]))
-            target = nonempty(labels).to(prediction)
+        target = classes_to_leave(labels, len(x), begin.logits)
         allowed = validation.allowed(classes, begin.logits.shape, start.device) if len(x) else None
         question = Question(p, chunk_size, backend, target, allowed)
         validation.warn_probabilities(begin.logits)

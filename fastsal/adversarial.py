@@ -176,6 +176,15 @@ def walk(
     return found, steps
 
 
+def classes_to_leave(labels: Tensor | None, examples: int, logits: Tensor) -> Tensor:
+    """The class that each example is to be moved out of: its label, checked, or where there are none the predicted one."""
+    if labels is None:
+        return logits.argmax(1)
+    validation.labels("labels", labels, (examples, logits.shape[1]))
+    own: Tensor = nonempty(labels).to(logits.device)
+    return own
+
+
 def deepfool(
     model: Model,
     x: Tensor,
@@ -240,8 +249,7 @@ def deepfool(
         (6.0, 1, 0, 1)
     """
     p = validation.norm(norm)
-    if not isinstance(max_steps, int) or max_steps < 1:
-        raise ValueError(f"max_steps: got {max_steps!r}, wants an integer >= 1")
+    validation.positive("max_steps", max_steps)
     if not overshoot >= 0:
         raise ValueError(f"overshoot: got {overshoot!r}, wants a number >= 0")
     chosen = methods.resolve(method, p)
@@ -249,10 +257,7 @@ def deepfool(
     points, args, kwargs = nonempty((x, args, kwargs))
     with linearize(model, points, args=args, kwargs=kwargs, layer=layer) as begin:
         start, prediction = begin.leaf.detach(), begin.logits.argmax(1)
-        target = prediction
-        if labels is not None:
-            validation.labels("labels", labels, (len(x), begin.logits.shape[1]))
-            target = nonempty(labels).to(prediction)
+        target = classes_to_leave(labels, len(x), begin.logits)
         function = begin.function(torch.arange(len(start), device=start.device))
 
         def run(points: Tensor) -> Tensor:

@@ -120,3 +120,10 @@ def spy(monkeypatch, fail=lambda count: None):
 
     monkeypatch.setattr(Linearization, "_grad", wrapper)
     return calls
+
+
+def network(classes=120, entries=40, count=7, seed=0):
+    """A network in float64 and examples of very different margins."""
+    torch.manual_seed(seed)
+    model = nn.Sequential(nn.Linear(entries, 60), nn.Tanh(), nn.Linear(60, classes)).double().requires_grad_(False)
+    return model, torch.randn(count, entries, dtype=torch.float64) * torch.logspace(-1, 1, count).unsqueeze(1)

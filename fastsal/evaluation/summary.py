@@ -104,9 +104,7 @@ def _group(columns: Columns, rows: np.ndarray[Any, Any]) -> Group:
         labelled = rows[columns["y"][rows] != NO_CLASS]
         right = columns["prediction"][labelled] == columns["y"][labelled]
         accuracy = float(right.mean()) if len(labelled) else None
-    return Group(
-        len(rows), accuracy, {name: _spread(columns[name][rows]) for name in (*SCALARS, "lower_bound")}
-    )
+    return Group(len(rows), accuracy, {name: _spread(columns[name][rows]) for name in (*SCALARS, "lower_bound")})
 
 
 def _by_class(columns: Columns, rows: np.ndarray[Any, Any]) -> dict[int, Group]:

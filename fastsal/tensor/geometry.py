@@ -191,8 +191,7 @@ def _geometry(logits: Tensor, jacobian: Tensor, x: Tensor, norm: float, backend:
         rows = reference.rows_of(jacobian, winners)
         recomputed = reference.two_row_scalars(logits.gather(1, winners), rows, x, norm)
         scalars = _KernelValues.apply(values, *(recomputed[key] for key in reference.SCALARS))
-    named = dict(zip(reference.SCALARS, scalars, strict=True))
-    return _filled(named, prediction, runner_up, distances)
+    return _filled(dict(zip(reference.SCALARS, scalars, strict=True)), prediction, runner_up, distances)
 
 
 def of_pair(logits: Tensor, pair: Tensor, x: Tensor, norm: float) -> Geometry:
@@ -204,8 +203,7 @@ def of_pair(logits: Tensor, pair: Tensor, x: Tensor, norm: float) -> Geometry:
         x: [B, D].
         norm: The p of the perturbation.
     """
-    exact = reference.two_row_scalars(logits, pair, x, norm)
-    named = {key: value.to(logits.dtype) for key, value in exact.items()}
+    named = {key: value.to(logits.dtype) for key, value in reference.two_row_scalars(logits, pair, x, norm).items()}
     first = torch.zeros_like(logits[:, 0], dtype=torch.int64)
     return _filled(named, first, first + 1, None)
 

@@ -93,3 +93,30 @@ def test_directions_are_laid_out_without_the_gaps_of_a_sliced_batch(monkeypatch,
         product._ways = [products.ModelPasses._forward_mode]
         product.jvp(np.arange(3), torch.randn(3, 4, 5, dtype=torch.float64))
     assert [primal.stride() for primal in taken] == [(5, 1)]
+
+
+def test_second_derivatives_serve_where_convolutions_are_few():
+    few, many = nn.Sequential(nn.Linear(5, 8), nn.Tanh()), nn.Sequential(nn.Conv1d(1, 2, 3), nn.Flatten())
+    taken = []
+    for model, shape in ((few, (5,)), (many, (1, 5))):
+        with linearize(model, torch.randn(2, *shape)) as graph:
+            taken.append([way.__name__ for way in products.ModelPasses(graph, np.arange(2), None)._ways])
+    assert taken == [
+        ["_traced", "_double_backward", "_forward_mode"],
+        ["_traced", "_forward_mode", "_double_backward"],
+    ]
+
+
+def test_a_recorded_backward_pass_serves_some_of_its_examples_and_is_made_anew_for_others(monkeypatch, model):
+    """The second call, fewer examples, so few that what was recorded would be taken in vain, and then others."""
+    made, right = [], products.DoubleBackward
+    monkeypatch.setattr(products, "DoubleBackward", lambda *given: made.append(given[1].tolist()) or right(*given))
+    x = torch.randn(9, 5, dtype=torch.float64)
+    jacobian = torch.func.vmap(torch.func.jacrev(lambda one: model.layers(one)))(x)
+    with linearize(model, x) as graph:
+        product = products.ModelPasses(graph, np.arange(1, 9), None)
+        for examples, count in (([*range(8)], 3), ([0, 2, 3, 4, 5, 6, 7], 2), ([6], 30), ([0, 7], 1)):
+            directions = torch.randn(len(examples), count, 5, dtype=torch.float64)
+            found = product.jvp(np.array(examples), directions)
+            torch.testing.assert_close(found, directions @ jacobian[1:][examples].mT)
+    assert made == [[*range(1, 9)], [7], [1, 8]]

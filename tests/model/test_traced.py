@@ -2,23 +2,19 @@
 
 import copy
 import gc
-import importlib.util
-import pkgutil
-import sys
-import types
 import weakref
 
 import numpy as np
 import pytest
 import torch
+from networks import MODELS, CountedOperations, dense, make
 from torch import nn
 
 from fastsal import Certified, Exact, analyze
-from fastsal.model import private, products, traced
+from fastsal.model import products, traced
 from fastsal.model.function import Function
 from fastsal.model.linearization import linearize
 from fastsal.model.products import ModelPasses
-from tests.networks import MODELS, CountedOperations, dense, make
 
 
 class Score(nn.Module):
@@ -396,37 +392,3 @@ class TestWhatCannotBeTraced:
         assert made == [1]
         analyze(model, x, method="certified")
         assert made == [1]
-
-
-class TestWithoutPrivateNames:
-    """What fastsal takes from torch that torch may drop at any release."""
-
-    @pytest.mark.parametrize(
-        "gone",
-        [
-            "torch._guards.tracing",
-            "torch._guards.TracingContext",
-            "torch._subclasses.fake_tensor.FakeTensorMode",
-            "torch.fx.experimental.proxy_tensor.make_fx",
-            "torch._C._functorch._is_vmap_fallback_enabled",
-            "torch._C._functorch._set_vmap_fallback_enabled",
-            "torch.Tensor._is_zerotensor",
-        ],
-    )
-    def test_nothing_is_traced_and_the_values_are_right(self, eager, gone):
-        """The file of these names is loaded as it would be by a torch without one of them."""
-        owner, _, name = gone.rpartition(".")
-        with pytest.MonkeyPatch.context() as patch:
-            if name == "_is_zerotensor":  # of the base class, in C
-                patch.setattr(private, "Tensor", type("Tensor", (), {}))
-                patch.setitem(sys.modules, "torch", types.SimpleNamespace(**vars(torch) | {"Tensor": private.Tensor}))
-            else:
-                patch.delattr(pkgutil.resolve_name(owner), name)
-            spec = importlib.util.spec_from_file_location("private", private.__file__)
-            without = importlib.util.module_from_spec(spec)
-            spec.loader.exec_module(without)
-        assert name in without.MISSING
-        with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(traced, "private", without)
-            assert equals_exact(Steered().eval(), torch.randn(4, 30))
-        assert eager == []
