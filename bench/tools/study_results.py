@@ -4,7 +4,7 @@
 
 FOLDER is that of `fastsal study`. Its report.md, figures and tables go to bench/results/study. Between `<!-- NAME -->` and
 `<!-- end -->` docs/study.md says what the tables there say: `study` the verdicts, `experiments` which of them change,
-`photographs` the medians of photographs.csv.
+`contrasts` how the networks trained on adversarial examples see darker images, `photographs` the medians of photographs.csv.
 """
 
 import argparse
@@ -66,6 +66,16 @@ def experiments() -> str:
     return markdown(list(rows.values()))
 
 
+def contrasts() -> str:
+    """The cosine of images and saliency maps of the networks trained on adversarial examples, at each contrast."""
+    rows = [row for row in read("experiments.csv") if row["change"] == "adversarial training"]
+    shown = ["accuracy", "rho", *(name for name in rows[0] if name.startswith("cosine at")), "degree"]
+    titles = {"rho": "ρ"}
+    return markdown(
+        [{"": row["network"]} | {titles.get(name, name): f"{float(row[name]):.3g}" for name in shown} for row in rows]
+    )
+
+
 def photographs() -> str:
     """The medians of each network over the photographs."""
     rows = read("photographs.csv")
@@ -77,7 +87,7 @@ def photographs() -> str:
     return markdown(table)
 
 
-BLOCKS = {"study": study, "experiments": experiments, "photographs": photographs}
+BLOCKS = {"study": study, "experiments": experiments, "contrasts": contrasts, "photographs": photographs}
 
 
 def filled(text: str) -> str:
