@@ -34,7 +34,7 @@ from fastsal.study.train import Recipe, single_thread, train
 IMAGES = 200
 CONTRASTS = (0.5, 0.75, 1.0)
 ROBUSTIFIED = (Recipe(), Recipe(penalty=0.03), Recipe(penalty=0.2), Recipe(penalty=1.5))
-RADII = {"digits": (0.25, 0.5, 1.0), "mnist5k": (1.0, 2.0, 3.0)}
+RADII = {"digits": (0.25, 0.5, 1.0), "mnist5k": (0.5, 1.0, 2.0)}
 MEDIANS = {
     "rho": "rho",
     "linearized robustness": "linearized_robustness",
@@ -164,9 +164,10 @@ def read(path: Path) -> list[dict[str, str]]:
         return list(csv.DictReader(file))
 
 
-def write_rows(path: Path, change: str, rows: list[dict[str, Any]]) -> None:
-    """Writes rows into a table, in place of those of the same change that it holds."""
-    table = [one for one in read(path) if one["change"] != change] + [{"change": change, **one} for one in rows]
+def write_rows(path: Path, data: str, change: str, rows: list[dict[str, Any]]) -> None:
+    """Writes rows into a table, in place of those of the same change and of other data that it holds."""
+    table = [one for one in read(path) if one["data"] == data and one["change"] != change]
+    table += [{"data": data, "change": change, **one} for one in rows]
     order = [one.text for one in CHANGES.values()]
     write_table(path, sorted(table, key=lambda one: order.index(one["change"])))
 
@@ -209,7 +210,7 @@ def main() -> int:
         for name in arguments.changes or CHANGES:
             change = CHANGES[name]
             study = experiment(name, change, data, IMAGES, options["epochs"], models)
-            write_rows(out / "experiments.csv", change.text, [row(result) for result in study.results])
-            write_rows(out / "experiments_claims.csv", change.text, judged(study))
+            write_rows(out / "experiments.csv", data.name, change.text, [row(result) for result in study.results])
+            write_rows(out / "experiments_claims.csv", data.name, change.text, judged(study))
             draw(read(out / "experiments_claims.csv"), out / "changes.png")
     return 0

@@ -59,11 +59,11 @@ def study() -> str:
 
 def experiments() -> str:
     """A row a change, a column a claim."""
-    rows: dict[str, dict[str, str]] = {}
-    for one in read("experiments_claims.csv"):
+    judged, rows = read("experiments_claims.csv"), dict[str, dict[str, str]]()
+    for one in judged:
         cells = rows.setdefault(one["change"], {"": one["change"]})
         cells[one["claim"]] = f"{one['confirmed']}, {float(one['number'] or 'nan'):.2f}"
-    return markdown(list(rows.values()))
+    return f"`--data {judged[0]['data']}`:\n\n{markdown(list(rows.values()))}"
 
 
 def contrasts() -> str:

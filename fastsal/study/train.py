@@ -2,7 +2,7 @@
 
 import contextlib
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +14,8 @@ from fastsal.files import Blame, whole_file
 from fastsal.study.data import Data, Split
 
 PGD_STEPS = 7
+# The share of epochs over which a radius grows. At its full size from the start, a network may learn nothing.
+RAMP = 0.5
 # The paper's code takes 200 epochs of MNIST's 60,000 digits at a rate of 1e-3, ten times less from epochs 80 and 160 on. Epochs
 # here are few, and their rate is higher.
 RATE, DROPS = 0.05, (0.4, 0.8)
@@ -30,7 +32,7 @@ class Recipe:
     squared, so that its λ is B² times ours: λ = 10 at B = 100 there is 1e-3 here.
 
     Adversarial training (Madry et al., 2018) minimises the mean of ℓ(x + e), e found by projected gradient ascent among
-    ‖e‖₂ ≤ ε.
+    ‖e‖₂ ≤ ε; ε grows from epoch to epoch over the first half of them.
     """
 
     penalty: float = 0.0
@@ -134,9 +136,10 @@ def train(
                 torch.cuda.set_rng_state(state, one)
             done = saved["epochs"]
         for epoch in range(done, epochs):
+            now = replace(recipe, radius=recipe.radius * min(1.0, (epoch + 1) / (RAMP * epochs)))
             for indices in torch.randperm(len(data.train)).split(batch_size):
                 x, y = (part.to(device) for part in data.train.batch(indices))
-                loss = objective(model, x, y, recipe)
+                loss = objective(model, x, y, now)
                 optimizer.zero_grad()
                 loss.backward()
                 optimizer.step()

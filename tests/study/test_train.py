@@ -123,6 +123,22 @@ def test_adversarial_objective(few, monkeypatch):
     torch.testing.assert_close(objective(model, x, y, Recipe(radius=0.25)), want)
 
 
+def test_the_radius_grows_over_the_first_half(few, tmp_path, monkeypatch):
+    """From epoch to epoch, after a stop too."""
+    radii = []
+
+    def recorded(model, x, y, radius):
+        radii.append(radius)
+        return x
+
+    monkeypatch.setattr(training, "worst_nearby", recorded)
+    path, options = tmp_path / "checkpoint.pt", {"epochs": 8, "batch_size": len(few.train)}
+    with pytest.raises(StopError):
+        run(few, Recipe(radius=2.0), path, stop=3, **options)
+    run(few, Recipe(radius=2.0), path, **options)
+    assert radii == [0.5, 1.0, 1.5, 2.0, 2.0, 2.0, 2.0, 2.0]
+
+
 def test_names():
     assert [recipe.name for recipe in RECIPES] == ["plain", "penalty-0.3", "radius-0.4"]
     assert [recipe.training for recipe in RECIPES] == ["plain", "double backpropagation", "adversarial"]

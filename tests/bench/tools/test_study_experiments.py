@@ -47,12 +47,14 @@ def test_tables_and_figure(data, tmp_path, monkeypatch):
         written = {path.name for path in tmp_path.iterdir() if path.suffix == ".pt"} - before
         assert len(written) == {"study": 2, "adversarial": 2}.get(name, 0)
         table = tmp_path / "table.csv"
-        for _ in range(2):
-            experiments.write_rows(table, experiments.CHANGES[name].text, experiments.judged(study))
+        # What stood there of other data goes; what stood there of the same change is replaced.
+        for source in ("digits" if table.exists() else "mnist5k", "digits"):
+            experiments.write_rows(table, source, experiments.CHANGES[name].text, experiments.judged(study))
     rows = experiments.read(table)
     assert [row["change"] for row in rows] == [
         experiments.CHANGES[name].text for name in ("study", "box", "adversarial") for _ in range(6)
     ]
+    assert {row["data"] for row in rows} == {"digits"}
     assert {row["confirmed"] for row in rows} <= {"yes", "no"}
     assert rows[0]["text"] == "ρ̃ approximates ρ"
     experiments.draw(rows, tmp_path / "changes.png")
