@@ -41,6 +41,10 @@ class Drawn:
     caption: str
 
 
+def _begins_with_a_word(cell: str) -> bool:
+    return cell[:1].isalpha() and cell not in ("nan", "inf")
+
+
 class Page:
     """A page with a title, which grows at its end."""
 
@@ -66,17 +70,26 @@ class Page:
         self.markdown.append("\n".join(f"- **{head}** {text}" if head else f"- {text}" for head, text in items))
 
     def table(self, rows: Sequence[Mapping[str, str]]) -> None:
-        """A table, at least one row of it, from the names of the columns to what stands there. It can be sorted."""
+        """A table, at least one row of it, from the names of the columns to what stands there. It can be sorted.
+
+        Numbers stand at the right of their columns, words, and the first column, at the left.
+        """
+        columns = zip(*(row.values() for row in rows), strict=True)
+        words = [slot == 0 or any(map(_begins_with_a_word, column)) for slot, column in enumerate(columns)]
         long = len(rows) > LONG
         controls = f'<form class="filter" hidden>{SEARCH}</form>' if long else ""
-        head = "".join(f'<th scope="col">{html.escape(name)}</th>' for name in rows[0])
-        cells = ("".join(f"<td>{html.escape(cell)}</td>" for cell in row.values()) for row in rows)
+        left = [' class="words"' if left else "" for left in words]
+        head = "".join(f'<th scope="col"{at}>{html.escape(name)}</th>' for at, name in zip(left, rows[0], strict=True))
+        cells = (
+            "".join(f"<td{at}>{html.escape(cell)}</td>" for at, cell in zip(left, row.values(), strict=True))
+            for row in rows
+        )
         body = "".join(f"<tr>{row}</tr>" for row in cells)
         table = f"<table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>"
         self.html.append(
             f'{controls}<div class="wide{" long" * long}" tabindex="0" role="region" aria-label="table">{table}</div>'
         )
-        lines = [list(rows[0]), ["---"] + ["--:"] * (len(rows[0]) - 1), *(list(row.values()) for row in rows)]
+        lines = [list(rows[0]), ["---" if at else "--:" for at in words], *(list(row.values()) for row in rows)]
         self.markdown.append("\n".join(f"| {' | '.join(line)} |" for line in lines))
 
     def raw(self, text: str) -> None:

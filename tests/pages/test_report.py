@@ -17,6 +17,7 @@ from fastsal.cli import main
 from fastsal.evaluation import shards
 from fastsal.evaluation.tables import MISSING
 from fastsal.pages import distributions, examples, pictures
+from fastsal.pages.page import Page
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -255,3 +256,16 @@ def test_command(tmp_path, monkeypatch, capsys):
         assert main(["report", *words]) == 2
         assert capsys.readouterr().err.startswith(f"fastsal report: {said}")
     assert not (tmp_path / "report.html").exists()
+
+
+def test_words_stand_at_the_left_and_numbers_at_the_right():
+    drawn = Page("a title")
+    drawn.table(
+        [
+            {"first": "1", "number": "nan", "said": "", "range": "0.9"},
+            dict.fromkeys("1234", "−2"),
+            {"": "", "n": "inf", "w": "in 2 of 3", "r": "1 to 2"},
+        ]
+    )
+    assert "| --- | --: | --- | --: |" in drawn.markdown[-1]
+    assert re.findall(r'<td( class="words")?>', drawn.html[-1]) == 3 * [' class="words"', "", ' class="words"', ""]
