@@ -63,9 +63,8 @@ def _place(path: str) -> str:
     if path.startswith("docs/"):
         return path.removeprefix("docs/")
     kept = path.endswith(".md") or Path(path).suffix in COPIED
-    return HOME.get(path) or (
-        path if kept else f"source/{path.lstrip('.')}.md"
-    )  # MkDocs leaves out what begins with a dot
+    shown = path.lstrip(".")  # MkDocs leaves out what begins with a dot
+    return HOME.get(path) or (path if kept else f"source/{shown}.md")
 
 
 def _targets(origin: str, text: str) -> set[str]:

@@ -8,7 +8,6 @@ FOLDER is that of `fastsal study`. Its report.md, figures and tables go to bench
 """
 
 import argparse
-import csv
 import re
 import shutil
 from pathlib import Path
@@ -16,7 +15,9 @@ from pathlib import Path
 import numpy as np
 
 from bench import RESULTS
+from bench.tools.study_experiments import read
 
+FOLDER = RESULTS / "study"
 GUIDE = Path(__file__).resolve().parents[2] / "docs" / "study.md"
 COPIED = ("report.md", "models.csv", "images.csv", "saliency.png", "robustness.png", "alignment.png", "homogeneity.png",
           "bound.png", "accuracy.png")  # fmt: skip
@@ -31,15 +32,6 @@ SYMBOLS = {
 }
 
 
-def read(name: str) -> list[dict[str, str]]:
-    """The rows of a table of the study's results; none where there is no such file."""
-    path = RESULTS / "study" / name
-    if not path.exists():
-        return []
-    with path.open(encoding="utf-8", newline="") as file:
-        return list(csv.DictReader(file))
-
-
 def markdown(rows: list[dict[str, str]]) -> str:
     """A table."""
     lines = [list(rows[0]), ["---"] * len(rows[0]), *(list(row.values()) for row in rows)]
@@ -48,7 +40,7 @@ def markdown(rows: list[dict[str, str]]) -> str:
 
 def study() -> str:
     """What was trained, and the verdicts, as report.md has them."""
-    report = (RESULTS / "study" / "report.md").read_text(encoding="utf-8")
+    report = (FOLDER / "report.md").read_text(encoding="utf-8")
     trained = re.search(r"on (\w+): (\d+ networks for each of .*? analysed and attacked\.)", report)
     section = report.partition("## Verdicts\n")[2].partition("\n## ")[0]
     assert trained
@@ -59,7 +51,7 @@ def study() -> str:
 
 def experiments() -> str:
     """A row a change, a column a claim."""
-    judged, rows = read("experiments_claims.csv"), dict[str, dict[str, str]]()
+    judged, rows = read(FOLDER / "experiments_claims.csv"), dict[str, dict[str, str]]()
     for one in judged:
         cells = rows.setdefault(one["change"], {"": one["change"]})
         cells[one["claim"]] = f"{one['confirmed']}, {float(one['number'] or 'nan'):.2f}"
@@ -68,7 +60,7 @@ def experiments() -> str:
 
 def contrasts() -> str:
     """The cosine of images and saliency maps of the networks trained on adversarial examples, at each contrast."""
-    rows = [row for row in read("experiments.csv") if row["change"] == "adversarial training"]
+    rows = [row for row in read(FOLDER / "experiments.csv") if row["change"] == "adversarial training"]
     shown = ["accuracy", "rho", *(name for name in rows[0] if name.startswith("cosine at")), "degree"]
     titles = {"rho": "ρ"}
     return markdown(
@@ -78,7 +70,7 @@ def contrasts() -> str:
 
 def photographs() -> str:
     """The medians of each network over the photographs."""
-    rows = read("photographs.csv")
+    rows = read(FOLDER / "photographs.csv")
     table = []
     for network in dict.fromkeys(row["network"] for row in rows):
         own = [row for row in rows if row["network"] == network]
@@ -107,6 +99,6 @@ def main() -> int:
     arguments = parser.parse_args()
     if arguments.folder:
         for name in COPIED:
-            shutil.copyfile(arguments.folder / name, RESULTS / "study" / name)
+            shutil.copyfile(arguments.folder / name, FOLDER / name)
     GUIDE.write_text(filled(GUIDE.read_text(encoding="utf-8")), encoding="utf-8")
     return 0

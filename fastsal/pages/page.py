@@ -75,13 +75,15 @@ class Page:
         Numbers stand at the right of their columns, words, and the first column, at the left.
         """
         columns = zip(*(row.values() for row in rows), strict=True)
-        words = [slot == 0 or any(map(_begins_with_a_word, column)) for slot, column in enumerate(columns)]
+        left = [slot == 0 or any(map(_begins_with_a_word, column)) for slot, column in enumerate(columns)]
         long = len(rows) > LONG
         controls = f'<form class="filter" hidden>{SEARCH}</form>' if long else ""
-        left = [' class="words"' if left else "" for left in words]
-        head = "".join(f'<th scope="col"{at}>{html.escape(name)}</th>' for at, name in zip(left, rows[0], strict=True))
+        kinds = [' class="words"' if words else "" for words in left]
+        head = "".join(
+            f'<th scope="col"{kind}>{html.escape(name)}</th>' for kind, name in zip(kinds, rows[0], strict=True)
+        )
         cells = (
-            "".join(f"<td{at}>{html.escape(cell)}</td>" for at, cell in zip(left, row.values(), strict=True))
+            "".join(f"<td{kind}>{html.escape(cell)}</td>" for kind, cell in zip(kinds, row.values(), strict=True))
             for row in rows
         )
         body = "".join(f"<tr>{row}</tr>" for row in cells)
@@ -89,7 +91,7 @@ class Page:
         self.html.append(
             f'{controls}<div class="wide{" long" * long}" tabindex="0" role="region" aria-label="table">{table}</div>'
         )
-        lines = [list(rows[0]), ["---" if at else "--:" for at in words], *(list(row.values()) for row in rows)]
+        lines = [list(rows[0]), ["---" if words else "--:" for words in left], *(list(row.values()) for row in rows)]
         self.markdown.append("\n".join(f"| {' | '.join(line)} |" for line in lines))
 
     def raw(self, text: str) -> None:

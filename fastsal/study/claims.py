@@ -6,10 +6,9 @@ from functools import partial
 
 import numpy as np
 
-from fastsal.study.results import Result, Study, rank_correlation
+from fastsal.study.results import ROUNDING, Result, Study, rank_correlation
 
 CORRELATED = 0.5  # what a rank correlation must be, up or down, to speak for a claim
-ROUNDING = 1e-9  # by what share an inequality between numbers in float64 may be off
 PAPER, READING, THEORY = "the paper's", "our reading of the paper's figures", "what the theory says"
 
 
@@ -111,8 +110,12 @@ def _theory(study: Study) -> Found:
     ]
     columns = [r.columns for r in study.working()]
     distances = [np.abs(c["binarized_alignment"] - c["rho"]) for c in columns]
-    within = [rank_correlation(d, c["offset_term"]) for d, c in zip(distances, columns, strict=True)]
-    ratios = [np.nanmedian(d) / np.nanmedian(c["offset_term"]) for d, c in zip(distances, columns, strict=True)]
+    # Of a network without biases all of it is rounding.
+    offsets = [
+        np.where(c["offset_term"] <= ROUNDING * c["linearized_robustness"], 0, c["offset_term"]) for c in columns
+    ]
+    within = [rank_correlation(*pair) for pair in zip(distances, offsets, strict=True)]
+    ratios = [np.nanmedian(d) / (np.nanmedian(o) or np.nan) for d, o in zip(distances, offsets, strict=True)]
     return Found(
         bool(np.nanmax(exceeds) <= ROUNDING and np.median(within) >= CORRELATED),
         {

@@ -35,6 +35,7 @@ TABLE = {
 SPREAD = ("rho", "linearized_robustness", "alignment", "cosine", "homogeneity")
 QUARTILES = (("lower", 0.25), ("upper", 0.75))
 DIGITS = 6  # of a number in a file
+ROUNDING = 1e-9  # by what share numbers in float64 that should be equal, or at most others, may be off
 # Of an image, what images.csv, which is large, leaves to the medians and the largest values in models.csv.
 LEFT_OUT = ("attack", "degree", "binarized_degree", "bias_error", "binarized_bias_error", "centred bound")
 
@@ -113,10 +114,10 @@ class Study:
 
 
 def rank_correlation(a: Any, b: Any) -> float:
-    """Spearman's, over what is finite in both; NaN for fewer than three pairs or a constant."""
+    """Spearman's, over what is finite in both; NaN for fewer than three pairs, or what is constant but for rounding."""
     a, b = np.asarray(a, dtype=float), np.asarray(b, dtype=float)
     kept = np.isfinite(a) & np.isfinite(b)
-    if kept.sum() < 3 or np.ptp(a[kept]) == 0 or np.ptp(b[kept]) == 0:
+    if kept.sum() < 3 or any(np.ptp(v[kept]) <= ROUNDING * np.abs(v[kept]).max() for v in (a, b)):
         return math.nan
     return float(extra("scipy.stats").spearmanr(a[kept], b[kept]).statistic)
 

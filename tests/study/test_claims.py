@@ -48,6 +48,14 @@ def test_otherwise():
     assert held(made_up(2, (0.9, 0.8, 0.7, 0.1))) == ["yes", "yes", "yes", "yes", "no", "yes"]
 
 
+def test_rounding_has_no_ranks():
+    """Networks without biases: homogeneities of 1 and offsets of 0, but for the last bits, are in no order."""
+    found = verdicts([made_up(2, (1 - 2e-16, 1 - 4e-16, 1 - 6e-16, 1), offset=1e-15)])
+    assert [one.confirmed for one in found] == ["yes", "yes", "yes", "no", "no", "no"]
+    for claim in (3, 5):
+        assert np.isnan(next(iter(found[claim].found[0].numbers.values())))
+
+
 def test_theory_is_judged_on_every_image_of_every_network():
     """|ρ̃ − α†| ≤ |β†|/‖g†‖: one image of a network that counts in no other claim breaks it."""
     study = made_up()

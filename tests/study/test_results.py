@@ -53,3 +53,6 @@ def test_rank_correlation():
     assert results.rank_correlation([1, 2, 3, 4], [4, 3, 2, 1]) == pytest.approx(-1)
     assert math.isnan(results.rank_correlation([1, 2], [1, 2]))
     assert math.isnan(results.rank_correlation([1, 1, 1], [1, 2, 3]))
+    assert math.isnan(results.rank_correlation([1, 1 + 1e-15, 1 - 1e-15], [1, 2, 3]))
+    assert math.isnan(results.rank_correlation([3, 1, 2], [0, 0, 0]))
+    assert results.rank_correlation([1e-30, 2e-30, 3e-30], [1, 1 + 1e-6, 1 + 2e-6]) == pytest.approx(1)

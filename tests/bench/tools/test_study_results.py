@@ -1,26 +1,24 @@
 """docs/study.md says what the committed tables say, and these what the committed numbers of every image say."""
 
-import csv
 import re
 
 import numpy as np
 import pytest
 import torch
 
-from bench import RESULTS
 from bench.tools import study_results
+from bench.tools.study_experiments import read
+from bench.tools.study_results import FOLDER
 from fastsal.study import claims, page, results
 from fastsal.study.claims import verdicts
 from fastsal.study.results import Result, Study
 from fastsal.study.train import Recipe
 
 pytest.importorskip("scipy")
-FOLDER = RESULTS / "study"
 
 
 def rows(name):
-    with (FOLDER / name).open(encoding="utf-8", newline="") as file:
-        return list(csv.DictReader(file))
+    return read(FOLDER / name)
 
 
 @pytest.fixture(scope="module")
@@ -82,3 +80,12 @@ def test_experiments_and_photographs():
         terms = sum(float(row[name]) for name in ("alignment", "gap_term", "offset_term"))
         assert terms == pytest.approx(float(row["bound"]), rel=1e-4)
         assert float(row["linearized_robustness"]) <= float(row["bound"])
+
+
+def test_what_the_guide_says_of_contrasts():
+    """The degree is below 1 at ε = 2 alone, and every network's images align more where they are darker."""
+    networks = [row for row in rows("experiments.csv") if row["change"] == "adversarial training"]
+    assert [row["network"] for row in networks if float(row["degree"]) < 1] == ["ε = 2"]
+    for row in networks:
+        half, most, full = (float(row[f"cosine at {t} x"]) for t in (0.5, 0.75, 1.0))
+        assert half > most > full
