@@ -223,3 +223,22 @@ def test_another_way_without_gradients(kind, method):
     if method != "candidates":
         assert found.certified.all()
         assert_kept(found, ratios(logits, rows))
+
+
+class Relaxed(Padded):
+    """One step down the gradient of an energy, which needs a graph whatever mode the caller is in."""
+
+    def forward(self, x):
+        (step,) = torch.autograd.grad(self.out(x).square().sum(), x, create_graph=True)
+        return self.out(torch.tanh(x - 0.1 * step).mean(1))
+
+
+@each_method
+@pytest.mark.parametrize("batch", [1, 4])
+def test_a_model_that_takes_gradients_of_its_own(batch, method):
+    model, x = Relaxed().eval(), torch.randn(batch, 5, 8, generator=torch.Generator().manual_seed(0))
+    found, told = reported(analyze, model, x, method=METHODS[method])
+    assert not told
+    if method != "candidates":
+        assert found.certified.all()
+        assert_kept(found, ratios(*dense(model, x)))

@@ -261,7 +261,7 @@ class TestMixture:
 
 @pytest.mark.parametrize("norm", [2.0, math.inf])
 def test_a_part_that_is_another_model(pairs, norm):
-    """Kills: the comparison of a group with the batch skipped. Halves agree with the whole; groups of two do not."""
+    """Kills: the comparison of a group with the batch skipped. The first three agree with the whole; groups of two do not."""
     model, x = network(count=8)
     scale = 1 + torch.arange(8, dtype=torch.float64) % 4
 
@@ -274,12 +274,23 @@ def test_a_part_that_is_another_model(pairs, norm):
     assert len(told) == 1
 
 
+def test_pairs_that_a_group_keeps_together():
+    """Kills: the first three not compared with the batch. The group agrees with it, and no gradient shows the mixture."""
+    net, x = network(count=8)
+
+    def model(x):
+        return net(x + 0.1 * x.detach()[(torch.arange(len(x)) ^ 1).clamp(max=len(x) - 1)])
+
+    with pytest.raises(ValueError, match="mixes the examples"), linearize(model, x) as graph:
+        graph.at(np.arange(2)).logits  # noqa: B018
+
+
 @pytest.mark.parametrize(("count", "together"), [(2, 8), (3, 8), (5, 8), (8, 8), (8, 4)])
 @pytest.mark.parametrize("method", [Exact(), ROWS, Candidates(3), Certified()], ids=str)
 def test_statistics_of_a_batch(method, count, together):
     """Kills: the check for mixed examples weakened. Of two examples normalised together, no gradient shows the other one.
 
-    Of a batch that is normalised four examples at a time, both halves have the logits of the whole.
+    Of a batch that is normalised four examples at a time, groups of four have the logits of the whole.
     """
     torch.manual_seed(0)
     net = nn.Sequential(nn.Linear(20, 30), nn.Tanh(), nn.Linear(30, 90)).double()

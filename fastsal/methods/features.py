@@ -129,7 +129,7 @@ def _find(
     if not heads:
         return None
     with _recorded(heads) as calls, graph.same_precision():
-        graph.function(np.arange(len(graph.leaf)))(graph.leaf.detach().clone())
+        graph.function(np.arange(len(graph.leaf)))(graph.leaf.clone())
     for head in heads:
         places, weight = _places(head, calls, graph), _weight(head)
         if not isinstance(places, str) and weight is not None:

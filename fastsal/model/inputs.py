@@ -16,6 +16,7 @@ ROUNDING = 200.0  # units
 COARSEST = 0.05  # share of a logit, where units of rounding are large
 EXACT = 1e-8  # share of a logit, in float64
 GROSS = 0.01  # share of a logit that rounding seldom explains
+FIRST = 3  # examples of a batch that are run alone: an odd number, so that what is mixed in pairs shows
 
 
 def apart(one: Tensor, other: Tensor) -> float:
@@ -58,60 +59,80 @@ class Batch:
 
     Attributes:
         whole: Whether the model has to see the whole batch.
+        first: The logits of the first examples of the batch, run alone, if they are known.
     """
 
     def __init__(self, function: Function, x: Tensor, autocast: tuple[bool, torch.dtype]) -> None:
         self.function, self.x, self.whole, self._autocast = function, x, False, autocast
-        cut = len(x) // 2 | 1  # an odd number of examples, so that what is mixed in pairs shows
-        self._halves = slice(0, cut), slice(cut, len(x))
+        cut = min(FIRST, len(x) // 2 | 1)
+        self._parts = slice(0, cut), slice(cut, len(x))
+        self.first: Tensor | None = None
         self._logits: Tensor | None = None
-        self._parts: Tensor | None = None
-        self._as_recorded = False  # whether runs are made as for gradients: a model may take another way without
-        self._checks = True  # until differences have turned out to be rounding
+        self._as_recorded = (
+            False  # whether runs are made as for gradients: a model may take another way without, or fail
+        )
+        self._checks = (
+            True  # until differences have turned out to be rounding, or the whole batch takes too much memory
+        )
         parameters = function.model.parameters() if isinstance(function.model, nn.Module) else ()
         dtypes = {value.dtype for value in (x, *parameters) if value.dtype.is_floating_point}
         self._eps = max(torch.finfo(dtype).eps for dtype in dtypes | ({autocast[1]} if autocast[0] else set()))
-        try:
-            self._parts = self._in_parts()
-        except Exception as error:
-            if len(x) > 1 and not is_out_of_memory(error):
-                self._logits = self._run()  # where this fails as well, that is the error
-                self.fails_in_part(error)
 
     @property
     def n(self) -> int:
         """How many classes there are."""
-        known = self._parts if self._logits is None else self._logits
-        return (self._run() if known is None else known).shape[1]  # where the model fails, this is its error
+        if self.first is not None:
+            return self.first.shape[1]
+        if self._logits is None:
+            self._logits = self._run()  # where the model fails, this is its error
+        return self._logits.shape[1]
 
     def _run(self, examples: Examples | None = None, x: Tensor | None = None) -> Tensor:
         """The logits of some examples, or of all; with x [B, *S] in the place of the batch where that is given."""
-        x = self.x if x is None else x
-        x = (x if examples is None else x[examples]).detach().clone().requires_grad_(self._as_recorded)
-        with torch.set_grad_enabled(self._as_recorded), in_precision(x, self._autocast):
-            return call(self.function.at(examples), x.clone()).detach()
+        start = self.x if x is None else x
+        start = (start if examples is None else start[examples]).detach().clone().requires_grad_(self._as_recorded)
+        try:
+            with torch.set_grad_enabled(self._as_recorded), in_precision(start, self._autocast):
+                return call(self.function.at(examples), start.clone()).detach()
+        except Exception as error:
+            if self._as_recorded or is_out_of_memory(error):
+                raise
+            self._as_recorded = True  # a model may take gradients of its own
+            return self._run(examples, x)
 
-    def _in_parts(self) -> Tensor:
-        return torch.cat([self._run(half) for half in self._halves if half.start < half.stop])
+    def _in_parts(self) -> Tensor | None:
+        """The logits of the batch, the first examples and the others run apart, [B, n]; None where that fails."""
+        parts = [self.first] if self.first is not None else []
+        try:
+            return torch.cat(parts + [self._run(part) for part in self._parts[len(parts) :] if part.start < part.stop])
+        except Exception as error:
+            if not is_out_of_memory(error):
+                self.fails_in_part(error)
+            return None
 
     def _whole_logits(self) -> Tensor | None:
         """The model's logits at the whole batch, [B, n], run in the caller's order; None where memory does not allow it."""
-        if self._logits is None and self._parts is not None:
+        if self._logits is None and self._checks:
             try:
-                self.check_whole(self._parts if len(self.x) == 1 else self._run())
+                self._logits = self._run()
             except RuntimeError as error:
                 if not is_out_of_memory(error):
                     raise
-                self._parts = None
+                self._checks = False
+            else:
+                if self.first is not None:
+                    self._agree(self.first, self._logits, torch.arange(len(self.first)))
         return self._logits
 
-    def check_whole(self, logits: Tensor) -> Tensor:
-        """Compares the logits of the whole batch with those of its two parts, the first time, and returns them."""
-        if self._logits is None:
+    def _check_whole(self, logits: Tensor) -> None:
+        """Compares the logits of the whole batch with what is known of it: an earlier run, or else one of its parts."""
+        if self._logits is not None:
+            known: Tensor | None = self._logits
+        else:
             self._logits = logits
-            if self._parts is not None:
-                self._agree(self._parts, logits, slice(None))
-        return self._logits
+            known = self._in_parts()
+        if known is not None and self._checks:
+            self._agree(known, logits, slice(None))
 
     def record(self, call_at: Callable[[Model], Tensor], examples: Tensor | None, moved: bool) -> Tensor:
         """The logits of some examples, int64 [e], or of all, compared with what else is known of the batch.
@@ -120,7 +141,7 @@ class Batch:
         """
         if examples is None:
             logits = call_at(self.function.at())
-            self.check_whole(logits.detach())
+            self._check_whole(logits.detach())
             return logits
         if not self.whole:
             try:
@@ -129,7 +150,7 @@ class Batch:
                 self.fails_in_part(error)
             else:
                 whole = None if moved or not self._checks else self._whole_logits()
-                if whole is None or self._agree(logits.detach(), whole, examples):
+                if whole is None or (self._agree(logits.detach(), whole, examples) and not self.whole):
                     return logits
         return call_at(self.at(examples))
 
@@ -137,6 +158,8 @@ class Batch:
         """Takes note of an error that the model raised for a part of the batch."""
         if is_out_of_memory(error):
             raise error
+        if self._logits is None:
+            self._logits = self._run()  # where this fails as well, that is the error
         self._see_whole(f"fails for a part of the batch ({type(error).__name__}: {first_line(error)})")
 
     def allows(self, examples: Tensor) -> bool:
@@ -161,12 +184,13 @@ class Batch:
         if not self._same(part, logits[examples]) and not self._as_recorded:
             self._as_recorded = True
             self._logits = logits = self._run()
-            part = self._in_parts() if isinstance(examples, slice) else part
+            again = self._in_parts() if isinstance(examples, slice) else None
+            part = part if again is None else again
         return self._same(part, logits[examples]) or self._explain(apart(part, logits[examples]), logits)
 
     def _mixes(self, logits: Tensor) -> bool:
         """Whether the logits of one part of the batch change where the other part has other inputs."""
-        first, second = self._halves
+        first, second = self._parts
         others = 0.5 * self.x.roll(1, 0)
         try:
             kept = [
@@ -185,7 +209,7 @@ class Batch:
         try:
             with torch.no_grad(), torch.autocast(x.device.type, enabled=False):
                 function = self.function.doubled()
-                parts = torch.cat([call(function.at(half), x[half].clone()) for half in self._halves])
+                parts = torch.cat([call(function.at(part), x[part].clone()) for part in self._parts])
                 return apart(parts, call(function.at(), x.clone())) <= EXACT
         except Exception:  # user code, which may be made for one precision
             return None

@@ -33,7 +33,7 @@ from fastsal.model.chunking import (
     vmap,
 )
 from fastsal.model.function import Function
-from fastsal.model.inputs import Batch, in_precision, mixed_examples
+from fastsal.model.inputs import FIRST, Batch, in_precision, mixed_examples
 
 
 class Linearization:
@@ -142,9 +142,11 @@ class Linearization:
             return Linearization(model, leaf.requires_grad_(), *rest)
 
     def _grad(self, cotangents: Tensor, batched: bool, create_graph: bool) -> Tensor:
+        logits = self.graph_logits  # recorded, if need be, outside of vmap
+
         def grad_of(one: Tensor) -> Tensor | None:
             return torch.autograd.grad(
-                self.graph_logits, self.leaf, one, retain_graph=True, create_graph=create_graph, allow_unused=True
+                logits, self.leaf, one, retain_graph=True, create_graph=create_graph, allow_unused=True
             )[0]
 
         # Outside autocast: backward operations take the dtype that their forward had, and nothing else may be rounded.
@@ -279,8 +281,13 @@ def linearize(
         graph.batch = batch = Batch(function, graph.leaf.detach(), graph.autocast)
         if len(start) > 1:
             # A few examples show a mixture as well as all do; two alone can hide the statistics of a batch.
-            few = graph if len(start) <= 3 or batch.whole else graph.at(np.arange(3), moved=graph.leaf.detach()[:3])
-            if few.mixes_examples():
+            few = graph if len(start) <= FIRST else graph.at(np.arange(FIRST), moved=graph.leaf.detach()[:FIRST])
+            mixed = few.mixes_examples()
+            if few is not graph and not batch.whole:
+                batch.first = few.logits
+            elif few is not graph:
+                mixed = graph.mixes_examples()
+            if mixed:
                 raise mixed_examples(f"logits[0] have a gradient with respect to those of others in {function.name}")
             del few
         with torch.autocast(start.device.type, enabled=False):
