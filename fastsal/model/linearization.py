@@ -23,6 +23,7 @@ from fastsal.model.calling import (
 )
 from fastsal.model.chunking import (
     CHUNK_BYTES,
+    CHUNK_BYTES_JVP,
     CHUNK_PAIRS,
     CHUNK_PAIRS_ACCELERATOR,
     CHUNK_ROWS,
@@ -186,18 +187,21 @@ class Linearization:
         """How many rows to take at once where the caller does not say."""
         if self.leaf.device.type != "cpu":
             return CHUNK_ROWS_ACCELERATOR
-        return max(1, min(CHUNK_ROWS, self._at_once() // len(self.leaf)))
+        return max(1, min(CHUNK_ROWS, self._at_once(CHUNK_BYTES)[0] // len(self.leaf)))
 
-    def default_pairs(self) -> int:
-        """How many pairs of an example and a direction to take at once where the caller does not say."""
-        return max(1, min(CHUNK_PAIRS, self._at_once())) if self.leaf.device.type == "cpu" else CHUNK_PAIRS_ACCELERATOR
+    def default_pairs(self) -> tuple[int, int]:
+        """How many pairs of an example and a cotangent, or a direction, to take at once where the caller does not say."""
+        if self.leaf.device.type != "cpu":
+            return CHUNK_PAIRS_ACCELERATOR, CHUNK_PAIRS_ACCELERATOR
+        cotangents, directions = self._at_once(CHUNK_BYTES, CHUNK_BYTES_JVP)
+        return max(1, min(CHUNK_PAIRS, cotangents)), max(1, min(CHUNK_PAIRS, directions))
 
-    def _at_once(self) -> int:
-        """How many gradients of one example are worth taking at once on a CPU."""
+    def _at_once(self, *caches: int) -> list[int]:
+        """How many gradients of one example are worth taking at once on a CPU, for caches of so many bytes."""
         gradients = [size for _, size in self.operations()]
         weights = sum(p.nbytes for p in self.model.parameters()) if isinstance(self.model, nn.Module) else 0
         # As many as fit a cache; or as many as, all together, are read as long as the weights, which are read once for all.
-        return max(CHUNK_BYTES // max(gradients), weights // sum(gradients))
+        return [max(cache // max(gradients), weights // sum(gradients)) for cache in caches]
 
     def operations(self) -> list[tuple[str, int]]:
         """What a backward pass goes through, by name, and the bytes of each gradient that one row of one example forms there.

@@ -16,8 +16,8 @@ from fastsal.model.traced import TracedPasses, Traces, UntraceableError
 
 RECORDING = 4  # what recording an example costs, in its rows, where these are taken many at a time
 # Bytes of the gradients of a backward pass. A recorded pass of more gives way to JVPs, which want memory too, and is taken anew
-# for the next VJPs: for EfficientNet-Lite0 0 to 3 % of the time, and a fifth to a quarter less memory.
-KEPT = 1 << 26
+# for the next VJPs: for EfficientNet-Lite0 that takes 5 to 8 % more time, and 6 to 13 % less memory.
+KEPT = 1 << 28
 # Of all operations: with no more convolutions than that, second derivatives take less time than forward mode, and what a trace
 # spares then is less by a factor (a ViT-Tiny at 16 directions: 374, 467 and 545 ms by trace, second derivatives, forward mode).
 FEW, LESS = 0.02, 0.25
@@ -59,7 +59,8 @@ class ModelPasses:
         self._held, self._graph = np.arange(len(examples)), self._recorded(examples)
         self.logits = self._graph.logits
         self.dimension = graph.x.shape[1]
-        self.pairs = self._graph.default_pairs() if chunk_size is None else chunk_size * len(examples)
+        given = None if chunk_size is None else (chunk_size * len(examples),) * 2
+        self._cotangents, self.pairs = given or self._graph.default_pairs()
         # Functions, not bound methods: a reference cycle would keep the recorded pass until the next garbage collection.
         self._ways = [ModelPasses._traced, ModelPasses._forward_mode, ModelPasses._double_backward]
         operations = self._graph.operations()
@@ -92,13 +93,13 @@ class ModelPasses:
         slot = to_device(np.searchsorted(self._held, examples), cotangents.device)
         padded = cotangents.new_zeros(c, len(self._held), cotangents.shape[2])
         padded[:, slot] = cotangents.transpose(0, 1)
-        products = torch.cat(self._chunks(self._vjp, padded, len(self._held)), 1)[slot]
+        products = torch.cat(self._chunks(self._vjp, padded, self._cotangents // len(self._held)), 1)[slot]
         self._latest = (examples, cotangents, products)
         return products
 
     def _in_vain(self, held: np.ndarray, examples: np.ndarray, count: int) -> bool:
         """Whether products at `held` examples instead of these, `count` of them, cost more than recording these."""
-        more = (len(held) - len(examples)) * count > min(RECORDING, self.pairs) * len(examples)
+        more = (len(held) - len(examples)) * count > min(RECORDING, self._cotangents) * len(examples)
         return more or not np.isin(examples, held).all()
 
     def jvp(self, examples: np.ndarray, directions: Tensor) -> Tensor:
@@ -110,7 +111,8 @@ class ModelPasses:
         tangents = directions.to(self._base.x.dtype).transpose(0, 1).reshape(directions.shape[1], len(examples), *shape)
         while self._ways:
             try:
-                parts = self._chunks(lambda part: self._ways[0](self, examples, part), tangents, len(examples))
+                size = self.pairs // len(examples)
+                parts = self._chunks(lambda part: self._ways[0](self, examples, part), tangents, size)
                 return torch.cat(parts).transpose(0, 1)
             except Exception as error:  # user code, in a pass that exact rows do without
                 if is_out_of_memory(error):
@@ -132,10 +134,10 @@ class ModelPasses:
         """Makes the trace of the model anew the next time; gives it up if that has happened before."""
         self._traces.distrust()
 
-    def _chunks(self, run: Callable[[Tensor], Tensor], stack: Tensor, examples: int) -> list[Tensor]:
-        """Results of run on stack [k, ...], as many entries at a time as are best for so many examples."""
+    def _chunks(self, run: Callable[[Tensor], Tensor], stack: Tensor, size: int) -> list[Tensor]:
+        """Results of run on stack [k, ...], `size` entries at a time, or one."""
         results: list[Tensor] = []
-        in_parts(stack, max(1, self.pairs // examples), lambda part: results.append(run(part)))
+        in_parts(stack, max(1, size), lambda part: results.append(run(part)))
         return results
 
     def _at(self, examples: np.ndarray) -> Tensor:
