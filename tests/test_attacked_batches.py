@@ -27,6 +27,17 @@ MIXING = {
 }
 
 
+class Faint(nn.Module):
+    """Logits that hardly depend on the input."""
+
+    def __init__(self, mix):
+        super().__init__()
+        self.net, self.mix = nn.Sequential(nn.Linear(20, 30), nn.Tanh(), nn.Linear(30, 80)), mix
+
+    def forward(self, x):
+        return 5 + 1e-9 * self.net(self.mix(x))
+
+
 @pytest.mark.parametrize("kind", MIXING)
 class TestBatchesAreMixed:
     """What ∂logits[0]/∂x[1:] does not show."""
@@ -51,6 +62,14 @@ class TestBatchesAreMixed:
     def test_masked_logits_hide_nothing(self, kind, method, low):
         """A large negative number in place of some logits is a large range, and no measure of rounding."""
         model, x = self.network(kind, 90, 6, 5, low)
+        with pytest.raises(ValueError, match="mixes the examples"):
+            analyze(model, x, method=METHODS[method])
+
+    @each_method
+    def test_small_logits_beside_a_constant_are_not_rounding(self, kind, method):
+        """In float64 logits that differ by 1e-10 of themselves are another function."""
+        torch.manual_seed(0)
+        model, x = Faint(MIXING[kind]).double(), torch.randn(6, 20, dtype=torch.float64)
         with pytest.raises(ValueError, match="mixes the examples"):
             analyze(model, x, method=METHODS[method])
 

@@ -243,7 +243,7 @@ class TestMixture:
     def test_no_class_is_left_out(self, norm):
         """Kills: one class left out of the mixture, whichever it is; and the check skipped."""
         found = self.found(1.0, norm=norm)
-        assert (found.jvps > 16).double().mean() > 0.9  # the predicted class and the highest others are seen first
+        assert (found.jvps >= 16).double().mean() > 0.9  # the predicted class and the highest others are seen first
         assert (found.disagreement > 0).all()
         assert (found.vjps >= self.N).all()
 

@@ -15,6 +15,7 @@ from fastsal.model.function import Examples, Function
 ROUNDING = 200.0  # units
 COARSEST = 0.05  # share of a logit, where units of rounding are large
 EXACT = 1e-8  # share of a logit, in float64
+SHRINK = 1e-3  # and of the difference in less precision, of which float64 leaves 2e-9 if it is rounding
 GROSS = 0.01  # share of a logit that rounding seldom explains
 FIRST = 3  # examples of a batch that are run alone: an odd number, so that what is mixed in pairs shows
 
@@ -201,8 +202,8 @@ class Batch:
             return False
         return not self._same(torch.cat(kept), logits)
 
-    def _rounds(self) -> bool | None:
-        """Whether in float64 the parts have the logits of the whole batch; None where the model cannot be run in float64."""
+    def _rounds(self, distance: float) -> bool | None:
+        """Whether little of a distance is left between the parts and the whole batch in float64; None where that cannot be run."""
         if not isinstance(self.function.model, nn.Module):
             return None
         x = self.x.double()
@@ -210,7 +211,7 @@ class Batch:
             with torch.no_grad(), torch.autocast(x.device.type, enabled=False):
                 function = self.function.doubled()
                 parts = torch.cat([call(function.at(part), x[part].clone()) for part in self._parts])
-                return apart(parts, call(function.at(), x.clone())) <= EXACT
+                return apart(parts, call(function.at(), x.clone())) <= min(EXACT, SHRINK * distance)
         except Exception:  # user code, which may be made for one precision
             return None
 
@@ -233,7 +234,7 @@ class Batch:
                 "model: two runs of the same batch have different logits (dropout as a function, or other random numbers); "
                 "wants a function of x alone"
             )
-        rounds = self._rounds()
+        rounds = self._rounds(distance)
         if rounds:
             self._checks = False
             return True

@@ -11,7 +11,7 @@ from fastsal.devices import take, to_host
 from fastsal.methods.certified.basis import PILOT_PROBES, Basis
 from fastsal.methods.certified.probes import Probes
 from fastsal.methods.certified.state import State
-from fastsal.methods.mixtures import mixture, stream
+from fastsal.methods.mixtures import mixture
 
 SPARE = 8.0  # η in units of the largest disagreement that was seen
 UNSTABLE = 0.3  # η from which on bounds say nothing
@@ -25,7 +25,6 @@ class Rounding:
         eta: η, how far a product may be off relative to the size of a gradient, [E].
         typical: About the root mean square of all ‖g_j‖, [E].
         own: ‖g_{i*}‖, [E].
-        inconsistent: The classes whose products disagree among themselves, bool [E, n]; they get no bound.
         disagreement: By how much rows and products disagree where that is too much, [E]; else 0.
     """
 
@@ -34,9 +33,8 @@ class Rounding:
         self.typical = torch.zeros_like(state.unit)
         self.eta = torch.full_like(self.typical, SPARE * torch.finfo(state.passes.logits.dtype).eps)
         self.own = torch.zeros_like(state.unit)
-        self.inconsistent = torch.zeros_like(state.seen)
         self.disagreement = torch.zeros_like(state.unit)
-        self._seed, self._weights = seed, mixture(state.n, seed, state.device)
+        self._weights = mixture(state.n, seed, state.device)
 
     def sizes(self, e: np.ndarray) -> Tensor:
         """About ‖g_j‖ of every class [e, n], from the basis and the pilot probes."""
@@ -71,18 +69,6 @@ class Rounding:
         """The errors [e, n] of honest classes, with what the sum over n classes in a mixture adds; 16 bits are summed in 32."""
         unit = torch.finfo(torch.promote_types(self._state.passes.logits.dtype, torch.float32)).eps
         return honest * (1 + unit * math.sqrt(self._state.n) / take(self.eta, e).unsqueeze(1))
-
-    def compare(self, e: np.ndarray) -> None:
-        """Compares one JVP along a random combination of all directions so far with the combination of their products."""
-        if not len(e):
-            return
-        state, basis = self._state, self._basis
-        normal = stream(self._seed, "combination").standard_normal((1, basis.rank + PILOT_PROBES))
-        combination = state.on_device(normal / np.linalg.norm(normal))
-        inside, outside = combination[:, : basis.rank], combination[:, basis.rank :] / math.sqrt(state.passes.dimension)
-        products = state.products(e, inside @ take(basis.directions, e) + outside @ basis.pilot_probes)
-        expected = inside @ take(basis.components, e) + outside @ take(basis.pilot_products, e)
-        self.inconsistent[state.on_device(e)] = (products - expected).squeeze(1).abs() > self.errors(e)[0]
 
     def check(self, e: np.ndarray, seen: Tensor) -> None:
         """Takes their bounds from the examples whose rows and products disagree by `seen` [e], if that is more than η or NaN.

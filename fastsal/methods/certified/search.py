@@ -18,8 +18,7 @@ from fastsal.methods.certified.state import State
 from fastsal.model.products import Passes
 from fastsal.tensor import reference
 
-# Passes that rounding is looked at with: a random combination of the directions, and a mixture of the classes.
-CHECKS = 2
+CHECK = 1  # pass that rounding is looked at with: a mixture of the classes
 LESS = (0.99, 0.9, 0.8, 0.6, 0.4, 0.0)  # factors to lower bounds by, one after the other, where few passes are left
 WORTHWHILE = 64  # with no more classes than this left, rows are about as cheap as any probing, and certain
 
@@ -71,7 +70,7 @@ class Search:
         # Of classes above a target nothing but rows will do, and these settle it.
         undecided = state.undecided(state.examples) & (state.margin >= 0)
         worthwhile = to_host(usable & (undecided.sum(1) > WORTHWHILE))[0] > 0
-        enough = state.left(state.examples) >= state.early.shape[1] + PILOT_PROBES + CHECKS + FIRST[0]
+        enough = state.left(state.examples) >= state.early.shape[1] + PILOT_PROBES + CHECK + FIRST[0]
         e = state.examples[worthwhile & enough]
         if not len(e):
             return counts
@@ -87,12 +86,12 @@ class Search:
             energy = state.average(active, outside)
             fall = (energy / before).nan_to_num(0.0).clamp(max=0.97)
             outlook, left = self.outlook(active), state.on_device(state.left(active))
-            promise_now, cost_now, count = plan.forecast(outlook, inside, outside, left - CHECKS, left_over, limited)
+            promise_now, cost_now, count = plan.forecast(outlook, inside, outside, left - CHECK, left_over, limited)
             better = torch.zeros_like(count, dtype=torch.bool)
             for steps in plan.AHEAD if limited else (1,):
                 rest = outside * (fall**steps).unsqueeze(1)
                 promise, cost, _ = plan.forecast(
-                    outlook, inside + (outside - rest), rest, left - CHECKS, left_over, limited
+                    outlook, inside + (outside - rest), rest, left - CHECK, left_over, limited
                 )
                 cost += steps * 2 * BLOCK
                 better |= (cost <= left) & ((promise > promise_now) | ((promise == promise_now) & (cost < cost_now)))
@@ -104,7 +103,6 @@ class Search:
             inside, outside = basis.parts(active)
         e = e[counts[e] > 0]
         counts[e[~rounding.trust(e)]] = 0
-        rounding.compare(e[counts[e] > 0])
         return counts
 
     def probe(self, first: np.ndarray) -> None:
@@ -115,7 +113,7 @@ class Search:
         table = table.reshape(len(e), len(SHARES), 2)
         counts, quantiles = table[:, :, 0].astype(np.int64), state.on_device(table[:, :, 1])
         probes.start(basis)
-        state.reserved[e] = 1
+        state.reserved[e] = CHECK
         stage, left, go = np.zeros(len(e), np.int64), state.left(e), np.ones(len(e), bool)
         known = state.differences(e, take(basis.components, e)).square().sum(1)
         sums = torch.zeros_like(known)
@@ -164,7 +162,6 @@ class Search:
         while True:
             upper = state.norm.upper(e, *widened(known, rest, gain, error), error)
             lower = reference.ratios(take(state.margin, e), upper * take(state.unit, e).unsqueeze(1))
-            lower = torch.where(take(self.rounding.inconsistent, e), 0.0, lower)
             better = lower > take(state.lower, e)
             state.lower[at] = torch.where(better, lower, take(state.lower, e))
             state.rest[at] = torch.where(better, rest, take(state.rest, e))

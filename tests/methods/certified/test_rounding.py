@@ -1,6 +1,5 @@
 """Rounding belongs to the certificate: products that are off are noticed, and finished with rows."""
 
-import numpy as np
 import pytest
 import torch
 from certificates import problem, search
@@ -10,8 +9,6 @@ from bench.baselines.jacobians import KINDS, Matrices, distances
 from fastsal import Certified, Exact, analyze
 from fastsal.methods.base import Question
 from fastsal.methods.certified import certify, rounding
-from fastsal.model.linearization import linearize
-from fastsal.model.products import ModelPasses
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -45,7 +42,6 @@ class TestRounding:
             return blind[e] if early else row_gap(self, e, classes, rows)
 
         monkeypatch.setattr(rounding.Rounding, "row_gap", early_rows_agree)
-        monkeypatch.setattr(rounding.Rounding, "compare", lambda self, e: None)
         found = certify(passes, Certified(), Question(2.0))
         assert torch.equal(found.winners, clean.winners)
         assert found.certified.all()
@@ -121,36 +117,22 @@ class TestRounding:
         assert torch.equal(found.winners[:, 1], distances(logits, rows).argmin(1))
         assert (found.vjps < 150).all()
 
-    def test_a_class_whose_products_disagree_gets_no_bound(self):
-        logits, rows = problem(4, 300, 100)
-        made = search(Matrices(logits, rows))
-        first = made.prepare()
-        made.rounding.inconsistent[:, ::3] = True
-        made.probe(first)
-        assert (made.state.lower[:, ::3] == 0).all()
-        assert (made.state.lower[made.state.margin > 0] > 0).float().mean() > 0.5
-
     def test_a_class_whose_own_gradient_cancels_is_evaluated(self):
         """Two layers in float32; one class has large weights that cancel to 1e-4, so that its products lose four digits."""
-        noticed = wrong = 0
+        evaluated = 0
         for seed in range(60):
-            model, x, cancelled = cancelling(seed)
+            model, x = cancelling(seed)
             exact = analyze(model, x, method=Exact(memory_limit=0))
-            found = analyze(model, x, method=Certified(seed=seed))
+            with pytest.warns(UserWarning, match="finished with exact rows"):
+                found = analyze(model, x, method=Certified(seed=seed))
             # The class, not the value: the values of rows that noisy differ from call to call.
-            wrong += int((found.runner_up != exact.runner_up).sum())
-            with linearize(model, x) as graph:
-                made = search(ModelPasses(graph, np.arange(3), None), Certified(seed=seed), backend="auto")
-                rows_alone = torch.from_numpy(made.prepare() == 0)
-            inconsistent, seen = made.rounding.inconsistent, made.state.seen
-            noticed += int((inconsistent[:, cancelled] | seen[:, cancelled] | rows_alone).sum())
-            assert inconsistent.sum() <= 5
-        assert wrong == 0
-        assert noticed >= 0.97 * 60 * 3
+            assert torch.equal(found.runner_up, exact.runner_up)
+            evaluated += int((found.vjps >= 120).sum())
+        assert evaluated >= 0.95 * 60 * 3
 
 
 def cancelling(seed):
-    """A model, three inputs, and the class whose output weights nearly cancel over pairs of nearly equal hidden units."""
+    """A model and three inputs; the weights of the last class nearly cancel over pairs of nearly equal hidden units."""
     generator = torch.Generator().manual_seed(seed)
     hidden = torch.randn(40, 50, generator=generator)
     model = nn.Sequential(nn.Linear(50, 80), nn.Tanh(), nn.Linear(80, 120)).requires_grad_(False)
@@ -162,4 +144,4 @@ def cancelling(seed):
     model[2].weight.data = weight
     model[2].bias.data = torch.randn(120, generator=generator)
     model[2].bias.data[0] += 4
-    return model, torch.randn(3, 50, generator=generator), 119
+    return model, torch.randn(3, 50, generator=generator)
