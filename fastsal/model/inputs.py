@@ -203,7 +203,7 @@ class Batch:
         return not self._same(torch.cat(kept), logits)
 
     def _rounds(self, distance: float) -> bool | None:
-        """Whether little of a distance is left between the parts and the whole batch in float64; None where that cannot be run."""
+        """Whether little of a distance of the parts from the whole batch is left in float64; None where that cannot be run."""
         if not isinstance(self.function.model, nn.Module):
             return None
         x = self.x.double()
