@@ -13,9 +13,8 @@ R = TypeVar("R")
 # chunk are to fit a cache, or to be as many as are worth reading the weights for, up to a number of rows: at 64 rows a network
 # of 1000 classes took 1.4 times as long and a third more memory, while another gained 2 percent. Elsewhere, a number of rows.
 CHUNK_BYTES = 1 << 23
-CHUNK_BYTES_JVP = (
-    1 << 24
-)  # of directions: with half of it ResNet-18, MobileNet V2 and ConvNeXt-Atto take 2 to 15 % longer
+# Of directions. With half as many bytes ResNet-18, MobileNet V2 and ConvNeXt-Atto take 2 to 15 % longer.
+CHUNK_BYTES_JVP = 1 << 24
 CHUNK_ROWS = 40
 CHUNK_ROWS_ACCELERATOR = 32
 CHUNK_PAIRS = 256  # of an example and a direction, where these can be chosen freely

@@ -69,12 +69,10 @@ class Batch:
         self._parts = slice(0, cut), slice(cut, len(x))
         self.first: Tensor | None = None
         self._logits: Tensor | None = None
-        self._as_recorded = (
-            False  # whether runs are made as for gradients: a model may take another way without, or fail
-        )
-        self._checks = (
-            True  # until differences have turned out to be rounding, or the whole batch takes too much memory
-        )
+        # Whether runs are made as for gradients: a model may take another way without, or fail.
+        self._as_recorded = False
+        # Until differences have turned out to be rounding, or the whole batch to take too much memory.
+        self._checks = True
         parameters = function.model.parameters() if isinstance(function.model, nn.Module) else ()
         dtypes = {value.dtype for value in (x, *parameters) if value.dtype.is_floating_point}
         self._eps = max(torch.finfo(dtype).eps for dtype in dtypes | ({autocast[1]} if autocast[0] else set()))
@@ -99,7 +97,11 @@ class Batch:
             if self._as_recorded or is_out_of_memory(error):
                 raise
             self._as_recorded = True  # a model may take gradients of its own
-            return self._run(examples, x)
+            try:
+                return self._run(examples, x)
+            except Exception:
+                self._as_recorded = False  # that was not it
+                raise
 
     def _in_parts(self) -> Tensor | None:
         """The logits of the batch, the first examples and the others run apart, [B, n]; None where that fails."""

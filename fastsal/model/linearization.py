@@ -287,10 +287,10 @@ def linearize(
             # A few examples show a mixture as well as all do; two alone can hide the statistics of a batch.
             few = graph if len(start) <= FIRST else graph.at(np.arange(FIRST), moved=graph.leaf.detach()[:FIRST])
             mixed = few.mixes_examples()
-            if few is not graph and not batch.whole:
-                batch.first = few.logits
-            elif few is not graph:
+            if few is not graph and batch.whole:
                 mixed = graph.mixes_examples()
+            elif few is not graph:
+                batch.first = few.logits
             if mixed:
                 raise mixed_examples(f"logits[0] have a gradient with respect to those of others in {function.name}")
             del few
