@@ -48,7 +48,7 @@ class Late(nn.Linear):
 
     def forward(self, x):
         self.seen += len(x)
-        if self.seen > 40:  # in the second batch of ten: the first runs 23 to 30
+        if self.seen > 28:  # in the second batch of ten: the first runs 21 to 28
             raise self.error
         return super().forward(x.flatten(1))
 
