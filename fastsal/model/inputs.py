@@ -15,9 +15,9 @@ from fastsal.model.function import Examples, Function
 ROUNDING = 200.0  # units
 COARSEST = 0.05  # share of a logit, where units of rounding are large
 EXACT = 1e-8  # share of a logit, in float64
-SHRINK = 1e-3  # and of the difference in less precision, of which float64 leaves 2e-9 if it is rounding
+SHRINK = 1e-3  # share of a difference that may be left in float64; of one that is rounding in float32, 2e-9 is
 GROSS = 0.01  # share of a logit that rounding seldom explains
-FIRST = 3  # examples of a batch that are run alone: an odd number, so that what is mixed in pairs shows
+FIRST = 3  # examples of a batch that are run alone, at most: an odd number, so that what is mixed in pairs shows
 
 
 def apart(one: Tensor, other: Tensor) -> float:
@@ -129,9 +129,8 @@ class Batch:
 
     def _check_whole(self, logits: Tensor) -> None:
         """Compares the logits of the whole batch with what is known of it: an earlier run, or else one of its parts."""
-        if self._logits is not None:
-            known: Tensor | None = self._logits
-        else:
+        known = self._logits
+        if known is None:
             self._logits = logits
             known = self._in_parts()
         if known is not None and self._checks:

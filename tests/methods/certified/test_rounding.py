@@ -128,7 +128,7 @@ class TestRounding:
             # The class, not the value: the values of rows that noisy differ from call to call.
             assert torch.equal(found.runner_up, exact.runner_up)
             evaluated += int((found.vjps >= 120).sum())
-        assert evaluated >= 0.95 * 60 * 3
+        assert evaluated >= 0.97 * 60 * 3
 
 
 def cancelling(seed):
