@@ -80,7 +80,7 @@ class Example {
     return {prediction, {of(best), margin(best), best}};
   }
 
-  void sums(int64_t b, int64_t segment, const Winners& rows, const char* ahead, TwoRowSums* out) const {
+  void sums(int64_t b, int64_t segment, const Winners& rows, int64_t ahead, TwoRowSums* out) const {
     const int64_t at = segment * kSegment;
     winner_sums_(row(b, rows.prediction, at), row(b, rows.runner_up.index, at), x_.row(b) + at * kElementSize[x_.dtype],
                  segment_length(at, jacobian_.D), ahead, out);
@@ -142,9 +142,9 @@ class Example {
   double logit(int64_t b, int64_t j) const { return logits_.at(b * jacobian_.n + j); }
 
   // A short x would be asked for too late by the winner sums themselves; they prefetch that of the next example.
-  const char* x_ahead(int64_t b) const {
+  int64_t x_ahead(int64_t b) const {
     constexpr int64_t kShort = 16384;  // bytes
-    return b + 1 < jacobian_.B && jacobian_.D * kElementSize[x_.dtype] <= kShort ? x_.row(b + 1) : nullptr;
+    return b + 1 < jacobian_.B && jacobian_.D * kElementSize[x_.dtype] <= kShort ? x_.row(b + 1) - x_.row(b) : 0;
   }
 
   int q_;
@@ -197,7 +197,7 @@ void margin_geometry(int q, const Logits& logits, const Rows& jacobian, const In
   std::vector<TwoRowSums> two_rows(static_cast<size_t>(B * n_segments)), total(static_cast<size_t>(B));
   std::vector<Scaled> gaps(static_cast<size_t>(B * n_segments));
   parallel_for(threads, B * n_segments, 1, [&](int64_t unit, int) {
-    example.sums(unit / n_segments, unit % n_segments, winners[unit / n_segments], nullptr, &two_rows[unit]);
+    example.sums(unit / n_segments, unit % n_segments, winners[unit / n_segments], 0, &two_rows[unit]);
   });
   for (int64_t b = 0; b < B; ++b) total[b] = example.combine(&two_rows[b * n_segments], &gaps[b * n_segments]);
   parallel_for(threads, B * n_segments, 1, [&](int64_t unit, int) {

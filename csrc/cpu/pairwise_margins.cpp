@@ -67,8 +67,7 @@ struct Pairs {
           const void* row[kPairRows];
           for (int r = 0; r < n_rows; ++r) row[r] = jacobian.row(b, j + r) + begin * size;
           const int64_t at = ((i - i0) * tile_rows + (j - j0)) * n_segments + s;
-          fold_rows(anchor, anchors, row, n_rows, false, x_at, length, nullptr, scratch + at, dot_scratch + at,
-                    strides);
+          fold_rows(anchor, anchors, row, n_rows, false, x_at, length, 0, scratch + at, dot_scratch + at, strides);
         }
         i += anchors;
       }

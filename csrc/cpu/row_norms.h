@@ -42,13 +42,10 @@ class RowNorms {
     if (n_rows <= 0) return;
     const int64_t begin = segment * kSegment, offset = begin * kElementSize[rows_.dtype];
     const int64_t length = segment_length(begin, rows_.D);
-    const void *row[kMaxRows] = {}, *ahead[kMaxRows] = {}, *a = anchor + offset;
-    for (int r = 0; r < n_rows; ++r) {
-      row[r] = rows_.row(b, index(first + r, skip)) + offset;
-      ahead[r] = next(b, first + r, n_rows, total, skip, row[r]);
-    }
+    const void *row[kMaxRows], *a = anchor + offset;
+    for (int r = 0; r < n_rows; ++r) row[r] = rows_.row(b, index(first + r, skip)) + offset;
     Scaled sums[kMaxRows];
-    fold_rows_(&a, 1, row, n_rows, one_stream_, nullptr, length, prefetch_ ? ahead : nullptr, sums, nullptr, {0, 1});
+    fold_rows_(&a, 1, row, n_rows, one_stream_, nullptr, length, ahead(b, first, n_rows, total), sums, nullptr, {0, 1});
     for (int r = 0; r < n_rows; ++r) partial[index(first + r, skip) * count_ + segment] = sums[r];
   }
 
@@ -63,8 +60,6 @@ class RowNorms {
       for (int64_t s = 0; s < count_; ++s)
         for (int64_t group = 0; group < group_count(); ++group) run(b, group, s, anchor, skip, partial);
     }
-    if (skip < 0 || !is_small() || b + 1 == rows_.B) return;
-    for (int64_t k = 0; k < row_bytes_; k += 64) __builtin_prefetch(rows_.row(b + 1, skip) + k, 0, 2);
   }
 
  private:
@@ -74,18 +69,17 @@ class RowNorms {
   static int64_t index(int64_t k, int64_t skip) { return k + (skip >= 0 && k >= skip); }
   bool is_small() const { return rows_.n * row_bytes_ <= 128 * 1024; }
 
-  // Where to prefetch, as measured: in a small example the same row of the next one; of short rows the row a group
-  // later, or a page or two further on where they are read in one stream; along a long row a little further on.
-  const void* next(int64_t b, int64_t k, int n_rows, int64_t total, int64_t skip, const void* row) const {
+  // How many bytes ahead of its rows a group prefetches, as measured: in a small example the same rows of the next one;
+  // of short rows the next group, or a page or two further on where they are read in one stream; along a long row a
+  // little further on. The anchor is asked for the same way, since that of the next example may be the same row.
+  int64_t ahead(int64_t b, int64_t first, int n_rows, int64_t total) const {
     constexpr int64_t kAlong = 512, kStream = 8192;
-    if (row_bytes_ > kLongRow) return static_cast<const char*>(row) + kAlong;
-    if (one_stream_) return static_cast<const char*>(row) + kStream;
-    if (is_small()) {
-      return b + 1 < rows_.B ? rows_.row(b + 1, index(k, skip)) : row;
-    }
-    const int64_t later = k + n_rows;
-    if (later < total) return rows_.row(b, index(later, skip));
-    return b + 1 < rows_.B && later - total < rows_.n ? rows_.row(b + 1, later - total) : row;
+    if (!prefetch_) return 0;
+    if (row_bytes_ > kLongRow) return kAlong;
+    if (one_stream_) return kStream;
+    if (!is_small() && first + n_rows < total) return rows_.row(b, n_rows) - rows_.row(b, 0);
+    if (b + 1 == rows_.B) return 0;
+    return rows_.row(b + 1, 0) - rows_.row(b, is_small() ? 0 : first);
   }
 
   const Rows& rows_;

@@ -21,14 +21,14 @@ struct Strides {
 
 // The rows of a group share the loads of an anchor. For one segment of every pair (anchor, row), the fold of
 // anchor - row goes to norm[a * out.anchor + r * out.row] and, where x is given (as float, or as double for double
-// rows), <x, anchor - row> to the same place in dot. `ahead` says for each row where data that is needed soon lies; it
-// may be null. `one_stream`, with one anchor and without x, reads row after row and not all rows side by side.
+// rows), <x, anchor - row> to the same place in dot. `ahead`: how many bytes after anchors and rows data that is needed
+// soon lies, or 0. `one_stream`, with one anchor and without x, reads row after row and not all rows side by side.
 using FoldRowsFn = void (*)(const void* const* anchors, int n_anchors, const void* const* rows, int n_rows,
-                            bool one_stream, const void* x, int64_t len, const void* const* ahead, Scaled* norm,
-                            Scaled* dot, Strides out);
-// One segment of the winner sums; the norms are still folds, that of x with the perturbation's p. `ahead` says where
-// the same segment of an x that is needed soon lies; it may be null.
-using WinnerSumsFn = void (*)(const void* g, const void* row, const void* x, int64_t len, const char* ahead,
+                            bool one_stream, const void* x, int64_t len, int64_t ahead, Scaled* norm, Scaled* dot,
+                            Strides out);
+// One segment of the winner sums; the norms are still folds, that of x with the perturbation's p. `ahead`: how many
+// bytes after x one that is needed soon lies, or 0.
+using WinnerSumsFn = void (*)(const void* g, const void* row, const void* x, int64_t len, int64_t ahead,
                               TwoRowSums* out);
 // One segment of the fold of d/‖d‖ - g/‖g‖.
 using GapFn = double (*)(const void* g, const void* row, int64_t len, Unit d, Unit g_unit);

@@ -14,7 +14,7 @@ constexpr int kWinnerAdditions = 4, kDoubleAdditions = 32;
 
 template <int Q, class T, class X, class Scalar>
 __attribute__((always_inline)) static inline bool winner_sums_in(const T* g, const T* row, const X* x, int64_t len,
-                                                                 const char* ahead, TwoRowSums* out) {
+                                                                 int64_t ahead, TwoRowSums* out) {
   constexpr int P = dual_norm(Q);  // the norm of x is the dual of the gradients'
   typedef Lanes<T, Scalar> L;
   typedef typename L::Vec Vec;
@@ -22,10 +22,12 @@ __attribute__((always_inline)) static inline bool winner_sums_in(const T* g, con
   constexpr int kSums = kCross ? 6 : 5;
   VecD total[6] = {};
   Vec acc[2][kSums] = {};
-  auto step = [&](int h, auto load) __attribute__((always_inline)) {
+  auto step = [&](int h, int64_t at, auto load) __attribute__((always_inline)) {
     const auto gs = load(g), rows = load(row);
+    constexpr int H = sizeof(gs) / sizeof(Vec);
+    prefetch<L>(x + at, ahead, H);
     const auto xs = load(x);
-    for (unsigned k = 0; k < sizeof(gs) / sizeof(Vec); ++k, ++h) {
+    for (int k = 0; k < H; ++k, ++h) {
       const Vec gv = gs.of[k], d = gv - rows.of[k], xv = xs.of[k];
       acc[h][0] = multiply_add(xv, gv, acc[h][0]);
       acc[h][1] = multiply_add(xv, d, acc[h][1]);
@@ -45,11 +47,7 @@ __attribute__((always_inline)) static inline bool winner_sums_in(const T* g, con
     for (int h = 0; h < 2; ++h)
       for (Vec& v : acc[h]) v = Vec{};
   };
-  auto prefetch = [=](int64_t k) __attribute__((always_inline)) {
-    constexpr int kStep = 2 * L::kWidth * sizeof(X);  // bytes
-    for (int line = 0; ahead && line < kStep; line += 64) __builtin_prefetch(ahead + k * sizeof(X) + line, 0, 2);
-  };
-  in_runs<L, L::kFloat ? kWinnerAdditions : kDoubleAdditions>(len, step, flush_all, prefetch);
+  in_runs<L, L::kFloat ? kWinnerAdditions : kDoubleAdditions>(len, step, flush_all);
   double dots[4], norms[4];
   reduce_four<kL1>(total[0], total[1], total[5], total[5], dots);
   *out = {{dots[0], 0}, {dots[1], 0}, {0, 0}, {0, 0}, {0, 0}, {dots[2], 0}};
@@ -65,14 +63,14 @@ __attribute__((always_inline)) static inline bool winner_sums_in(const T* g, con
 }
 
 template <int Q, class T, class X>
-static void winner_sums(const void* g_ptr, const void* row_ptr, const void* x_ptr, int64_t len, const char* ahead,
+static void winner_sums(const void* g_ptr, const void* row_ptr, const void* x_ptr, int64_t len, int64_t ahead,
                         TwoRowSums* out) {
   const T* g = static_cast<const T*>(g_ptr);
   const T* row = static_cast<const T*>(row_ptr);
   const X* x = static_cast<const X*>(x_ptr);
   if constexpr (Q == kL2 && sizeof(T) < 8) {
     if (winner_sums_in<Q, T, X, float>(g, row, x, len, ahead, out)) return;
-    ahead = nullptr;
+    ahead = 0;
   }
   winner_sums_in<Q, T, X, double>(g, row, x, len, ahead, out);
   if constexpr (sizeof(T) == 8) {
@@ -92,7 +90,7 @@ template <int Q, class T, bool Shifted>
 static double gap_sum(const T* g, const T* row, int64_t len, Unit du, Unit gu) {
   typedef Lanes<T, double> L;
   VecD total = {}, acc[2] = {};
-  auto step = [&](int h, auto load) __attribute__((always_inline)) {
+  auto step = [&](int h, int64_t at, auto load) __attribute__((always_inline)) {
     const auto gs = load(g), rows = load(row);
     for (unsigned k = 0; k < sizeof(gs) / sizeof(VecD); ++k, ++h) {
       VecD gv = gs.of[k], d = gv - rows.of[k];
@@ -107,7 +105,7 @@ static double gap_sum(const T* g, const T* row, int64_t len, Unit du, Unit gu) {
     total = flush<Q>(total, acc[0], acc[1]);
     acc[0] = acc[1] = VecD{};
   };
-  in_runs<L, kDoubleAdditions>(len, step, flush_all, [](int64_t) {});
+  in_runs<L, kDoubleAdditions>(len, step, flush_all);
   return reduce<Q>(total);
 }
 
