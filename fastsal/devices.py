@@ -27,4 +27,4 @@ def to_device(values: Any, device: torch.device) -> Tensor:
 
 def take(values: Tensor, examples: np.ndarray) -> Tensor:
     """The entries of values [E, ...] for examples, int64 [e], ascending; not copied where these are all."""
-    return values if len(examples) == len(values) else values[to_device(examples, values.device)]
+    return values if len(examples) == values.shape[0] else values.index_select(0, to_device(examples, values.device))
