@@ -56,7 +56,7 @@ class Basis:
     def span(self, e: np.ndarray, rows: Tensor) -> None:
         """Adds rows [e, c, D] to the basis of examples e, orthonormalised, and takes the JVPs."""
         state, basis = self._state, take(self.directions, e)
-        rows = state.per_unit(e, state.norm.rows(e, rows))
+        rows = state.in_units(e, rows)
         length = torch.linalg.vector_norm(rows, dim=2, keepdim=True)
         rows /= torch.where(length > 0, length, 1.0)
         rows.baddbmm_(rows @ basis.mT, basis, alpha=-1)

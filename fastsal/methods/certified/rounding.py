@@ -45,7 +45,7 @@ class Rounding:
         """Sets the sizes of gradients of examples e: the typical one, and that of the predicted class."""
         state = self._state
         self.typical[state.on_device(e)] = self.sizes(e).square().mean(1).sqrt()
-        row = state.per_unit(e, state.norm.rows(e, take(state.early_rows, e)[:, :1]))
+        row = state.in_units(e, take(state.early_rows, e)[:, :1])
         self.own[state.on_device(e)] = torch.linalg.vector_norm(row, dim=2).squeeze(1)
 
     def trust(self, e: np.ndarray) -> np.ndarray:
@@ -131,7 +131,8 @@ class Rounding:
     def _compare_mixture(self, e: np.ndarray, cotangents: Tensor, most: Tensor) -> None:
         """Lets a mixture be off by what rounding does to its classes, or by `most` [e, 1] if that is less."""
         rounding = (cotangents.squeeze(1) * self._mixed(e, self.errors(e)[0])).square().sum(1, keepdim=True).sqrt()
-        rows, size = self._state.mixtures(e, cotangents), torch.minimum(rounding, most) / take(self.eta, e).unsqueeze(1)
+        rows = self._state.in_units(e, self._state.mixtures(e, cotangents))
+        size = torch.minimum(rounding, most) / take(self.eta, e).unsqueeze(1)
         self.check(e, self._gap(e, rows, lambda values: cotangents.double() @ values.mT, size))
 
     def look(self, e: np.ndarray) -> None:
@@ -142,19 +143,17 @@ class Rounding:
 
     def row_gap(self, e: np.ndarray, classes: Tensor, rows: Tensor) -> Tensor:
         """How far rows [e, c, D] are from the JVPs of their classes, in the units of η: [e], the largest over the classes."""
-        pick = classes.unsqueeze(1)
-        size = torch.linalg.vector_norm(self._state.per_unit(e, self._state.norm.rows(e, rows)), dim=2)
-        size = torch.maximum(size, take(self.typical, e).unsqueeze(1))
+        pick, rows = classes.unsqueeze(1), self._state.in_units(e, rows)
+        size = torch.maximum(torch.linalg.vector_norm(rows, dim=2), take(self.typical, e).unsqueeze(1))
         return self._gap(e, rows, lambda values: values.gather(2, pick.expand(-1, values.shape[1], -1)).mT, size)
 
     def _gap(self, e: np.ndarray, rows: Tensor, expected: Callable[[Tensor], Tensor], size: Tensor) -> Tensor:
-        """How far rows [e, c, D] are from what products [e, k, n] make of them, [e, c, k], in units of `size` [e, c].
+        """How far rows [e, c, D], in units, are from what products [e, k, n] make of them, [e, c, k], relative to `size` [e, c].
 
         The larger of two figures: the norm over the basis, and the root mean square over the pilot probes and the probes; of
         these, the largest over the rows, [e].
         """
         state, basis, probes = self._state, self._basis, self._probes
-        rows = state.per_unit(e, state.norm.rows(e, rows))
         inside = rows @ take(basis.directions, e).mT
 
         def square(got: Tensor, values: Tensor) -> Tensor:

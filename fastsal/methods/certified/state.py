@@ -69,6 +69,10 @@ class State:
         """Values [e, k, ...] in the examples' units."""
         return values / take(self.unit, e).view(-1, 1, 1)
 
+    def in_units(self, e: np.ndarray, rows: Tensor) -> Tensor:
+        """Rows [e, c, D] as the certificate works with them: in the examples' units and the norm's weights, float64."""
+        return self.per_unit(e, self.norm.rows(e, rows))
+
     def products(self, e: np.ndarray, directions: Tensor) -> Tensor:
         """J times directions [e, k, D], in the examples' units: [e, k, n]."""
         products = self.passes.jvp(e, self.norm.directions(e, directions))
