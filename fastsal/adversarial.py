@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from fastsal import methods, validation
 from fastsal.methods import Method
 from fastsal.methods.base import Question, Selection
-from fastsal.model.calling import Model, call
+from fastsal.model.calling import Model, logits_alone
 from fastsal.model.function import nonempty
 from fastsal.model.linearization import Linearization, linearize
 from fastsal.tensor import reference
@@ -55,8 +55,7 @@ def distances(a: Tensor, b: Tensor, norm: float) -> Tensor:
 
 def predicted(model: Model, x: Tensor) -> Tensor:
     """What the model predicts: int64 [B]."""
-    with torch.no_grad():
-        return call(model, x).argmax(1)
+    return logits_alone(model, x).argmax(1)
 
 
 def to_boundary(model: Model, x: Tensor, adversarial: Tensor, reference: Tensor) -> Tensor:

@@ -2,6 +2,7 @@
 
 import math
 
+import pyarrow.parquet
 import pytest
 import torch
 import torch.nn.functional as F
@@ -11,6 +12,7 @@ from torch import nn
 import fastsal
 from fastsal import Candidates, Certified, Exact, analyze
 from fastsal.methods import certified
+from fastsal.model.calling import logits_alone
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -261,3 +263,29 @@ def test_a_model_that_takes_gradients_of_its_own(batch, method):
     if method != "candidates":
         assert found.certified.all()
         assert_kept(found, ratios(*dense(model, x)))
+
+
+def test_what_runs_a_model_alone_lets_it_take_gradients_of_its_own(tmp_path):
+    model, x = Relaxed().eval(), torch.randn(4, 5, 8, generator=torch.Generator().manual_seed(0))
+
+    def predicted(points):
+        return model(points.clone().requires_grad_()).argmax(1)
+
+    found = fastsal.deepfool(model, x)
+    assert found.success.all()
+    assert torch.equal(found.prediction, predicted(x))
+    assert torch.equal(found.adversarial_class, predicted(found.adversarial))
+    assert (found.adversarial_class != found.prediction).all()
+    fastsal.evaluate(model, torch.utils.data.TensorDataset(x), tmp_path, batch_size=4, progress=False)
+    table = pyarrow.parquet.read_table(tmp_path)
+    assert table["error"].null_count == 4
+    want = analyze(model, x).linearized_robustness
+    assert torch.equal(torch.tensor(table["linearized_robustness"].to_pylist()), want)
+
+
+def test_the_first_error_of_a_model_is_the_one_that_is_told():
+    def model(x):
+        raise ValueError("with a graph neither" if x.requires_grad else "no graph, no logits")
+
+    with pytest.raises(ValueError, match="no graph, no logits"):
+        logits_alone(model, torch.ones(1, 2))

@@ -7,13 +7,12 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
-import torch
 from torch import Tensor
 
 from fastsal.cli import inputs, models
 from fastsal.cli.options import positive
 from fastsal.files import Blame, CommandError
-from fastsal.model.calling import call
+from fastsal.model.calling import logits_alone
 
 
 def add_arguments(parser: argparse.ArgumentParser, *, required: bool) -> None:
@@ -63,13 +62,13 @@ def data(arguments: argparse.Namespace, loaded: models.Loaded) -> tuple[inputs.A
         raise CommandError(f"--{given[0].replace('_', '-')}: {arguments.model} brings its own")
 
     def classes(x: Tensor) -> int:
-        with Blame(f"--model {arguments.model} on x of shape {tuple(x.shape)}"), torch.no_grad():
+        with Blame(f"--model {arguments.model} on x of shape {tuple(x.shape)}"):
             try:
-                return call(loaded.model, x.to(dtype)).shape[1]
+                return logits_alone(loaded.model, x.to(dtype)).shape[1]
             except Exception as error:
                 hint = ""
                 with contextlib.suppress(Exception):
-                    call(loaded.model, x[:, :1].to(dtype))
+                    logits_alone(loaded.model, x[:, :1].to(dtype))
                     hint = f"--model {arguments.model}: takes images of one channel: --channels 1"
                 raise CommandError(hint) if hint else error from error
 

@@ -16,7 +16,7 @@ from fastsal import methods, validation
 from fastsal.analysis import analyze
 from fastsal.evaluation.tables import MISSING, NO_CLASS, Columns
 from fastsal.files import one_line
-from fastsal.model.calling import Model, call
+from fastsal.model.calling import Model, logits_alone
 from fastsal.model.chunking import is_out_of_memory
 from fastsal.progress import Report, ignore
 from fastsal.tensor.geometry import Geometry
@@ -128,8 +128,7 @@ class Analysis:
                 continue
             x = one.unsqueeze(0).to(self.device, dtype)
             try:
-                with torch.no_grad():
-                    return x, x.dtype, call(self.model, x).shape[1], label
+                return x, x.dtype, logits_alone(self.model, x).shape[1], label
             except Exception as error:
                 problem = f"model: on x of shape {tuple(x.shape)}: {one_line(error)}"
         raise RuntimeError(problem)

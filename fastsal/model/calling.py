@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from fastsal import validation
+from fastsal.model.chunking import is_out_of_memory
 
 Model = Callable[[Tensor], Tensor]
 
@@ -147,6 +148,24 @@ def call(model: Model, x: Tensor) -> Tensor:
         raise ValueError(f"model: returned shape {tuple(logits.shape)}, {wants}")
     logits = logits.to(validation.output_dtype(x.dtype))
     return two_logits(logits) if logits.dim() == 1 or logits.shape[1] == 1 else logits
+
+
+def logits_alone(model: Model, x: Tensor) -> Tensor:
+    """The logits of a model at x [B, *S] without a graph: [B, n], as `call` has them.
+
+    A model that takes gradients of its own inside, as of an energy, cannot run without one, and is run with it.
+    """
+    try:
+        with torch.no_grad():
+            return call(model, x)
+    except Exception as error:  # user code
+        if is_out_of_memory(error):
+            raise
+        try:
+            with torch.inference_mode(False), torch.enable_grad():
+                return call(model, x.detach().clone().requires_grad_()).detach()
+        except Exception:
+            raise error from None  # that was not it
 
 
 def check_differentiable(gradient: Tensor) -> None:

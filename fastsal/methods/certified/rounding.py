@@ -148,7 +148,7 @@ class Rounding:
         return self._gap(e, rows, lambda values: values.gather(2, pick.expand(-1, values.shape[1], -1)).mT, size)
 
     def _gap(self, e: np.ndarray, rows: Tensor, expected: Callable[[Tensor], Tensor], size: Tensor) -> Tensor:
-        """How far rows [e, c, D], in units, are from what products [e, k, n] make of them, [e, c, k], relative to `size` [e, c].
+        """How far rows [e, c, D] in units are from what products [e, k, n] make of them, [e, c, k], over `size` [e, c].
 
         The larger of two figures: the norm over the basis, and the root mean square over the pilot probes and the probes; of
         these, the largest over the rows, [e].
