@@ -71,7 +71,8 @@ class RowNorms {
 
   // How many bytes ahead of its rows a group prefetches, as measured: in a small example the same rows of the next one;
   // of short rows the next group, or a page or two further on where they are read in one stream; along a long row a
-  // little further on. The anchor is asked for the same way, since that of the next example may be the same row.
+  // little further on. The anchor is asked for as far ahead, which in a small example of margin_geometry is the next
+  // one's, where the same class wins.
   int64_t ahead(int64_t b, int64_t first, int n_rows, int64_t total) const {
     constexpr int64_t kAlong = 512, kStream = 8192;
     if (!prefetch_) return 0;
