@@ -46,7 +46,7 @@ LAYERS = (
     ("model.inputs", "tensor.tolerance", "_cpu", "_cuda"),
     ("model.function",),
     ("model.calling",),
-    ("model.chunking", "model.private"),
+    ("model.attention", "model.chunking", "model.private"),
     ("tensor.reference",),
     ("devices", "files", "progress", "validation"),
 )

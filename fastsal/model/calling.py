@@ -8,7 +8,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from fastsal import validation
 from fastsal.model.chunking import is_out_of_memory
@@ -78,18 +77,6 @@ def recording(model: Model, x: Tensor) -> Iterator[None]:
             yield
         finally:
             torch.set_autocast_cache_enabled(cached)
-
-
-@contextlib.contextmanager
-def math_attention() -> Iterator[None]:
-    """Computes attention by plain operations inside: the fused kernels have neither forward-mode nor second derivatives."""
-    fast = torch.backends.mha.get_fastpath_enabled()
-    torch.backends.mha.set_fastpath_enabled(False)
-    try:
-        with sdpa_kernel(SDPBackend.MATH):
-            yield
-    finally:
-        torch.backends.mha.set_fastpath_enabled(fast)
 
 
 def flatten(value: Tensor, lead: int) -> Tensor:

@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 
 from fastsal.devices import take
-from fastsal.model.calling import call, math_attention
+from fastsal.model.attention import math_attention
+from fastsal.model.calling import call
 from fastsal.model.chunking import vmap
 from fastsal.model.linearization import Linearization
 

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from fastsal.devices import to_device
+from fastsal.model.attention import math_attention
 from fastsal.model.calling import (
     Model,
     call,
@@ -18,7 +19,6 @@ from fastsal.model.calling import (
     check_evaluation_mode,
     check_input,
     flatten,
-    math_attention,
     recording,
 )
 from fastsal.model.chunking import (

@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 
 from fastsal.devices import take, to_device, to_host
-from fastsal.model.calling import call, flatten, math_attention
+from fastsal.model.attention import math_attention
+from fastsal.model.calling import call, flatten
 from fastsal.model.chunking import first_line, in_parts, is_out_of_memory, vmap
 from fastsal.model.double_backward import DoubleBackward
 from fastsal.model.linearization import Linearization

@@ -29,7 +29,8 @@ from torch import Tensor, fx, nn
 
 from fastsal.devices import take
 from fastsal.model import private
-from fastsal.model.calling import call, math_attention
+from fastsal.model.attention import math_attention
+from fastsal.model.calling import call
 from fastsal.model.chunking import first_line, is_out_of_memory
 from fastsal.model.function import Function
 from fastsal.model.linearization import Linearization
