@@ -2,8 +2,8 @@
 
 The fused kernels have neither forward-mode nor second derivatives. Plain operations have, but form the weights of every query
 with every key, and pass over them in memory several times: 54 MB a layer for the 1500 places of a Whisper tiny's encoder. Taken
-in blocks that fit a cache, a JVP at the log-mel features of that Whisper, the derivative of a recorded backward pass, takes 0.53 s
-instead of 0.72 s, where a VJP through fused attention takes 0.40 s (a Zen 4, 2 threads).
+in blocks that fit a cache, a JVP at the log-mel features of that Whisper, the derivative of a recorded backward pass, takes
+0.53 s instead of 0.72 s, where a VJP through fused attention takes 0.40 s (a Zen 4, 2 threads).
 """
 
 import contextlib
@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-# Bytes of the weights of a block. For the Whisper above, a JVP takes 0.63 s at 1 MiB, 0.58 at 4, 0.53 at 8, 0.57 at 16, 0.62 at 24.
+# Bytes of the weights of a block. For the Whisper above, a JVP takes 0.63 s at 1 MiB, 0.58 at 4, 0.53 at 8, 0.62 at 24.
 BLOCK = 1 << 23
 QUERIES = 64  # in a block at least, so that reading the keys anew for each costs nothing
 

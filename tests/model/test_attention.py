@@ -173,7 +173,8 @@ class TestInModels:
         model, x = Attending().double().eval(), torch.randn(9, 11, 8, dtype=torch.float64)
         found = fastsal.analyze(model, x, method="certified", chunk_size=5)
         wanted = fastsal.analyze(model, x, method="exact")
-        assert found.certified.all() and (found.runner_up == wanted.runner_up).all()
+        assert found.certified.all()
+        assert (found.runner_up == wanted.runner_up).all()
         torch.testing.assert_close(found.linearized_robustness, wanted.linearized_robustness, rtol=1e-12, atol=0)
 
     def test_margin_losses(self, small_blocks):
