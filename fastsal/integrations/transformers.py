@@ -37,8 +37,7 @@ class NextToken(nn.Module):
             inputs["use_cache"] = False
 
         def at(values: Tensor) -> Tensor:
-            if isinstance(position, int):
-                return values[:, position]
+            # Not a slice of them, whose gaps make torch read the head's weights anew for each row and direction.
             return values[torch.arange(len(values), device=values.device), position]
 
         # A head for a large vocabulary, at every position, would be most of the work.

@@ -23,7 +23,7 @@ QUERIES = 64  # in a block at least, so that reading the keys anew for each cost
 
 @contextlib.contextmanager
 def math_attention() -> Iterator[None]:
-    """Computes attention by plain operations inside, in blocks of queries where the weights of all would not fit a cache.
+    """Computes attention by plain operations inside; on a CPU in blocks, where the weights of all queries do not fit a cache.
 
     That holds for what goes through `torch.nn.functional.scaled_dot_product_attention`, as `nn.MultiheadAttention` does too.
     """
@@ -51,7 +51,7 @@ def _in_blocks(whole: Callable[..., Tensor]) -> Callable[..., Tensor]:
         **options: Any,
     ) -> Tensor:
         given = query, key, value, attn_mask, dropout_p, is_causal
-        if query.is_nested or query.dim() < 3 or (is_causal and attn_mask is not None):
+        if query.device.type != "cpu" or query.is_nested or query.dim() < 3 or (is_causal and attn_mask is not None):
             return whole(*given, **options)
         queries, keys = query.shape[-2], key.shape[-2]
         size = max(QUERIES, BLOCK // max(1, math.prod(query.shape[:-2]) * keys * query.element_size()))
@@ -61,8 +61,7 @@ def _in_blocks(whole: Callable[..., Tensor]) -> Callable[..., Tensor]:
         for start in range(0, queries, size):
             mask, end = attn_mask, min(start + size, queries)
             if is_causal:
-                rows = torch.arange(start, end, device=query.device).unsqueeze(1)
-                mask = rows >= torch.arange(keys, device=query.device)
+                mask = torch.arange(start, end).unsqueeze(1) >= torch.arange(keys)
             elif mask is not None and mask.dim() > 1 and mask.shape[-2] > 1:
                 mask = mask[..., start:end, :]
             blocks.append(whole(query[..., start:end, :], key, value, mask, dropout_p, False, **options))

@@ -2,12 +2,16 @@
 
 import math
 
+import numpy as np
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import fastsal
 from fastsal import Certified, Exact, analyze
 from fastsal.integrations import transformers as drop_in
+from fastsal.model.linearization import linearize
+from fastsal.model.products import ModelPasses
 
 V, CLASSES = 300, 200
 IDS = {"bos_token_id": 0, "eos_token_id": 1, "pad_token_id": 2}
@@ -202,6 +206,34 @@ def test_positions(library, position):
     with torch.no_grad():
         want = model(TOKENS).logits[torch.arange(3), position]
         torch.testing.assert_close(asked["model"](asked["x"], **asked["kwargs"]), want, rtol=1e-5, atol=1e-5)
+
+
+class Weights(TorchDispatchMode):
+    """The most entries that an operand with the shape of the head's weights has, for all examples and rows together."""
+
+    entries = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        for one in args:
+            if isinstance(one, torch.Tensor) and set(one.shape[-2:]) == {V, 32}:
+                self.entries = max(self.entries, one.numel())
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("frozen", [True, False])
+@pytest.mark.parametrize("examples", [1, 3])
+@pytest.mark.parametrize("many", [True, False])
+def test_products_read_the_head_once(library, many, examples, frozen):
+    """Not once for each example and each of four rows or directions."""
+    model = library.GPT2LMHeadModel(library.GPT2Config(vocab_size=V, n_embd=32, n_layer=1, n_head=2, **IDS)).eval()
+    position = torch.tensor([1, 3, 5])[:examples] if many else -1
+    asked = drop_in.next_token(model.requires_grad_(not frozen), TOKENS[:examples], position=position)
+    every = np.arange(examples)
+    with Weights() as seen, linearize(**asked) as graph:
+        passes = ModelPasses(graph, every, None)
+        passes.vjp(every, torch.randn(examples, 4, V))
+        passes.jvp(every, torch.randn(examples, 4, passes.dimension))
+    assert seen.entries == V * 32
 
 
 def test_what_is_missing_is_named(library):

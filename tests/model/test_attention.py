@@ -141,6 +141,13 @@ class TestMemory:
             layer(torch.randn(1, 1000, 8, requires_grad=True))
         assert seen.entries <= 2 * 1000 * 64
 
+    def test_of_other_devices(self, small_blocks):
+        """In one piece: nobody has measured what a cache that is not a processor's gains."""
+        given = [torch.empty(2, 100, 4, device="meta") for _ in range(3)]
+        with Largest() as seen, math_attention():
+            F.scaled_dot_product_attention(*given)
+        assert seen.entries == 2 * 100 * 100
+
     def test_many_heads_and_examples_still_share_the_keys(self, monkeypatch):
         """A block never has fewer queries than make reading the keys cheap."""
         monkeypatch.setattr(attention, "BLOCK", 1)
