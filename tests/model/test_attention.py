@@ -5,12 +5,13 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
+from networks import LargestTensor
 from torch import nn
-from torch.utils._python_dispatch import TorchDispatchMode
 
 import fastsal
 from fastsal.model import attention
 from fastsal.model.attention import math_attention
+from fastsal.model.traced import TracedPasses
 
 
 @pytest.fixture
@@ -18,19 +19,6 @@ def small_blocks(monkeypatch):
     """Blocks of three queries."""
     monkeypatch.setattr(attention, "BLOCK", 1)
     monkeypatch.setattr(attention, "QUERIES", 3)
-
-
-class Largest(TorchDispatchMode):
-    """The most entries that any result inside has."""
-
-    entries = 0
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        result = func(*args, **(kwargs or {}))
-        for one in result if isinstance(result, tuple) else (result,):
-            if isinstance(one, torch.Tensor):
-                self.entries = max(self.entries, one.numel())
-        return result
 
 
 def by_formula(query, key, value, mask=None, causal=False, scale=None, groups=1):
@@ -73,13 +61,12 @@ class TestValuesAndDerivatives:
             gradients = torch.autograd.grad(value, leaves, cotangent, create_graph=True)
             return [value, *gradients, *torch.autograd.grad(gradients, cotangent, along)]
 
-        with math_attention(), Largest() as seen:
+        with math_attention():
             found = products(lambda *given: F.scaled_dot_product_attention(*given, mask, is_causal=causal, **options))
         groups = HEADS // heads
         wanted = products(lambda *given: by_formula(*given, mask, causal, options.get("scale"), groups))
         for one, other in zip(found, wanted, strict=True):
             torch.testing.assert_close(one, other, rtol=1e-12, atol=1e-12)
-        return seen.entries
 
     @pytest.mark.parametrize("kind", [torch.bool, torch.float64])
     @pytest.mark.parametrize("shape", MASKS.values(), ids=MASKS)
@@ -127,7 +114,7 @@ class TestMemory:
     def test_of_attention(self, causal, monkeypatch):
         monkeypatch.setattr(attention, "BLOCK", 4 * 2 * 1000 * 64)
         given = [drawn(i, 2, 1000, 4).float().requires_grad_() for i in range(3)]
-        with Largest() as seen, math_attention():
+        with LargestTensor() as seen, math_attention():
             value = F.scaled_dot_product_attention(*given, is_causal=causal)
             cotangent = torch.ones_like(value, requires_grad=True)
             gradients = torch.autograd.grad(value, given, cotangent, create_graph=True)
@@ -137,30 +124,38 @@ class TestMemory:
     def test_of_torchs_own_layer(self, monkeypatch):
         monkeypatch.setattr(attention, "BLOCK", 4 * 2 * 1000 * 64)
         layer = nn.TransformerEncoderLayer(8, 2, 8, batch_first=True).eval()
-        with Largest() as seen, math_attention():
+        with LargestTensor() as seen, math_attention():
             layer(torch.randn(1, 1000, 8, requires_grad=True))
         assert seen.entries <= 2 * 1000 * 64
 
     def test_of_other_devices(self, small_blocks):
         """In one piece: nobody has measured what a cache that is not a processor's gains."""
         given = [torch.empty(2, 100, 4, device="meta") for _ in range(3)]
-        with Largest() as seen, math_attention():
+        with LargestTensor() as seen, math_attention():
             F.scaled_dot_product_attention(*given)
         assert seen.entries == 2 * 100 * 100
 
-    def test_many_heads_and_examples_still_share_the_keys(self, monkeypatch):
-        """A block never has fewer queries than make reading the keys cheap."""
+    def test_of_many_heads(self, monkeypatch):
+        """A block never has fewer queries than that reading the keys pays; of several examples one comes at a time."""
         monkeypatch.setattr(attention, "BLOCK", 1)
         given = [torch.randn(3, 4, 100, 2) for _ in range(3)]
-        with Largest() as seen, math_attention():
+        with LargestTensor() as seen, math_attention():
             F.scaled_dot_product_attention(*given)
-        assert seen.entries == 3 * 4 * 100 * attention.QUERIES
+        assert seen.entries == 4 * 100 * attention.QUERIES
+
+    def test_of_short_sequences_in_a_large_batch(self, monkeypatch):
+        """Some examples at a time, whose queries stay together."""
+        monkeypatch.setattr(attention, "BLOCK", 4 * 2 * 4 * 50 * 50)
+        given = [torch.randn(7, 4, 50, 2) for _ in range(3)]
+        with LargestTensor() as seen, math_attention():
+            F.scaled_dot_product_attention(*given)
+        assert seen.entries == 2 * 4 * 50 * 50
 
 
 class Attending(nn.Module):
     """Places that attend to each other, a causal half of the heads and a free one."""
 
-    def __init__(self, places=11, width=8, classes=40):
+    def __init__(self, places=11, width=8, classes=200):
         super().__init__()
         self.project = nn.Linear(width, 3 * width)
         self.head = nn.Linear(places * width, classes)
@@ -174,13 +169,19 @@ class Attending(nn.Module):
 class TestInModels:
     @pytest.mark.parametrize("traced", [False, True])
     def test_certified_equals_exact(self, traced, small_blocks, monkeypatch):
+        """In two groups of examples, with products in a trace and without."""
+        monkeypatch.setattr("fastsal.methods.certified.GROUP_BYTES", 8 * 20 * 88 * 5)
         if traced:
             monkeypatch.setattr("fastsal.model.traced.PAYS", 0)
+        made, plain = [], TracedPasses.jvp
+        monkeypatch.setattr(TracedPasses, "jvp", lambda self, *given: made.append(1) or plain(self, *given))
         torch.manual_seed(3)
         model, x = Attending().double().eval(), torch.randn(9, 11, 8, dtype=torch.float64)
-        found = fastsal.analyze(model, x, method="certified", chunk_size=5)
+        found = fastsal.analyze(model, x, method="certified")
         wanted = fastsal.analyze(model, x, method="exact")
         assert found.certified.all()
+        assert (found.jvps > 0).all()
+        assert bool(made) is traced
         assert (found.runner_up == wanted.runner_up).all()
         torch.testing.assert_close(found.linearized_robustness, wanted.linearized_robustness, rtol=1e-12, atol=0)
 
