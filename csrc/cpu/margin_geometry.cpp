@@ -15,24 +15,31 @@ struct Winners {
   Candidate runner_up;
 };
 
+// What one thread works with for one example: [n, segments], [n], [segments] and [segments].
+struct Scratch {
+  Scaled* folds;
+  double* ratios;
+  TwoRowSums* two_rows;
+  Scaled* gaps;
+};
+
 // The index that comes first by is_before among n >= 1 values, the lowest among equals. Where the least is infinite,
 // `sooner(j, i)` says whether j > i comes before i. Finite values are searched without a branch that depends on them.
-template <class Value, class Sooner>
-inline int64_t first_of_all(int64_t n, const Value& value, const Sooner& sooner) {
-  double least = value(0);
-  bool ordered = true;
-  for (int64_t j = 0; j < n; ++j) {
-    const double v = value(j);
-    ordered = ordered & (v == v);
-    least = v < least ? v : least;
-  }
+template <class Sooner>
+inline int64_t first_of_all(int64_t n, const double* values, const Sooner& sooner) {
+  double least = values[0];
   int64_t best = 0;
-  if (ordered && least < INFINITY) {
-    while (value(best) != least) ++best;
-    return best;
-  }
+  bool ordered = least == least;
   for (int64_t j = 1; j < n; ++j) {
-    const double v = value(j), now = value(best);
+    const bool less = values[j] < least;
+    ordered = ordered & (values[j] == values[j]);
+    best ^= (best ^ j) & -static_cast<int64_t>(less);
+    least = less ? values[j] : least;
+  }
+  if (ordered && least < INFINITY) return best;
+  best = 0;
+  for (int64_t j = 1; j < n; ++j) {
+    const double v = values[j], now = values[best];
     if (is_before(v, now) || (v == INFINITY && now == INFINITY && sooner(j, best))) best = j;
   }
   return best;
@@ -56,34 +63,39 @@ class Example {
 
   const RowNorms& row_norms() const { return row_norms_; }
 
-  int64_t prediction(int64_t b) const {
-    return first_of_all(jacobian_.n, [=](int64_t j) { return -logit(b, j); }, [](int64_t, int64_t) { return false; });
+  // The predicted class. below: [n], becomes minus the logits.
+  int64_t prediction(int64_t b, double* below) const {
+    const int64_t n = jacobian_.n;
+    for (int64_t j = 0; j < n; ++j) below[j] = -logit(b, j);
+    return first_of_all(n, below, [](int64_t, int64_t) { return false; });
   }
 
-  // Joins the rows' folds [n, segments] into the distances and the runner-up. Of the folds nothing is left.
-  Winners select(int64_t b, int64_t prediction, Scaled* partial) const {
+  // Joins the rows' folds [n, segments] into the distances and the runner-up. ratios: [n], minus the logits, becomes
+  // the distances. Of the folds nothing is left.
+  Winners select(int64_t b, int64_t prediction, Scaled* folds, double* ratios) const {
     const int64_t n = jacobian_.n;
     auto margin = [=](int64_t j) { return logit(b, prediction) - logit(b, j); };
-    for (int64_t j = 0; j < n; ++j) {
-      const double norm = to_double(norm_segments(q_, partial + j * n_segments_, n_segments_));
-      partial[j * n_segments_].value = ratio(margin(j), norm);
+    folds[prediction * n_segments_] = {1, 0};
+    if (!plain_ratios(ratios[prediction], folds, ratios)) {
+      for (int64_t j = 0; j < n; ++j) {
+        ratios[j] = ratio(margin(j), to_double(norm_segments(q_, folds + j * n_segments_, n_segments_)));
+      }
     }
-    partial[prediction * n_segments_].value = INFINITY;
-    for (int64_t j = 0; j < n; ++j) distances_.set(b * n + j, partial[j * n_segments_].value);
-    auto of = [=](int64_t j) { return partial[j * n_segments_].value; };
+    ratios[prediction] = INFINITY;
+    for (int64_t j = 0; j < n; ++j) distances_.set(b * n + j, ratios[j]);
     // Where all ratios are infinite, by margin; the prediction never.
-    const int64_t best = first_of_all(n, of, [=](int64_t j, int64_t than) {
+    const int64_t best = first_of_all(n, ratios, [=](int64_t j, int64_t than) {
       return than == prediction || (j != prediction && margin(j) < margin(than));
     });
     indices_[b] = prediction;
     indices_[jacobian_.B + b] = best;
-    return {prediction, {of(best), margin(best), best}};
+    return {prediction, {ratios[best], margin(best), best}};
   }
 
-  void sums(int64_t b, int64_t segment, const Winners& rows, int64_t ahead, TwoRowSums* out) const {
+  void sums(int64_t b, int64_t segment, const Winners& rows, const Soon& soon, TwoRowSums* out) const {
     const int64_t at = segment * kSegment;
     winner_sums_(row(b, rows.prediction, at), row(b, rows.runner_up.index, at), x_.row(b) + at * kElementSize[x_.dtype],
-                 segment_length(at, jacobian_.D), ahead, out);
+                 segment_length(at, jacobian_.D), soon, out);
   }
 
   // The norms and dot products over all of D from their segments.
@@ -124,14 +136,15 @@ class Example {
   }
 
   // Everything for one example, while its rows are in cache.
-  void run(int64_t b, Scaled* partial, TwoRowSums* two_rows, Scaled* gaps) const {
-    const int64_t top = prediction(b);
-    row_norms_.run_all(b, row(b, top, 0), top, partial);
-    const Winners rows = select(b, top, partial);
-    for (int64_t s = 0; s < n_segments_; ++s) sums(b, s, rows, x_ahead(b), two_rows + s);
-    const TwoRowSums total = combine(two_rows, gaps);
-    for (int64_t s = 0; s < n_segments_ && needs_gap(total); ++s) gaps[s] = gap(b, s, rows, total);
-    finish(b, rows, total, gaps);
+  void run(int64_t b, const Scratch& own) const {
+    const int64_t top = prediction(b, own.ratios);
+    const Soon next = soon(b, top);
+    row_norms_.run_all(b, row(b, top, 0), top, own.folds, next.row[0] != nullptr);
+    const Winners rows = select(b, top, own.folds, own.ratios);
+    for (int64_t s = 0; s < n_segments_; ++s) sums(b, s, rows, next, own.two_rows + s);
+    const TwoRowSums total = combine(own.two_rows, own.gaps);
+    for (int64_t s = 0; s < n_segments_ && needs_gap(total); ++s) own.gaps[s] = gap(b, s, rows, total);
+    finish(b, rows, total, own.gaps);
   }
 
   const char* row(int64_t b, int64_t j, int64_t at) const {
@@ -141,10 +154,25 @@ class Example {
  private:
   double logit(int64_t b, int64_t j) const { return logits_.at(b * jacobian_.n + j); }
 
-  // A short x would be asked for too late by the winner sums themselves; they prefetch that of the next example.
-  int64_t x_ahead(int64_t b) const {
+  // The ratios of rows of one segment and ordinary size, in loops of one operation each, which the compiler makes
+  // vectors of. False where the general rules have to decide: ratios are then anything.
+  bool plain_ratios(double below, const Scaled* folds, double* ratios) const {
+    if (n_segments_ != 1 || q_ != kL2) return false;
+    int64_t exponents = 0;
+    for (int64_t j = 0; j < jacobian_.n; ++j) exponents |= folds[j].exponent;
+    if (exponents != 0) return false;
+    for (int64_t j = 0; j < jacobian_.n; ++j) ratios[j] = (ratios[j] - below) / sqrt(folds[j].value);
+    bool ordered = true;
+    for (int64_t j = 0; j < jacobian_.n; ++j) ordered = ordered & (ratios[j] == ratios[j]);
+    return ordered;
+  }
+
+  // What the winner sums prefetch of the next example: a short x would be asked for too late by its own.
+  Soon soon(int64_t b, int64_t prediction) const {
     constexpr int64_t kShort = 16384;  // bytes
-    return b + 1 < jacobian_.B && jacobian_.D * kElementSize[x_.dtype] <= kShort ? x_.row(b + 1) - x_.row(b) : 0;
+    Soon next = row_norms_.soon(b, prediction);
+    if (b + 1 < jacobian_.B && jacobian_.D * kElementSize[x_.dtype] <= kShort) next.x = x_.row(b + 1);
+    return next;
   }
 
   int q_;
@@ -171,20 +199,18 @@ void margin_geometry(int q, const Logits& logits, const Rows& jacobian, const In
   threads = useful_threads(threads, B * n_groups * n_segments, B * n * jacobian.D);
 
   if (threads == 1 || B >= 32 * threads) {
-    const auto per_thread = static_cast<size_t>(threads);
-    std::vector<Scaled> partial(per_thread * static_cast<size_t>(n * n_segments));
-    std::vector<TwoRowSums> two_rows(per_thread * static_cast<size_t>(n_segments));
-    std::vector<Scaled> gaps(per_thread * static_cast<size_t>(n_segments));
-    const int64_t grain = 1 + B / (32 * threads) / 8;
-    parallel_for(threads, B, grain, [&](int64_t b, int t) {
-      example.run(b, partial.data() + t * n * n_segments, two_rows.data() + t * n_segments,
-                  gaps.data() + t * n_segments);
-    });
+    PerThread<Scaled> folds(threads, n * n_segments), gaps(threads, n_segments);
+    PerThread<double> ratios(threads, n);
+    PerThread<TwoRowSums> two_rows(threads, n_segments);
+    const int64_t grain = 1 + B / (64 * threads);
+    parallel_for(threads, B, grain,
+                 [&](int64_t b, int t) { example.run(b, {folds.of(t), ratios.of(t), two_rows.of(t), gaps.of(t)}); });
     return;
   }
 
   std::vector<int64_t> predictions(static_cast<size_t>(B));
-  for (int64_t b = 0; b < B; ++b) predictions[b] = example.prediction(b);
+  std::vector<double> ratios(static_cast<size_t>(B * n));
+  for (int64_t b = 0; b < B; ++b) predictions[b] = example.prediction(b, &ratios[b * n]);
   std::vector<Scaled> partial(static_cast<size_t>(B * n * n_segments));
   parallel_for(threads, B * n_groups, 1, [&](int64_t unit, int) {
     const int64_t b = unit / n_groups, top = predictions[b];
@@ -193,11 +219,13 @@ void margin_geometry(int q, const Logits& logits, const Rows& jacobian, const In
     }
   });
   std::vector<Winners> winners(static_cast<size_t>(B));
-  for (int64_t b = 0; b < B; ++b) winners[b] = example.select(b, predictions[b], partial.data() + b * n * n_segments);
+  for (int64_t b = 0; b < B; ++b) {
+    winners[b] = example.select(b, predictions[b], &partial[b * n * n_segments], &ratios[b * n]);
+  }
   std::vector<TwoRowSums> two_rows(static_cast<size_t>(B * n_segments)), total(static_cast<size_t>(B));
   std::vector<Scaled> gaps(static_cast<size_t>(B * n_segments));
   parallel_for(threads, B * n_segments, 1, [&](int64_t unit, int) {
-    example.sums(unit / n_segments, unit % n_segments, winners[unit / n_segments], 0, &two_rows[unit]);
+    example.sums(unit / n_segments, unit % n_segments, winners[unit / n_segments], {}, &two_rows[unit]);
   });
   for (int64_t b = 0; b < B; ++b) total[b] = example.combine(&two_rows[b * n_segments], &gaps[b * n_segments]);
   parallel_for(threads, B * n_segments, 1, [&](int64_t unit, int) {

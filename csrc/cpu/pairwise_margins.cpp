@@ -67,7 +67,7 @@ struct Pairs {
           const void* row[kPairRows];
           for (int r = 0; r < n_rows; ++r) row[r] = jacobian.row(b, j + r) + begin * size;
           const int64_t at = ((i - i0) * tile_rows + (j - j0)) * n_segments + s;
-          fold_rows(anchor, anchors, row, n_rows, false, x_at, length, 0, scratch + at, dot_scratch + at, strides);
+          fold_rows(anchor, anchors, row, n_rows, false, x_at, length, {}, scratch + at, dot_scratch + at, strides);
         }
         i += anchors;
       }
@@ -136,20 +136,19 @@ void pairwise_margins(int q, const Logits& logits, const Rows& jacobian, const I
   std::vector<std::pair<int64_t, int64_t>> tile_pairs;
   for (int64_t ti = 0; ti < n_tiles; ++ti)
     for (int64_t tj = ti; tj < n_tiles; ++tj) tile_pairs.emplace_back(ti, tj);
-  const int64_t scratch_size = 2 * pairs.tile_rows * pairs.tile_rows * pairs.n_segments,
-                copies = by_example ? threads : 1;
-  std::vector<Scaled> scratch(static_cast<size_t>(threads * scratch_size));
-  std::vector<double> norms(static_cast<size_t>(copies * n * n));
+  const int copies = by_example ? threads : 1;
+  PerThread<Scaled> scratch(threads, 2 * pairs.tile_rows * pairs.tile_rows * pairs.n_segments);
+  PerThread<double> norms(copies, n * n);
   std::vector<std::vector<char>> x_rows(static_cast<size_t>(copies),
                                         std::vector<char>(x.data ? static_cast<size_t>(D * 8) : 0));
 
   auto example = [&](int64_t b, int thread, int inner_threads) {
-    double* norms_b = norms.data() + thread * n * n;
+    double* norms_b = norms.of(thread);
     std::vector<char>& x_row = x_rows[thread];
     if (x.data) pairs.upcast_x(b, x_row);
     parallel_for(inner_threads, n_pairs, 1, [&](int64_t t, int inner) {
       pairs.run_tile(b, tile_pairs[t].first, tile_pairs[t].second, x.data ? x_row.data() : nullptr,
-                     scratch.data() + (thread + inner) * scratch_size, norms_b);
+                     scratch.of(thread + inner), norms_b);
     });
     parallel_for(inner_threads, n, 16, [&](int64_t i, int) { pairs.finish_row(b, i, norms_b); });
   };

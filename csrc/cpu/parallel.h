@@ -1,7 +1,10 @@
 // Work shared out between threads. Which thread computes a unit never shows in a result.
 #pragma once
 
+#include <stddef.h>
 #include <stdint.h>
+
+#include <vector>
 
 #ifdef _OPENMP
 #include <omp.h>
@@ -20,6 +23,23 @@ inline int useful_threads(int threads, int64_t units, int64_t elements) {
   return 1;
 #endif
 }
+
+// Scratch of `count` values for each thread. Two threads never write to one cache line, nor to two neighbours, which
+// processors fetch together: with short rows that took 1.05 to 1.1 of the time of two threads.
+template <class T>
+class PerThread {
+ public:
+  PerThread(int threads, int64_t count)
+      : stride_(count + kApart / static_cast<int64_t>(sizeof(T)) + 1),
+        values_(static_cast<size_t>(threads * stride_)) {}
+
+  T* of(int thread) { return values_.data() + thread * stride_; }
+
+ private:
+  static constexpr int64_t kApart = 128;  // bytes
+  int64_t stride_;
+  std::vector<T> values_;
+};
 
 // body(unit, thread) for every unit, handed out `grain` at a time. The body must not throw, so its scratch is
 // allocated before.

@@ -35,8 +35,10 @@ class RowNorms {
     return group * whole + (group < more ? group : more);
   }
 
-  // One group and segment of example b. skip: a row that is left out, or -1. partial: [n, segment_count()].
-  void run(int64_t b, int64_t group, int64_t segment, const char* anchor, int64_t skip, Scaled* partial) const {
+  // One group and segment of example b. skip: a row that is left out, or -1. partial: [n, segment_count()]. later:
+  // whether soon() is prefetched by the caller.
+  void run(int64_t b, int64_t group, int64_t segment, const char* anchor, int64_t skip, Scaled* partial,
+           bool later = false) const {
     const int64_t total = rows_.n - (skip >= 0), first = first_of(group, total);
     const int n_rows = static_cast<int>(first_of(group + 1, total) - first);
     if (n_rows <= 0) return;
@@ -45,20 +47,34 @@ class RowNorms {
     const void *row[kMaxRows], *a = anchor + offset;
     for (int r = 0; r < n_rows; ++r) row[r] = rows_.row(b, index(first + r, skip)) + offset;
     Scaled sums[kMaxRows];
-    fold_rows_(&a, 1, row, n_rows, one_stream_, nullptr, length, ahead(b, first, n_rows, total), sums, nullptr, {0, 1});
+    const Ahead ahead = {bytes_ahead(b, first, n_rows, total), later && first + n_rows == total};
+    fold_rows_(&a, 1, row, n_rows, one_stream_, nullptr, length, ahead, sums, nullptr, {0, 1});
     for (int r = 0; r < n_rows; ++r) partial[index(first + r, skip) * count_ + segment] = sums[r];
   }
 
+  // Short rows of the next example that are better prefetched after all groups of example b, while nothing else is
+  // read: 0.93 to 1.0 of the time of ten rows of 784. Else null.
+  Soon soon(int64_t b, int64_t skip) const {
+    if (!prefetch_ || one_stream_ || row_bytes_ > kLongRow || b + 1 == rows_.B) return {};
+    const int64_t total = rows_.n - (skip >= 0), first = first_of(group_count() - 1, total);
+    const int64_t bytes = bytes_ahead(b, first, static_cast<int>(total - first), total);
+    Soon soon = {};
+    for (int64_t r = 0; r < kLaterRows; ++r) {
+      soon.row[r] = rows_.row(b, index(total > r ? total - 1 - r : 0, skip)) + bytes;
+    }
+    return soon;
+  }
+
   // All groups and segments of example b.
-  void run_all(int64_t b, const char* anchor, int64_t skip, Scaled* partial) const {
+  void run_all(int64_t b, const char* anchor, int64_t skip, Scaled* partial, bool later) const {
     // Row after row while the anchor fits in the second level cache; segment after segment beyond.
     constexpr int64_t kAnchorBytes = 512 * 1024;
     if (row_bytes_ <= kAnchorBytes) {
       for (int64_t group = 0; group < group_count(); ++group)
-        for (int64_t s = 0; s < count_; ++s) run(b, group, s, anchor, skip, partial);
+        for (int64_t s = 0; s < count_; ++s) run(b, group, s, anchor, skip, partial, later);
     } else {
       for (int64_t s = 0; s < count_; ++s)
-        for (int64_t group = 0; group < group_count(); ++group) run(b, group, s, anchor, skip, partial);
+        for (int64_t group = 0; group < group_count(); ++group) run(b, group, s, anchor, skip, partial, later);
     }
   }
 
@@ -73,7 +89,7 @@ class RowNorms {
   // of short rows the next group, or a page or two further on where they are read in one stream; along a long row a
   // little further on. The anchor is asked for as far ahead, which in a small example of margin_geometry is the next
   // one's, where the same class wins.
-  int64_t ahead(int64_t b, int64_t first, int n_rows, int64_t total) const {
+  int64_t bytes_ahead(int64_t b, int64_t first, int n_rows, int64_t total) const {
     constexpr int64_t kAlong = 512, kStream = 8192;
     if (!prefetch_) return 0;
     if (row_bytes_ > kLongRow) return kAlong;

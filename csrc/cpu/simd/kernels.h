@@ -14,21 +14,34 @@ namespace fastsal {
 constexpr int kMaxRows = 10;
 constexpr int kPairRows = 4;
 constexpr int kMaxAnchors = 2;
+// So many of its last rows a group may leave to the winner sums to prefetch.
+constexpr int kLaterRows = 2;
 
 struct Strides {
   int64_t anchor, row;
 };
 
+// How many bytes after anchors and rows data that is needed soon lies, or 0; but_last: not after the last kLaterRows
+// rows.
+struct Ahead {
+  int64_t bytes;
+  bool but_last;
+};
+
+// An x and rows that are needed soon, or null.
+struct Soon {
+  const void *x, *row[kLaterRows];
+};
+
 // The rows of a group share the loads of an anchor. For one segment of every pair (anchor, row), the fold of
 // anchor - row goes to norm[a * out.anchor + r * out.row] and, where x is given (as float, or as double for double
-// rows), <x, anchor - row> to the same place in dot. `ahead`: how many bytes after anchors and rows data that is needed
-// soon lies, or 0. `one_stream`, with one anchor and without x, reads row after row and not all rows side by side.
+// rows), <x, anchor - row> to the same place in dot. `one_stream`, with one anchor and without x, reads row after row
+// and not all rows side by side.
 using FoldRowsFn = void (*)(const void* const* anchors, int n_anchors, const void* const* rows, int n_rows,
-                            bool one_stream, const void* x, int64_t len, int64_t ahead, Scaled* norm, Scaled* dot,
+                            bool one_stream, const void* x, int64_t len, Ahead ahead, Scaled* norm, Scaled* dot,
                             Strides out);
-// One segment of the winner sums; the norms are still folds, that of x with the perturbation's p. `ahead`: how many
-// bytes after x one that is needed soon lies, or 0.
-using WinnerSumsFn = void (*)(const void* g, const void* row, const void* x, int64_t len, int64_t ahead,
+// One segment of the winner sums; the norms are still folds, that of x with the perturbation's p.
+using WinnerSumsFn = void (*)(const void* g, const void* row, const void* x, int64_t len, const Soon& soon,
                               TwoRowSums* out);
 // One segment of the fold of d/‖d‖ - g/‖g‖.
 using GapFn = double (*)(const void* g, const void* row, int64_t len, Unit d, Unit g_unit);

@@ -44,6 +44,19 @@ struct Lanes {
   }
 };
 
+template <int N>
+struct Index {
+  constexpr operator int() const { return N; }
+};
+// body(0) to body(N - 1), each a constant to the compiler: arrays that are indexed by it alone are registers.
+template <int N, class Body>
+__attribute__((always_inline)) static inline void each(const Body& body) {
+  if constexpr (N > 0) {
+    each<N - 1>(body);
+    body(Index<N - 1>());
+  }
+}
+
 // The lanes of the differences of rows of T.
 template <class T>
 struct OwnLanes : Lanes<T, float> {
@@ -56,34 +69,34 @@ struct OwnLanes<double> : Lanes<double, double> {
   static constexpr double kTiny = kTinyDouble;
 };
 
-// Asks for the memory `ahead` bytes after that of the `vectors` vectors at p, if ahead is not 0. Into the second level
-// cache: a prefetch into the first would compete with the loads for fill buffers. Always inline, since GCC takes a
-// function that only prefetches for pure and drops calls of it.
+// Asks for the memory `ahead` bytes after that of the `vectors` vectors at p. Into the first level cache: rows of 12 kB
+// and more took 0.89 to 0.97 of the time with it that they took with prefetches into the second, short ones 0.97 to
+// 1.03 (Xeon). Always inline, since GCC takes a function that only prefetches for pure and drops calls of it.
 template <class L, class T>
 __attribute__((always_inline)) static inline void prefetch(const T* p, int64_t ahead, int vectors) {
   const int bytes = vectors * L::kWidth * static_cast<int>(sizeof(T));
-  for (int line = 0; ahead && line < bytes; line += 64) {
-    __builtin_prefetch(reinterpret_cast<const char*>(p) + ahead + line, 0, 2);
+  for (int line = 0; line < bytes; line += 64) {
+    __builtin_prefetch(reinterpret_cast<const char*>(p) + ahead + line, 0, 3);
   }
 }
 
 // Takes `len` entries through two accumulators a lane, each of which gets at most N additions before `flush`:
 // step(h, k, load), where load(p) has one or two vectors of the row or x at p, from its entry k on, for the
-// accumulators h and h + 1.
+// accumulators h and h + 1; h is an Index.
 template <class L, int N, class Step, class Flush>
 __attribute__((always_inline)) static inline void in_runs(int64_t len, Step step, Flush flush) {
   constexpr int W = L::kWidth;
   const int64_t whole = len / (2 * W) * (2 * W);
   for (int64_t k = 0; k < len;) {
     const int64_t full = k + 2 * W * N, end = full < whole ? full : whole;
-    for (; k < end; k += 2 * W) step(0, k, [=](auto p) { return L::load_two(p + k); });
+    for (; k < end; k += 2 * W) step(Index<0>(), k, [=](auto p) { return L::load_two(p + k); });
     if (k < full && k < len) {  // the entries that make no two vectors
       if (k + W <= len) {
-        step(0, k, [=](auto p) { return L::load(p + k); });
+        step(Index<0>(), k, [=](auto p) { return L::load(p + k); });
         k += W;
       }
       if (k < len) {
-        step(1, k, [=](auto p) { return L::load(padded<W>(p + k, len - k).value); });
+        step(Index<1>(), k, [=](auto p) { return L::load(padded<W>(p + k, len - k).value); });
         k = len;
       }
     }

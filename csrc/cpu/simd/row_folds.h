@@ -43,46 +43,50 @@ struct GroupSums {
 template <int Q, class T, int A, int R, bool X>
 __attribute__((always_inline)) static inline GroupSums<A, R> group_sums(const T* const* anchors, const T* const* rows,
                                                                         const typename OwnLanes<T>::Scalar* x,
-                                                                        int64_t len, int64_t ahead) {
+                                                                        int64_t len, Ahead ahead) {
   typedef OwnLanes<T> L;
   typedef typename L::Vec Vec;
   GroupSums<A, R> sums;
-  Vec n_acc[2][A][R], d_acc[2][A][R];
-  auto clear = [&] {
-    for (int h = 0; h < 2; ++h)
-      for (int i = 0; i < A; ++i)
-        for (int r = 0; r < R; ++r) n_acc[h][i][r] = d_acc[h][i][r] = Vec{};
+  Vec n_acc[2][A * R], d_acc[2][A * R];
+  auto clear = [&]() __attribute__((always_inline)) {
+    each<A * R>([&](auto p) __attribute__((always_inline)) {
+      n_acc[0][p] = n_acc[1][p] = Vec{};
+      if constexpr (X) d_acc[0][p] = d_acc[1][p] = Vec{};
+    });
   };
-  for (int i = 0; i < A; ++i)
-    for (int r = 0; r < R; ++r) sums.norm[i][r] = sums.dot[i][r] = VecD{};
+  each<A * R>([&](auto p) __attribute__((always_inline)) {
+    sums.norm[p / R][p % R] = VecD{};
+    if constexpr (X) sums.dot[p / R][p % R] = VecD{};
+  });
   clear();
-  auto step = [&](int h, int64_t k, auto load) __attribute__((always_inline)) {
+  auto step = [&](auto h, int64_t k, auto load) __attribute__((always_inline)) {
     typedef decltype(load(x)) Vecs;
     constexpr int H = sizeof(Vecs) / sizeof(Vec);
-    Vecs a[A], v[R], xv = {};
-    for (int i = 0; i < A; ++i) a[i] = load(anchors[i]);
-    for (int r = 0; r < R; ++r) v[r] = load(rows[r]);
-    // After the loads: before them they hold those up, which takes 1.03 of the time.
-    for (int i = 0; i < A; ++i) prefetch<L>(anchors[i] + k, ahead, H);
-    for (int r = 0; r < R; ++r) prefetch<L>(rows[r] + k, ahead, H);
+    Vecs a[A], xv = {};
+    each<A>([&](auto i) __attribute__((always_inline)) { a[i] = load(anchors[i]); });
     if constexpr (X) xv = load(x);
-    for (int i = 0; i < A; ++i) {
-      for (int r = 0; r < R; ++r) {
-        for (int u = 0; u < H; ++u) {
-          const Vec d = a[i].of[u] - v[r].of[u];
-          n_acc[h + u][i][r] = fold<Q>(n_acc[h + u][i][r], d);
-          if constexpr (X) d_acc[h + u][i][r] = multiply_add(xv.of[u], d, d_acc[h + u][i][r]);
-        }
-      }
-    }
+    each<R>([&](auto r) __attribute__((always_inline)) {
+      const Vecs v = load(rows[r]);
+      each<A>([&](auto i) __attribute__((always_inline)) {
+        each<H>([&](auto u) __attribute__((always_inline)) {
+          const Vec d = a[i].of[u] - v.of[u];
+          n_acc[h + u][i * R + r] = fold<Q>(n_acc[h + u][i * R + r], d);
+          if constexpr (X) d_acc[h + u][i * R + r] = multiply_add(xv.of[u], d, d_acc[h + u][i * R + r]);
+        });
+      });
+    });
+    // After the loads: before them they hold those up, which takes 1.03 of the time.
+    if (ahead.bytes == 0) return;
+    for (int i = 0; i < A; ++i) prefetch<L>(anchors[i] + k, ahead.bytes, H);
+    for (int r = 0; r < R - kLaterRows; ++r) prefetch<L>(rows[r] + k, ahead.bytes, H);
+    if (ahead.but_last) return;
+    for (int r = R > kLaterRows ? R - kLaterRows : 0; r < R; ++r) prefetch<L>(rows[r] + k, ahead.bytes, H);
   };
   auto flush_all = [&]() __attribute__((always_inline)) {
-    for (int i = 0; i < A; ++i) {
-      for (int r = 0; r < R; ++r) {
-        sums.norm[i][r] = flush<Q>(sums.norm[i][r], n_acc[0][i][r], n_acc[1][i][r]);
-        if constexpr (X) sums.dot[i][r] = flush<kL1>(sums.dot[i][r], d_acc[0][i][r], d_acc[1][i][r]);
-      }
-    }
+    each<A * R>([&](auto p) __attribute__((always_inline)) {
+      sums.norm[p / R][p % R] = flush<Q>(sums.norm[p / R][p % R], n_acc[0][p], n_acc[1][p]);
+      if constexpr (X) sums.dot[p / R][p % R] = flush<kL1>(sums.dot[p / R][p % R], d_acc[0][p], d_acc[1][p]);
+    });
     clear();
   };
   in_runs<L, kFloatAdditions>(len, step, flush_all);
@@ -121,7 +125,7 @@ __attribute__((noinline)) static void finish_dots(const VecD* sums, int count, c
 
 template <int Q, class T, int A, int R, bool X>
 static void fold_group(const T* const* anchors, const T* const* rows, int n_rows, const typename OwnLanes<T>::Scalar* x,
-                       int64_t len, int64_t ahead, Scaled* norm, Scaled* dot, Strides out) {
+                       int64_t len, Ahead ahead, Scaled* norm, Scaled* dot, Strides out) {
   const GroupSums<A, R> sums = group_sums<Q, T, A, R, X>(anchors, rows, x, len, ahead);
   for (int i = 0; i < A; ++i) {
     finish_folds<Q>(sums.norm[i], n_rows, anchors[i], rows, len, norm + i * out.anchor, out.row);
@@ -131,7 +135,7 @@ static void fold_group(const T* const* anchors, const T* const* rows, int n_rows
 
 // The template of as many rows as a call has, R at the most.
 template <int Q, class T, int R>
-static void fold_at_most(const T* const* anchors, const T* const* rows, int n_rows, int64_t len, int64_t ahead,
+static void fold_at_most(const T* const* anchors, const T* const* rows, int n_rows, int64_t len, Ahead ahead,
                          Scaled* norm, Strides out) {
   if (n_rows == R) return fold_group<Q, T, 1, R, false>(anchors, rows, R, nullptr, len, ahead, norm, nullptr, out);
   if constexpr (R > 1) fold_at_most<Q, T, R - 1>(anchors, rows, n_rows, len, ahead, norm, out);
@@ -139,7 +143,7 @@ static void fold_at_most(const T* const* anchors, const T* const* rows, int n_ro
 
 // Row after row. The sums are reduced last: done in between, that would hold up the reading.
 template <int Q, class T>
-static void fold_in_one_stream(const T* anchor, const T* const* rows, int n_rows, int64_t len, int64_t ahead,
+static void fold_in_one_stream(const T* anchor, const T* const* rows, int n_rows, int64_t len, Ahead ahead,
                                Scaled* norm, Strides out) {
   VecD sums[kMaxRows];
   for (int r = 0; r < n_rows; ++r) {
@@ -150,7 +154,7 @@ static void fold_in_one_stream(const T* anchor, const T* const* rows, int n_rows
 
 template <int Q, class T>
 static void fold_rows(const void* const* anchors, int n_anchors, const void* const* rows, int n_rows, bool one_stream,
-                      const void* x, int64_t len, int64_t ahead, Scaled* norm, Scaled* dot, Strides out) {
+                      const void* x, int64_t len, Ahead ahead, Scaled* norm, Scaled* dot, Strides out) {
   const T* a[kMaxAnchors];
   const T* r[kMaxRows];
   for (int i = 0; i < n_anchors; ++i) a[i] = static_cast<const T*>(anchors[i]);

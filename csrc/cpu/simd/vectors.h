@@ -33,7 +33,11 @@ static inline typename VectorsOf<N>::F load_floats(const float* p) {
 template <int N>
 static inline typename VectorsOf<N>::F load_floats(const BFloat16* p) {
   typedef typename VectorsOf<N>::U U;
-  return (typename VectorsOf<N>::F)(__builtin_convertvector(load_vector<typename VectorsOf<N>::H>(p), U) << 16);
+  typedef typename VectorsOf<N>::F F;
+#if FASTSAL_BYTES == 64
+  if constexpr (N == 16) return (F)((U)_mm512_maskz_cvtepu16_epi32(0xffff, load_vector<__m256i>(p)) << 16);
+#endif
+  return (F)(__builtin_convertvector(load_vector<typename VectorsOf<N>::H>(p), U) << 16);
 }
 
 template <int N>
@@ -114,11 +118,23 @@ static inline double as_double(float v) { return v; }
 static inline double as_double(BFloat16 v) { return to_float(v); }
 static inline double as_double(Half v) { return to_float(v); }
 
-// A copy of the last `count` elements, padded with zeros, so that they go through the same arithmetic as the others.
+// A copy of the last `count` < N elements, padded with zeros, so that they go through the same arithmetic as the
+// others.
 template <class T, int N>
 struct Padded {
   T value[N] = {};
-  Padded(const T* p, int64_t count) { __builtin_memcpy(value, p, static_cast<size_t>(count) * sizeof(T)); }
+  Padded(const T* p, int64_t count) {
+    const size_t bytes = static_cast<size_t>(count) * sizeof(T);
+#if FASTSAL_BYTES == 64
+    // Bytes of unknown number are copied by a call, for which every vector in a register would go to memory.
+    const __mmask64 mask = (1ull << bytes) - 1;
+    if constexpr (sizeof value == 64) _mm512_storeu_si512(value, _mm512_maskz_loadu_epi8(mask, p));
+    if constexpr (sizeof value == 32) _mm256_storeu_si256((__m256i*)value, _mm256_maskz_loadu_epi8(mask, p));
+    if constexpr (sizeof value == 16) _mm_storeu_si128((__m128i*)value, _mm_maskz_loadu_epi8(mask, p));
+#else
+    __builtin_memcpy(value, p, bytes);
+#endif
+  }
 };
 template <int N, class T>
 static inline Padded<T, N> padded(const T* p, int64_t count) {

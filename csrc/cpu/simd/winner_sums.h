@@ -14,7 +14,7 @@ constexpr int kWinnerAdditions = 4, kDoubleAdditions = 32;
 
 template <int Q, class T, class X, class Scalar>
 __attribute__((always_inline)) static inline bool winner_sums_in(const T* g, const T* row, const X* x, int64_t len,
-                                                                 int64_t ahead, TwoRowSums* out) {
+                                                                 const Soon& soon, TwoRowSums* out) {
   constexpr int P = dual_norm(Q);  // the norm of x is the dual of the gradients'
   typedef Lanes<T, Scalar> L;
   typedef typename L::Vec Vec;
@@ -22,20 +22,24 @@ __attribute__((always_inline)) static inline bool winner_sums_in(const T* g, con
   constexpr int kSums = kCross ? 6 : 5;
   VecD total[6] = {};
   Vec acc[2][kSums] = {};
-  auto step = [&](int h, int64_t at, auto load) __attribute__((always_inline)) {
+  auto step = [&](auto h, int64_t at, auto load) __attribute__((always_inline)) {
     const auto gs = load(g), rows = load(row);
-    constexpr int H = sizeof(gs) / sizeof(Vec);
-    prefetch<L>(x + at, ahead, H);
     const auto xs = load(x);
-    for (int k = 0; k < H; ++k, ++h) {
-      const Vec gv = gs.of[k], d = gv - rows.of[k], xv = xs.of[k];
-      acc[h][0] = multiply_add(xv, gv, acc[h][0]);
-      acc[h][1] = multiply_add(xv, d, acc[h][1]);
-      acc[h][2] = fold<Q>(acc[h][2], gv);
-      acc[h][3] = fold<Q>(acc[h][3], d);
-      acc[h][4] = fold<P>(acc[h][4], xv);
-      if constexpr (kCross) acc[h][5] = multiply_add(gv, d, acc[h][5]);
+    constexpr int H = sizeof(gs) / sizeof(Vec);
+    if (soon.x) prefetch<L>(static_cast<const X*>(soon.x) + at, 0, H);
+    if (soon.row[0]) {
+      for (const void* later : soon.row) prefetch<L>(static_cast<const T*>(later) + at, 0, H);
     }
+    each<H>([&](auto u) __attribute__((always_inline)) {
+      const Vec gv = gs.of[u], d = gv - rows.of[u], xv = xs.of[u];
+      Vec* sums = acc[h + u];
+      sums[0] = multiply_add(xv, gv, sums[0]);
+      sums[1] = multiply_add(xv, d, sums[1]);
+      sums[2] = fold<Q>(sums[2], gv);
+      sums[3] = fold<Q>(sums[3], d);
+      sums[4] = fold<P>(sums[4], xv);
+      if constexpr (kCross) sums[5] = multiply_add(gv, d, sums[5]);
+    });
   };
   auto flush_all = [&]() __attribute__((always_inline)) {
     total[0] = flush<kL1>(total[0], acc[0][0], acc[1][0]);
@@ -44,8 +48,7 @@ __attribute__((always_inline)) static inline bool winner_sums_in(const T* g, con
     total[3] = flush<Q>(total[3], acc[0][3], acc[1][3]);
     total[4] = flush<P>(total[4], acc[0][4], acc[1][4]);
     if constexpr (kCross) total[5] = flush<kL1>(total[5], acc[0][5], acc[1][5]);
-    for (int h = 0; h < 2; ++h)
-      for (Vec& v : acc[h]) v = Vec{};
+    each<kSums>([&](auto s) __attribute__((always_inline)) { acc[0][s] = acc[1][s] = Vec{}; });
   };
   in_runs<L, L::kFloat ? kWinnerAdditions : kDoubleAdditions>(len, step, flush_all);
   double dots[4], norms[4];
@@ -63,16 +66,15 @@ __attribute__((always_inline)) static inline bool winner_sums_in(const T* g, con
 }
 
 template <int Q, class T, class X>
-static void winner_sums(const void* g_ptr, const void* row_ptr, const void* x_ptr, int64_t len, int64_t ahead,
+static void winner_sums(const void* g_ptr, const void* row_ptr, const void* x_ptr, int64_t len, const Soon& soon,
                         TwoRowSums* out) {
   const T* g = static_cast<const T*>(g_ptr);
   const T* row = static_cast<const T*>(row_ptr);
   const X* x = static_cast<const X*>(x_ptr);
   if constexpr (Q == kL2 && sizeof(T) < 8) {
-    if (winner_sums_in<Q, T, X, float>(g, row, x, len, ahead, out)) return;
-    ahead = 0;
+    if (winner_sums_in<Q, T, X, float>(g, row, x, len, soon, out)) return;
   }
-  winner_sums_in<Q, T, X, double>(g, row, x, len, ahead, out);
+  winner_sums_in<Q, T, X, double>(g, row, x, len, soon, out);
   if constexpr (sizeof(T) == 8) {
     auto get_x = [=](int64_t k) { return as_double(x[k]); };
     auto get_g = [=](int64_t k) { return as_double(g[k]); };
@@ -90,15 +92,15 @@ template <int Q, class T, bool Shifted>
 static double gap_sum(const T* g, const T* row, int64_t len, Unit du, Unit gu) {
   typedef Lanes<T, double> L;
   VecD total = {}, acc[2] = {};
-  auto step = [&](int h, int64_t at, auto load) __attribute__((always_inline)) {
+  auto step = [&](auto h, int64_t at, auto load) __attribute__((always_inline)) {
     const auto gs = load(g), rows = load(row);
-    for (unsigned k = 0; k < sizeof(gs) / sizeof(VecD); ++k, ++h) {
+    for (unsigned k = 0; k < sizeof(gs) / sizeof(VecD); ++k) {
       VecD gv = gs.of[k], d = gv - rows.of[k];
       if constexpr (Shifted) {
         d = d * du.power;
         gv = gv * gu.power;
       }
-      acc[h] = fold<Q>(acc[h], d * du.inverse - gv * gu.inverse);
+      acc[h + k] = fold<Q>(acc[h + k], d * du.inverse - gv * gu.inverse);
     }
   };
   auto flush_all = [&]() __attribute__((always_inline)) {
