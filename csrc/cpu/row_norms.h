@@ -47,7 +47,7 @@ class RowNorms {
     const void *row[kMaxRows], *a = anchor + offset;
     for (int r = 0; r < n_rows; ++r) row[r] = rows_.row(b, index(first + r, skip)) + offset;
     Scaled sums[kMaxRows];
-    const Ahead ahead = {bytes_ahead(b, first, n_rows, total), later && first + n_rows == total};
+    const Ahead ahead = {bytes_ahead(b, first, n_rows, total), row_bytes_ > kLongRow, later && first + n_rows == total};
     fold_rows_(&a, 1, row, n_rows, one_stream_, nullptr, length, ahead, sums, nullptr, {0, 1});
     for (int r = 0; r < n_rows; ++r) partial[index(first + r, skip) * count_ + segment] = sums[r];
   }

@@ -21,11 +21,11 @@ struct Strides {
   int64_t anchor, row;
 };
 
-// How many bytes after anchors and rows data that is needed soon lies, or 0; but_last: not after the last kLaterRows
-// rows.
+// How many bytes after anchors and rows data that is needed soon lies, or 0. along: it is of the same rows, and needed
+// at once. but_last: it is not asked for after the last kLaterRows rows.
 struct Ahead {
   int64_t bytes;
-  bool but_last;
+  bool along, but_last;
 };
 
 // An x and rows that are needed soon, or null.

@@ -69,14 +69,17 @@ struct OwnLanes<double> : Lanes<double, double> {
   static constexpr double kTiny = kTinyDouble;
 };
 
-// Asks for the memory `ahead` bytes after that of the `vectors` vectors at p. Into the first level cache: rows of 12 kB
-// and more took 0.89 to 0.97 of the time with it that they took with prefetches into the second, short ones 0.97 to
-// 1.03 (Xeon). Always inline, since GCC takes a function that only prefetches for pure and drops calls of it.
-template <class L, class T>
+// The caches that memory is asked into. What is needed a row or an example later goes into the second level: into the
+// first it would compete with the loads for fill buffers, which took 1.03 to 1.07 of the time on an idle Xeon.
+enum Cache { kSecondLevel = 2, kFirstLevel = 3 };
+
+// Asks for the memory `ahead` bytes after that of the `vectors` vectors at p. Always inline, since GCC takes a function
+// that only prefetches for pure and drops calls of it.
+template <class L, Cache C = kSecondLevel, class T>
 __attribute__((always_inline)) static inline void prefetch(const T* p, int64_t ahead, int vectors) {
   const int bytes = vectors * L::kWidth * static_cast<int>(sizeof(T));
   for (int line = 0; line < bytes; line += 64) {
-    __builtin_prefetch(reinterpret_cast<const char*>(p) + ahead + line, 0, 3);
+    __builtin_prefetch(reinterpret_cast<const char*>(p) + ahead + line, 0, C);
   }
 }
 
