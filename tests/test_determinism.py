@@ -4,7 +4,10 @@ docs/design.md, "Determinism", asks it of one backend at one SIMD level, so that
 each other.
 """
 
+import ctypes
 import itertools
+import math
+import mmap
 
 import cases
 import pytest
@@ -260,6 +263,31 @@ def test_simd_levels(simd, level, norm, dtype, D):
         alone = cases.margin_geometry(target, *(v[1:] for v in inputs), norm)
         cases.assert_same_results(result, alone, slice(1, 2))
         cases.check_pairwise(target, *inputs, norm)
+
+
+def at_the_end_of_memory(tensor):
+    """A copy of a tensor with a page behind its last byte that no process may read."""
+    bytes_ = tensor.numel() * tensor.element_size()
+    readable = math.ceil(bytes_ / mmap.PAGESIZE) * mmap.PAGESIZE
+    pages = mmap.mmap(-1, readable + mmap.PAGESIZE)
+    start = ctypes.addressof(ctypes.c_char.from_buffer(pages))
+    assert ctypes.CDLL(None).mprotect(ctypes.c_void_p(start + readable), ctypes.c_size_t(mmap.PAGESIZE), 0) == 0
+    copy = torch.frombuffer(pages, dtype=tensor.dtype, count=tensor.numel(), offset=readable - bytes_)
+    return copy.view(tensor.shape).copy_(tensor)
+
+
+@OPS
+@each_norm
+@each_dtype
+@pytest.mark.parametrize("level", LEVELS)
+def test_nothing_behind_a_tensor_is_read(simd, level, call, norm, dtype):
+    """Rows shorter and longer than vectors of every level: reading one byte too many ends the process."""
+    if not reachable(simd, level):
+        pytest.skip(f"no {level} on this machine")
+    for D in (1, 3, 7, 9, 15, 17, 31, 33, 1031):
+        logits, jacobian, x = cases.inputs(2, 5, D, dtype)
+        found = call(logits, at_the_end_of_memory(jacobian), at_the_end_of_memory(x), norm=norm, backend="cpu")
+        assert found == call(logits, jacobian, x, norm=norm, backend="cpu")
 
 
 @each_norm

@@ -63,15 +63,15 @@ class Example {
 
   const RowNorms& row_norms() const { return row_norms_; }
 
-  // The predicted class. below: [n], becomes minus the logits.
-  int64_t prediction(int64_t b, double* below) const {
+  // The predicted class. negated: [n], becomes minus the logits.
+  int64_t prediction(int64_t b, double* negated) const {
     const int64_t n = jacobian_.n;
-    for (int64_t j = 0; j < n; ++j) below[j] = -logit(b, j);
-    return first_of_all(n, below, [](int64_t, int64_t) { return false; });
+    for (int64_t j = 0; j < n; ++j) negated[j] = -logit(b, j);
+    return first_of_all(n, negated, [](int64_t, int64_t) { return false; });
   }
 
   // Joins the rows' folds [n, segments] into the distances and the runner-up. ratios: [n], minus the logits, becomes
-  // the distances. Of the folds nothing is left.
+  // the distances. The prediction's fold is lost.
   Winners select(int64_t b, int64_t prediction, Scaled* folds, double* ratios) const {
     const int64_t n = jacobian_.n;
     auto margin = [=](int64_t j) { return logit(b, prediction) - logit(b, j); };
@@ -156,12 +156,12 @@ class Example {
 
   // The ratios of rows of one segment and ordinary size, in loops of one operation each, which the compiler makes
   // vectors of. False where the general rules have to decide: ratios are then anything.
-  bool plain_ratios(double below, const Scaled* folds, double* ratios) const {
+  bool plain_ratios(double negated_top, const Scaled* folds, double* ratios) const {
     if (n_segments_ != 1 || q_ != kL2) return false;
     int64_t exponents = 0;
     for (int64_t j = 0; j < jacobian_.n; ++j) exponents |= folds[j].exponent;
     if (exponents != 0) return false;
-    for (int64_t j = 0; j < jacobian_.n; ++j) ratios[j] = (ratios[j] - below) / sqrt(folds[j].value);
+    for (int64_t j = 0; j < jacobian_.n; ++j) ratios[j] = (ratios[j] - negated_top) / sqrt(folds[j].value);
     bool ordered = true;
     for (int64_t j = 0; j < jacobian_.n; ++j) ordered = ordered & (ratios[j] == ratios[j]);
     return ordered;

@@ -44,6 +44,7 @@ struct Lanes {
   }
 };
 
+// A number that is part of its type, so that what is indexed by it is known to the compiler.
 template <int N>
 struct Index {
   constexpr operator int() const { return N; }
