@@ -28,3 +28,11 @@ def to_device(values: Any, device: torch.device) -> Tensor:
 def take(values: Tensor, examples: np.ndarray) -> Tensor:
     """The entries of values [E, ...] for examples, int64 [e], ascending; not copied where these are all."""
     return values if len(examples) == values.shape[0] else values.index_select(0, to_device(examples, values.device))
+
+
+def put(values: Tensor, examples: np.ndarray, new: Tensor) -> None:
+    """Sets the entries of values [E, ...] for examples, int64 [e], ascending, to `new` [e, ...]."""
+    if len(examples) == values.shape[0]:
+        values.copy_(new)
+    else:
+        values.index_copy_(0, to_device(examples, values.device), new)

@@ -1,10 +1,12 @@
 """The basis of a certificate: directions in which every Δ_j is known, and what pilot probes see outside it."""
 
+import math
+
 import numpy as np
 import torch
 from torch import Tensor
 
-from fastsal.devices import take
+from fastsal.devices import put, take
 from fastsal.methods.certified.state import TOP, State, write
 
 PILOT_PROBES = 2
@@ -15,6 +17,8 @@ CAPACITY = TOP + 1 + 2 * BLOCK  # for directions, to begin with
 UNDERESTIMATE = 1.3
 PRIOR = 4.0  # the average over classes counts as this many pilot probes in the estimate for one class
 DEPENDENT = 1e-4  # what is left of a row that the basis spans is rounding: no direction worth a JVP
+NEWTON = 4  # steps
+LIFT = 1e-12  # of a Gram matrix's diagonal, which is then positive definite whatever is dependent
 
 
 class Basis:
@@ -25,6 +29,8 @@ class Basis:
         pilot_probes: The pilot probes, float64 [PILOT_PROBES, D].
         pilot_products: J times the pilot probes, [E, PILOT_PROBES, n].
         residual: J times their parts outside the basis, [E, PILOT_PROBES, n].
+        known: The squared norms of the parts of every Δ_j in the basis, [E, n].
+        squares: Those of the parts of the g_j themselves, [E, n].
     """
 
     def __init__(self, state: State, pilot_probes: Tensor) -> None:
@@ -35,6 +41,7 @@ class Basis:
         self._components = margin.new_empty(E, CAPACITY, state.n)
         self.pilot_products = margin.new_zeros(E, PILOT_PROBES, state.n)
         self.residual = margin.new_zeros(E, PILOT_PROBES, state.n)
+        self.known, self.squares = margin.new_zeros(2, E, state.n)
 
     @property
     def directions(self) -> Tensor:
@@ -46,37 +53,50 @@ class Basis:
         """J times the directions, [E, r, n]."""
         return self._components[:, : self.rank]
 
-    def see(self, e: np.ndarray) -> None:
-        """Takes the pilot probes' products."""
-        self.pilot_products[self._state.on_device(e)] = self._state.products(
-            e, self.pilot_probes.expand(len(e), -1, -1)
-        )
+    def start(self, e: np.ndarray, rows: Tensor) -> None:
+        """Takes the pilot probes' products, and begins the basis of examples e with rows [e, c, D]."""
+        directions = self._new_directions(e, rows)
+        products = self._state.products(e, torch.cat((self.pilot_probes.expand(len(e), -1, -1), directions), 1))
+        put(self.pilot_products, e, products[:, :PILOT_PROBES])
         self.residual.copy_(self.pilot_products)
+        self._add(e, directions, products[:, PILOT_PROBES:])
 
     def span(self, e: np.ndarray, rows: Tensor) -> None:
         """Adds rows [e, c, D] to the basis of examples e, orthonormalised, and takes the JVPs."""
-        state, basis = self._state, take(self.directions, e)
-        rows = state.in_units(e, rows)
+        directions = self._new_directions(e, rows)
+        self._add(e, directions, self._state.products(e, directions))
+
+    def _new_directions(self, e: np.ndarray, rows: Tensor) -> Tensor:
+        """Orthonormal directions [e, c, D] of what rows [e, c, D] add to the basis; 0 where one adds nothing, or is not finite.
+
+        By Cholesky's factor of the rows' Gram matrix, which leaves what is not dependent at right angles up to about LIFT /
+        DEPENDENT² = 1e-4, and Newton steps towards the nearest orthonormal directions, each of which squares that.
+        """
+        basis = take(self.directions, e)
+        rows = self._state.in_units(e, rows)
         length = torch.linalg.vector_norm(rows, dim=2, keepdim=True)
-        rows /= torch.where(length > 0, length, 1.0)
+        rows /= torch.where(length > 0, length, math.inf)
+        rows.nan_to_num_(0.0, 0.0, 0.0)
         rows.baddbmm_(rows @ basis.mT, basis, alpha=-1)
-        directions = torch.zeros_like(rows)
-        for slot in range(rows.shape[1]):
-            row, known = rows[:, slot : slot + 1], directions[:, :slot]
-            kept = torch.ones_like(row[:, :, :1], dtype=torch.bool)
-            for _ in range(2):  # twice is enough
-                row = torch.baddbmm(row, row @ known.mT, known, alpha=-1)
-                length = torch.linalg.vector_norm(row, dim=2, keepdim=True)
-                kept &= length > DEPENDENT
-                row = torch.where(kept, row / length, 0.0)
-            directions[:, slot : slot + 1] = row
-        # Again, for what rounding had left has grown with them.
-        directions.baddbmm_(directions @ basis.mT, basis, alpha=-1)
-        del rows, row, known  # the products want the room
-        products = state.products(e, directions)
+        one = torch.eye(rows.shape[1], dtype=rows.dtype, device=rows.device)
+        factor, failed = torch.linalg.cholesky_ex(torch.baddbmm(one, rows, rows.mT, beta=LIFT))
+        factor = torch.where(failed.view(-1, 1, 1) == 0, factor, DEPENDENT * one)
+        kept = (factor.diagonal(dim1=1, dim2=2) > DEPENDENT).unsqueeze(1)
+        rows = torch.linalg.solve_triangular(factor, rows, upper=False)
+        gram = rows @ rows.mT
+        change = torch.where(kept & kept.mT, one, 0.0)
+        for _ in range(NEWTON):
+            change = torch.baddbmm(one, change @ gram, change.mT, beta=1.5, alpha=-0.5) @ change
+        rows = change @ rows
+        # Off the basis again, for what rounding had left has grown with the rows.
+        return rows.baddbmm_(rows @ basis.mT, basis, alpha=-1)
+
+    def _add(self, e: np.ndarray, directions: Tensor, products: Tensor) -> None:
         self._directions = write(self._directions, e, self.rank, directions)
         self._components = write(self._components, e, self.rank, products)
-        self.residual[state.on_device(e)] = take(self.residual, e) - (self.pilot_probes @ directions.mT) @ products
+        put(self.residual, e, take(self.residual, e) - (self.pilot_probes @ directions.mT) @ products)
+        put(self.known, e, take(self.known, e) + self._state.differences(e, products).square().sum(1))
+        put(self.squares, e, take(self.squares, e) + products.square().sum(1))
         self.rank += directions.shape[1]
 
     def parts(self, e: np.ndarray) -> tuple[Tensor, Tensor]:
@@ -84,8 +104,7 @@ class Basis:
         state = self._state
         energy = state.differences(e, take(self.residual, e)).square().sum(1)
         mean = (energy + PRIOR * state.average(e, energy / PILOT_PROBES).unsqueeze(1)) / (PRIOR + PILOT_PROBES)
-        inside = state.differences(e, take(self.components, e)).square().sum(1)
-        return inside, UNDERESTIMATE * mean if self._widened else mean
+        return take(self.known, e), UNDERESTIMATE * mean if self._widened else mean
 
     def widen(self, e: np.ndarray) -> None:
         """Adds a step of a block Krylov range finder: rows of class mixtures, weighted towards small margins.
@@ -94,7 +113,7 @@ class Basis:
         """
         state = self._state
         newest = torch.cat((take(self.components, e)[:, PILOT_PROBES - BLOCK :], take(self.residual, e)), 1)
-        mixture = state.weights(e).square().unsqueeze(1) * state.differences(e, newest)
+        mixture = take(state.weights, e).square().unsqueeze(1) * state.differences(e, newest)
         cotangents = -mixture
         own = take(state.prediction, e).view(-1, 1, 1).expand_as(mixture[:, :, :1])
         cotangents.scatter_(2, own, mixture.sum(2, keepdim=True))

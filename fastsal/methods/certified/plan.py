@@ -81,14 +81,13 @@ def worth_more(
     [e, rounds] are those of all rounds.
     """
     target = target.unsqueeze(1)
-    now = (at.waiting & ~(lower >= target)).sum(1).double()
-    later = torch.full_like(now, math.inf)
-    for round_ in range(1, counts.shape[1]):
-        count, quantile = counts[:, round_].double(), quantiles[:, round_]
-        bound = at.bound(known, sums * (count / done / quantile).unsqueeze(1))
-        cost = (count - done) + (at.waiting & ~(bound >= target)).sum(1)
-        later = torch.where(stage < round_, torch.minimum(later, cost), later)
-    return later < now
+    # What the rest of a class has room for, in units of what its sum of squares says of it now.
+    room = at.norm.allowance(at.e, known, at.margin / target) / (sums / done)
+    room = torch.where(at.waiting, room, math.inf)
+    now = (at.waiting & ~(lower >= target)).sum(1, keepdim=True)
+    rows = (~(room.unsqueeze(1) >= (counts / quantiles).unsqueeze(2))).sum(2)
+    later = torch.arange(counts.shape[1], device=now.device) > stage.unsqueeze(1)
+    return (later & (counts - done + rows < now)).any(1)
 
 
 def common(counts: np.ndarray) -> int:

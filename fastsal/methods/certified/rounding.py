@@ -7,7 +7,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fastsal.devices import take, to_host
+from fastsal.devices import put, take, to_host
 from fastsal.methods.certified.basis import PILOT_PROBES, Basis
 from fastsal.methods.certified.probes import Probes
 from fastsal.methods.certified.state import State
@@ -39,14 +39,14 @@ class Rounding:
     def sizes(self, e: np.ndarray) -> Tensor:
         """About ‖g_j‖ of every class [e, n], from the basis and the pilot probes."""
         basis = self._basis
-        return (take(basis.components, e).square().sum(1) + take(basis.residual, e).square().mean(1)).sqrt()
+        return (take(basis.squares, e) + take(basis.residual, e).square().mean(1)).sqrt()
 
     def measure(self, e: np.ndarray) -> None:
         """Sets the sizes of gradients of examples e: the typical one, and that of the predicted class."""
         state = self._state
-        self.typical[state.on_device(e)] = self.sizes(e).square().mean(1).sqrt()
+        put(self.typical, e, self.sizes(e).square().mean(1).sqrt())
         row = state.in_units(e, take(state.early_rows, e)[:, :1])
-        self.own[state.on_device(e)] = torch.linalg.vector_norm(row, dim=2).squeeze(1)
+        put(self.own, e, torch.linalg.vector_norm(row, dim=2).squeeze(1))
 
     def trust(self, e: np.ndarray) -> np.ndarray:
         """Sets η of examples e by the early rows, and tells for which of them JVPs can be used at all, [e]."""
@@ -54,7 +54,7 @@ class Rounding:
             return np.zeros(0, bool)
         state = self._state
         seen = self.row_gap(e, take(state.early, e), take(state.early_rows, e))
-        self.eta[state.on_device(e)] = torch.maximum(take(self.eta, e), SPARE * seen)
+        put(self.eta, e, torch.maximum(take(self.eta, e), SPARE * seen))
         trusted = take(self.eta, e) <= UNSTABLE
         self._note(e, ~trusted, seen)
         usable: np.ndarray = to_host(trusted)[0] > 0
@@ -77,12 +77,12 @@ class Rounding:
         """
         state = self._state
         bad = ~(seen <= take(self.eta, e)) & state.on_device(self._probes.drawn[e] > 0)
-        state.lower[state.on_device(e)] = torch.where(bad.unsqueeze(1), 0.0, take(state.lower, e))
+        put(state.lower, e, take(state.lower, e).masked_fill(bad.unsqueeze(1), 0.0))
         self._note(e, bad, seen)
 
     def _note(self, e: np.ndarray, bad: Tensor, seen: Tensor) -> None:
         worst = torch.maximum(take(self.disagreement, e), seen.nan_to_num(math.inf))
-        self.disagreement[self._state.on_device(e)] = torch.where(bad, worst, take(self.disagreement, e))
+        put(self.disagreement, e, torch.where(bad, worst, take(self.disagreement, e)))
 
     def tolerances(self, e: np.ndarray, target: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """How far the products of each class may be off if its ratio is to be no less than `target` [e], and what shows more.
@@ -100,13 +100,12 @@ class Rounding:
         weights = torch.where(unseen, self._weights, 0.0)
         # No class needs to tolerate more: if all did, their shares would add up to 1 / STRICT².
         most = STRICT * honest * torch.linalg.vector_norm(weights, dim=1, keepdim=True)
-        known = state.differences(e, take(self._basis.components, e)).square().sum(1)
         gain = ((state.on_device(probes.drawn[e]) + PILOT_PROBES).unsqueeze(1) / take(state.quantile, e)).sqrt()
         limit = take(state.margin, e) / (target * take(state.unit, e)).unsqueeze(1)
         limit = torch.where(
             target.unsqueeze(1) <= 0, math.inf, limit
         )  # none of these classes is at a negative distance
-        tolerance = state.norm.tolerance(e, known, take(state.rest, e), gain, limit, most + own) - own
+        tolerance = state.norm.tolerance(e, take(self._basis.known, e), take(state.rest, e), gain, limit, most + own) - own
         share = torch.where(tolerance > 0, (weights * honest / tolerance).square(), torch.where(unseen, math.inf, 0.0))
         half = share.clamp(max=0.5)
         mixture = torch.where(unseen, 2 * (half.cumsum(1) - half), 0.0).long()
@@ -139,7 +138,7 @@ class Rounding:
         """Lets the rows of examples e be taken where a mixture of those that were not evaluated is NaN."""
         state = self._state
         rows = state.mixtures(e, torch.where(take(state.seen, e), 0.0, self._weights).unsqueeze(1))
-        state.lower[state.on_device(e)] = torch.where(rows.isnan().any(2), math.nan, take(state.lower, e))
+        put(state.lower, e, take(state.lower, e).masked_fill(rows.isnan().any(2), math.nan))
 
     def row_gap(self, e: np.ndarray, classes: Tensor, rows: Tensor) -> Tensor:
         """How far rows [e, c, D] are from the JVPs of their classes, in the units of η: [e], the largest over the classes."""

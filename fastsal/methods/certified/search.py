@@ -6,7 +6,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fastsal.devices import take, to_host
+from fastsal.devices import put, take, to_host
 from fastsal.methods.base import Nearest, Question
 from fastsal.methods.certified import plan
 from fastsal.methods.certified.basis import BLOCK, PILOT_PROBES, Basis
@@ -74,8 +74,7 @@ class Search:
         e = state.examples[worthwhile & enough]
         if not len(e):
             return counts
-        basis.see(e)
-        basis.span(e, take(state.early_rows, e))
+        basis.start(e, take(state.early_rows, e))
         rounding.measure(e)
         active = e[rounding.trust(e)]
         left_over, limited = LeftOver(FIRST, self.failure_probability, state.device), state.max_passes is not None
@@ -102,7 +101,8 @@ class Search:
             basis.widen(active)
             inside, outside = basis.parts(active)
         e = e[counts[e] > 0]
-        counts[e[~rounding.trust(e)]] = 0
+        if step:
+            counts[e[~rounding.trust(e)]] = 0
         return counts
 
     def probe(self, first: np.ndarray) -> None:
@@ -115,7 +115,7 @@ class Search:
         probes.start(basis)
         state.reserved[e] = CHECK
         stage, left, go = np.zeros(len(e), np.int64), state.left(e), np.ones(len(e), bool)
-        known = state.differences(e, take(basis.components, e)).square().sum(1)
+        known = take(basis.known, e)
         sums = torch.zeros_like(known)
         done = 0
         while True:
@@ -137,7 +137,7 @@ class Search:
             self.bound(e[at], known[here], sums[here], done, quantiles[here].gather(1, round_.unsqueeze(1)))
             outlook, further = self.outlook(e[at]), state.on_device(counts[at])
             target = outlook.target(known[here], sums[here] / done)
-            self.target[state.on_device(e[at])] = target
+            put(self.target, e[at], target)
             worth = plan.worth_more(
                 outlook,
                 take(state.lower, e[at]),
@@ -155,7 +155,7 @@ class Search:
 
     def bound(self, e: np.ndarray, known: Tensor, sums: Tensor, count: int, quantile: Tensor) -> None:
         """Raises the lower bounds of the ratios of examples e by a round of `count` probes."""
-        state, at = self.state, self.state.on_device(e)
+        state = self.state
         rest, (honest, own) = sums / quantile, self.rounding.errors(e)
         error = honest + own
         gain = ((count + PILOT_PROBES) / quantile).sqrt()
@@ -163,9 +163,9 @@ class Search:
             upper = state.norm.upper(e, *widened(known, rest, gain, error), error)
             lower = reference.ratios(take(state.margin, e), upper * take(state.unit, e).unsqueeze(1))
             better = lower > take(state.lower, e)
-            state.lower[at] = torch.where(better, lower, take(state.lower, e))
-            state.rest[at] = torch.where(better, rest, take(state.rest, e))
-            state.quantile[at] = torch.where(better, quantile, take(state.quantile, e))
+            put(state.lower, e, torch.where(better, lower, take(state.lower, e)))
+            put(state.rest, e, torch.where(better, rest, take(state.rest, e)))
+            put(state.quantile, e, torch.where(better, quantile, take(state.quantile, e)))
             if not state.norm.MEASURES:
                 return
             components = state.differences(e, take(self.basis.components, e))
@@ -189,7 +189,7 @@ class Search:
             rows &= (~state.undecided(e).any(1) & (rows.sum(1) <= left)).unsqueeze(1)
             more = to_host(rows.any(1))[0] > 0
             if more.any():
-                state.lower[state.on_device(e)] = torch.where(rows, 0.0, take(state.lower, e))
+                put(state.lower, e, take(state.lower, e).masked_fill(rows, 0.0))
                 self._rows(e[more])
                 if len(e := e[self._unseen(e)]):
                     target, (tolerance, share, mixture) = self._promised(e)
@@ -216,7 +216,7 @@ class Search:
 
     def _verify(self, e: np.ndarray, target: Tensor, tolerance: Tensor, share: Tensor, mixture: Tensor) -> None:
         """Checks what is to be said of examples e; less is said where too few passes are left to check it."""
-        state, at, left = self.state, self.state.on_device(e), self.state.on_device(self.state.left(e))
+        state, left = self.state, self.state.on_device(self.state.left(e))
         less = target
         for factor in (*LESS, None):
             short = (~(share <= 0.5)).any(1) | (mixture.amax(1) >= left)
@@ -225,7 +225,7 @@ class Search:
                 break
             less = torch.where(short, factor * target, less)
             lower = torch.minimum(take(state.lower, e), less.unsqueeze(1))
-            state.lower[at] = torch.where(short.unsqueeze(1), lower, take(state.lower, e))
+            put(state.lower, e, torch.where(short.unsqueeze(1), lower, take(state.lower, e)))
             tolerance, share, mixture = self.rounding.tolerances(e, less)
         self.rounding.verify(e, tolerance, mixture, last.astype(np.int64) + 1)
 
@@ -241,12 +241,12 @@ class Search:
             if not keep.any():
                 return
             kept = state.on_device(keep.nonzero()[0])
-            e, waiting, lower, margin = e[keep], waiting[kept], lower[kept], take(state.margin, e[keep])
+            e, waiting, lower = e[keep], waiting[kept], lower[kept]
             # Those that are likely to be needed, and all that have no bound; else one, which may make the next needless.
             count = np.maximum(count.clip(1, state.norm.AT_ONCE), least)[keep]
             count = np.minimum(count, state.left(e))
             most = min(plan.common(count), max(1, 2 * state.passes.pairs // len(e)))
-            by_margin = margin.sort(stable=True, dim=1).indices
+            by_margin = take(state.by_margin, e)
             by_class = torch.arange(state.n, device=state.device).expand_as(by_margin)
             order = torch.where(lower.isnan().any(1, keepdim=True), by_class, by_margin)
             key = torch.where(waiting, lower.nan_to_num(-torch.inf), torch.inf).gather(1, order)

@@ -25,7 +25,7 @@ def test_a_step_leaves_the_rest_of_the_pilot_probes_and_the_other_examples():
     """J times what the pilot probes have outside the basis, after every step that an example took; the others keep theirs."""
     logits, rows = problem(3, 100, 400)
     made = search(Matrices(logits, rows)).basis
-    made.see(np.arange(3))
+    made.start(np.arange(3), rows[:, :0])
     for e in (np.arange(3), np.array([0, 2]), np.array([2])):
         made.span(e, rows[e, len(e) * 20 : len(e) * 20 + 18])
     assert made.directions.shape == (3, 54, 400)
