@@ -138,8 +138,8 @@ class Example {
   // Everything for one example, while its rows are in cache.
   void run(int64_t b, const Scratch& own) const {
     const int64_t top = prediction(b, own.ratios);
-    const Soon next = soon(b, top);
-    row_norms_.run_all(b, row(b, top, 0), top, own.folds, next.row[0] != nullptr);
+    const Soon next = soon(b);
+    row_norms_.run_all(b, row(b, top, 0), top, own.folds);
     const Winners rows = select(b, top, own.folds, own.ratios);
     for (int64_t s = 0; s < n_segments_; ++s) sums(b, s, rows, next, own.two_rows + s);
     const TwoRowSums total = combine(own.two_rows, own.gaps);
@@ -168,11 +168,10 @@ class Example {
   }
 
   // What the winner sums prefetch of the next example: a short x would be asked for too late by its own.
-  Soon soon(int64_t b, int64_t prediction) const {
+  Soon soon(int64_t b) const {
     constexpr int64_t kShort = 16384;  // bytes
-    Soon next = row_norms_.soon(b, prediction);
-    if (b + 1 < jacobian_.B && jacobian_.D * kElementSize[x_.dtype] <= kShort) next.x = x_.row(b + 1);
-    return next;
+    const bool is_short = b + 1 < jacobian_.B && jacobian_.D * kElementSize[x_.dtype] <= kShort;
+    return {is_short ? x_.row(b + 1) : nullptr, row_norms_.left_for_later(b)};
   }
 
   int q_;

@@ -14,23 +14,23 @@ namespace fastsal {
 constexpr int kMaxRows = 10;
 constexpr int kPairRows = 4;
 constexpr int kMaxAnchors = 2;
-// So many of its last rows a group may leave to the winner sums to prefetch.
-constexpr int kLaterRows = 2;
 
 struct Strides {
   int64_t anchor, row;
 };
 
-// How many bytes after anchors and rows data that is needed soon lies, or 0. along: it is of the same rows, and needed
-// at once. but_last: it is not asked for after the last kLaterRows rows.
+// What a group of rows asks memory for while it is folded: what comes next of the same anchor and rows, needed at once;
+// as many other rows, side by side like these; or as many that follow one another, line after line.
+enum class Order { kAlong, kSideBySide, kInSequence };
+// How many bytes after anchor and rows that lies (in sequence, after the first row), or 0 for nothing.
 struct Ahead {
   int64_t bytes;
-  bool along, but_last;
+  Order order;
 };
 
-// An x and rows that are needed soon, or null.
+// An x and a row that are needed soon, or null.
 struct Soon {
-  const void *x, *row[kLaterRows];
+  const void *x, *row;
 };
 
 // The rows of a group share the loads of an anchor. For one segment of every pair (anchor, row), the fold of

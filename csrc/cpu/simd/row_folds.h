@@ -77,15 +77,18 @@ __attribute__((always_inline)) static inline GroupSums<A, R> group_sums(const T*
     });
     // After the loads: before them they hold those up, which takes 1.03 of the time.
     if (ahead.bytes == 0) return;
-    if (ahead.along) {
-      for (int i = 0; i < A; ++i) prefetch<L, kFirstLevel>(anchors[i] + k, ahead.bytes, H);
-      for (int r = 0; r < R; ++r) prefetch<L, kFirstLevel>(rows[r] + k, ahead.bytes, H);
-      return;
+    const bool in_sequence = ahead.order == Order::kInSequence;
+    int64_t at = ahead.bytes + k * static_cast<int64_t>(sizeof(T)) * (in_sequence ? R : 1);
+    __asm__("" : "+r"(at));  // GCC would compute the address of every line before it knows the order, and spill them
+    if (in_sequence) {
+      prefetch<L, H * R, kFirstLevel>(rows[0], at);
+    } else if (ahead.order == Order::kAlong) {
+      for (int i = 0; i < A; ++i) prefetch<L, H, kFirstLevel>(anchors[i], at);
+      for (int r = 0; r < R; ++r) prefetch<L, H, kFirstLevel>(rows[r], at);
+    } else {
+      for (int i = 0; i < A; ++i) prefetch<L, H>(anchors[i], at);
+      for (int r = 0; r < R; ++r) prefetch<L, H>(rows[r], at);
     }
-    for (int i = 0; i < A; ++i) prefetch<L>(anchors[i] + k, ahead.bytes, H);
-    for (int r = 0; r < R - kLaterRows; ++r) prefetch<L>(rows[r] + k, ahead.bytes, H);
-    if (ahead.but_last) return;
-    for (int r = R > kLaterRows ? R - kLaterRows : 0; r < R; ++r) prefetch<L>(rows[r] + k, ahead.bytes, H);
   };
   auto flush_all = [&]() __attribute__((always_inline)) {
     each<A * R>([&](auto p) __attribute__((always_inline)) {

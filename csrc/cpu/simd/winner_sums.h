@@ -26,10 +26,8 @@ __attribute__((always_inline)) static inline bool winner_sums_in(const T* g, con
     const auto gs = load(g), rows = load(row);
     const auto xs = load(x);
     constexpr int H = sizeof(gs) / sizeof(Vec);
-    if (soon.x) prefetch<L>(static_cast<const X*>(soon.x) + at, 0, H);
-    if (soon.row[0]) {
-      for (const void* later : soon.row) prefetch<L>(static_cast<const T*>(later) + at, 0, H);
-    }
+    if (soon.x) prefetch<L, H>(static_cast<const X*>(soon.x) + at, 0);
+    if (soon.row) prefetch<L, H>(static_cast<const T*>(soon.row) + at, 0);
     each<H>([&](auto u) __attribute__((always_inline)) {
       const Vec gv = gs.of[u], d = gv - rows.of[u], xv = xs.of[u];
       Vec* sums = acc[h + u];
