@@ -122,20 +122,25 @@ class Nearest:
 
     def by_class(self) -> Tensor:
         """The classes that may be the nearest, int64 [B, K], ascending; where an example has fewer, the first stands in."""
-        return self._only_allowed(reference.other_classes(self.prediction, self.margin.shape[1]))
+        order = reference.other_classes(self.prediction, self.margin.shape[1])
+        if self.allowed is not None:
+            order = order.gather(1, (~self.allowed.gather(1, order)).int().sort(stable=True, dim=1).indices)
+        return self._only_allowed(order)
 
-    def by_margin(self) -> Tensor:
-        """The same with the smallest margin first: a NaN before all, the lowest class among equals."""
+    def by_margin(self, count: int) -> Tensor:
+        """At most `count` of them, the smallest margin first: a NaN before all, the lowest class among equals."""
         others = reference.other_classes(self.prediction, self.margin.shape[1])
-        margin = self.margin.gather(1, others).nan_to_num(-math.inf, posinf=math.inf)
-        return self._only_allowed(others.gather(1, margin.sort(stable=True, dim=1).indices))
+        most = torch.finfo(self.margin.dtype).max  # before the classes that are not allowed, which have +inf too
+        margin = self.margin.gather(1, others).nan_to_num(-math.inf, most, -math.inf)
+        if self.allowed is not None:
+            margin = margin.masked_fill(~self.allowed.gather(1, others), math.inf)
+        return self._only_allowed(others.gather(1, reference.smallest(margin, min(count, others.shape[1]))))
 
     def _only_allowed(self, order: Tensor) -> Tensor:
+        """Classes [B, k], those that are not allowed the last ones, without these."""
         if self.allowed is None:
             return order
-        allowed = self.allowed.gather(1, order)
-        order = order.gather(1, allowed.int().sort(stable=True, descending=True, dim=1).indices)
-        count = allowed.sum(1, keepdim=True)
+        count = self.allowed.gather(1, order).sum(1, keepdim=True)
         order = torch.where(torch.arange(order.shape[1], device=order.device) < count, order, order[:, :1])
         return order[:, : int(count.max())]
 

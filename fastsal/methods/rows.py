@@ -93,7 +93,7 @@ class Candidates(Method):
     def select(self, graph: Linearization, question: Question) -> Selection:
         """Looks at the classes of the smallest margins, the lowest class first among equals."""
         nearest = Nearest(graph.logits, question)
-        vjps = _stream(graph, nearest, nearest.by_margin()[:, : self.k], question)
+        vjps = _stream(graph, nearest, nearest.by_margin(self.k), question)
         # Of boundaries that x lies beyond nothing is known.
         least = torch.zeros_like(graph.logits[:, 0]).masked_fill((nearest.margin < 0).any(1), -math.inf)
         provenance = {"method": self.name, "distances": None, "certified": least > 0, "lower_bound": least}

@@ -15,10 +15,7 @@ from fastsal.model.double_backward import DoubleBackward
 from fastsal.model.linearization import Linearization
 from fastsal.model.traced import TracedPasses, Traces, UntraceableError
 
-# What recording costs: for an example, in its rows, where these are taken many at a time; and for each operation, in bytes of
-# gradients, which is all that counts for small networks.
-RECORDING = 4
-RECORDED = 1 << 17
+RECORDING = 4  # what recording an example costs, in its rows, where these are taken many at a time
 # Bytes of the gradients of a backward pass. A recorded pass of more gives way to JVPs, which want memory too, and is taken anew
 # for the next VJPs: for EfficientNet-Lite0 that takes 5 to 8 % more time, and 6 to 13 % less memory.
 KEPT = 1 << 28
@@ -75,7 +72,6 @@ class ModelPasses:
             gain *= LESS
         self._twice: DoubleBackward | None = None
         self._large = total * len(examples) > KEPT
-        self._overhead = RECORDED * len(operations) / total  # of recording, in rows
         self._traces = Traces(graph, gain)
         self._products: TracedPasses | None = None
         self._latest: tuple[np.ndarray, Tensor, Tensor] | None = None  # of the VJPs: examples, cotangents, products
@@ -106,8 +102,8 @@ class ModelPasses:
         """Whether products at `held` examples instead of these, `count` of them, cost more than recording these."""
         if np.array_equal(held, examples):
             return False
-        recording = min(RECORDING, self._cotangents) * len(examples) + self._overhead
-        return (len(held) - len(examples)) * count > recording or not np.isin(examples, held).all()
+        more = (len(held) - len(examples)) * count > min(RECORDING, self._cotangents) * len(examples)
+        return more or not np.isin(examples, held).all()
 
     def jvp(self, examples: np.ndarray, directions: Tensor) -> Tensor:
         """Multiplies the Jacobians with directions [e, k, D]: [e, k, n]. Raises NoJVPError where the model cannot."""
@@ -159,7 +155,7 @@ class ModelPasses:
             raise UntraceableError("the model has to see whole batches")
         if self._products is not None:
             return self._products.jvp(examples, tangents)
-        self._products = self._traces.at(self._own, self.logits if len(self._own) == 1 else None)
+        self._products = self._traces.at(self._own, self.logits)
         products = self._products.jvp(examples, tangents)
         if self._disagree(examples, tangents, products):
             self._traces.distrust()

@@ -12,11 +12,12 @@ the model (7.9 s against 10.4 s for EfficientNet-Lite0, once), and folds nothing
 11.4 ms (and 76.5 ms by `torch.func.jvp`; medians of 25 interleaved rounds, 2 threads).
 
 A trace knows the operations, not the weights: parameters and buffers of a module are read anew for every batch. What steers the
-model besides (flags, replaced modules, hooks, Python attributes) it cannot see. So `Trace.at` runs the traced model at each
-example, and `products.ModelPasses` uses the trace only where its logits equal the model's own, bit for bit, and its products
-agree with the gradients that a backward pass gives.
+model besides (flags, replaced modules, hooks, Python attributes) it cannot see. So `Trace.at` runs the traced model, and
+`products.ModelPasses` uses it only where its logits equal the model's own, at the first example of a group bit for bit and at
+the others up to rounding, and its products agree with the gradients that a backward pass gives.
 """
 
+import contextlib
 import warnings
 import weakref
 from collections.abc import Sequence
@@ -160,7 +161,7 @@ class Trace:
         self._of_direction = part(DIRECTION, [*of_weights, *of_example, direction], [tangent])
 
     def at(self, function: Function, x: Tensor, own: Sequence[Tensor] = ()) -> tuple[Tensor, "TracedPasses"]:
-        """Runs the trace at x [e, *S], one example after the other: its logits [e, n], and the products there.
+        """Runs the trace at x [e, *S]: its logits [e, n], and the products there. Those of one example have the model's bits.
 
         Raises:
             UntraceableError: The model's parameters and buffers have other names than they had.
@@ -170,10 +171,20 @@ class Trace:
             raise UntraceableError("the model's parameters have other names than they had")
         with torch.no_grad():
             shared = self._of_weights(*_given(function, state))
-            each = zip(*(tensor.split(1) for tensor in (x, *own)), strict=True)
-            logits, *found = zip(*(self._of_example(*shared, *one) for one in each), strict=True)
-            stacked = [torch.stack(values) if len(values) > 1 else values[0].unsqueeze(0) for values in found]
-            return torch.cat(logits), TracedPasses(self._of_direction, shared, stacked)
+            logits, *found = self._at_each(shared, [tensor.unsqueeze(1) for tensor in (x, *own)])
+            return logits.squeeze(1), TracedPasses(self._of_direction, shared, found)
+
+    def _at_each(self, shared: tuple[Tensor, ...], given: list[Tensor]) -> Sequence[Tensor]:
+        """What depends on the example, from what is given of each [e, 1, ...]: at all of them at once where torch can."""
+
+        def run(*one: Tensor) -> tuple[Tensor, ...]:
+            found: tuple[Tensor, ...] = self._of_example(*shared, *one)
+            return found
+
+        if len(given[0]) > 1:
+            with contextlib.suppress(RuntimeError), private.no_fallback():
+                return torch.func.vmap(run)(*given)
+        return [torch.stack(values) for values in zip(*(run(*one) for one in zip(*given, strict=True)), strict=True)]
 
 
 class TracedPasses:
@@ -342,35 +353,51 @@ class Traces:
                 kinds.pop(next(iter(kinds)))
         self._gain = gain
 
-    def at(self, examples: np.ndarray, logits: Tensor | None) -> "TracedPasses":
-        """The products at some examples, from a trace whose logits there equal the model's, bit for bit.
+    def at(self, examples: np.ndarray, logits: Tensor) -> "TracedPasses":
+        """The products at some examples, from a trace whose logits there equal the model's.
 
         Args:
             examples: Which of the recorded pass, int64 [e].
-            logits: The model's logits there, [e, n], if they are known from a run one example at a time.
+            logits: The model's logits there, [e, n].
 
         Raises:
             UntraceableError: The model cannot be traced, or it does not pay yet.
         """
         entry, function = self._entry, self._function
-        x, own = take(self._graph.leaf.detach(), examples), self._graph.further(examples)
         if entry.trace is None and (entry.examples + len(self._graph.leaf)) * self._gain < PAYS:
-            entry.examples += len(x)
+            entry.examples += len(examples)
             raise UntraceableError("a trace does not pay yet")
         for _ in range(2):  # a trace that no longer fits the model is made again, once
             if entry.hopeless or function is None:
                 break
             try:
-                with torch.no_grad(), self._graph.same_precision():
-                    entry.trace = entry.trace or Trace(function, x[:1], [one[:1] for one in own])
-                    traced, products = entry.trace.at(function, x, own)
-                if (logits is not None and _same(traced, logits)) or _same(traced, self._logits(examples)):
+                products = self._agreeing(entry, function, examples, logits)
+                if products is not None:
                     return products
             except UntraceableError:
                 entry.hopeless = entry.trace is None
             entry.trace = None
         entry.hopeless = True
         raise UntraceableError("the model cannot be traced")
+
+    def _agreeing(
+        self, entry: _Known, function: Function, examples: np.ndarray, logits: Tensor
+    ) -> "TracedPasses | None":
+        """The products at some examples, or None where the logits of the trace are not the model's.
+
+        A group has other bits than one example alone, but its examples all go the same way through a trace.
+        """
+        x, own = take(self._graph.leaf.detach(), examples), self._graph.further(examples)
+        first, batch = examples[:1], self._graph.batch
+        with torch.no_grad(), self._graph.same_precision():
+            entry.trace = entry.trace or Trace(function, x[:1], [one[:1] for one in own])
+            traced, products = entry.trace.at(function, x[:1], [one[:1] for one in own])
+            if not (len(examples) == 1 and _same(traced, logits)) and not _same(traced, self._logits(first)):
+                return None
+            if len(examples) == 1 or batch is None:
+                return products
+            traced, products = entry.trace.at(function, x, own)
+        return products if batch.same(traced, logits) or batch.same(traced, self._logits(examples)) else None
 
     def _logits(self, examples: np.ndarray) -> Tensor:
         """The model's logits, one example at a time, with attention computed by plain operations as in the trace."""

@@ -39,6 +39,7 @@ def dual(norm: float) -> float:
 
 # Arithmetic over the full range.
 
+SORTED = 2048  # values that are sorted sooner than searched for the smallest
 _ZERO = -2200  # stands for the exponent of a zero: below that of any product of two float64
 
 
@@ -176,6 +177,19 @@ def nearest(ratio: Tensor, margin: Tensor) -> Tensor:
     The first NaN wins, then the lowest index among equals; where every ratio is +inf, the smallest margin decides.
     """
     return torch.where((ratio == math.inf).all(-1), margin.argmin(-1), ratio.argmin(-1))
+
+
+def smallest(values: Tensor, count: int) -> Tensor:
+    """Where the `count` smallest of values [E, n] without NaN are, the smallest first, the lowest index among equals: int64."""
+    n = values.shape[1]
+    if values.numel() <= SORTED:
+        return values.sort(stable=True, dim=1).indices[:, :count]
+    last = values.topk(count, dim=1, largest=False).values.amax(1, keepdim=True)
+    below, equal = values < last, values == last
+    wanted = below | (equal & (equal.cumsum(1) <= count - below.sum(1, keepdim=True)))
+    index = torch.arange(n, device=values.device)
+    found = torch.where(wanted, index, n).topk(count, dim=1, largest=False, sorted=True).values
+    return found.gather(1, values.gather(1, found).sort(stable=True, dim=1).indices)
 
 
 def other_classes(own: Tensor, n: int) -> Tensor:

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from fastsal import analyze
+from fastsal.methods.base import Nearest, Question
 from fastsal.tensor import reference
 
 
@@ -69,3 +70,24 @@ def test_a_nan_gradient_is_not_skipped(chunk):
     assert (result.prediction.tolist(), result.runner_up.tolist()) == ([2], [3])
     assert result.linearized_robustness.isnan().all()
     assert result.alignment.tolist() == [1.0]
+
+
+@pytest.mark.parametrize("n", [7, 3000])
+@pytest.mark.parametrize("limited", [False, True])
+def test_the_smallest_margins_come_first(n, limited):
+    """A NaN before all, then by margin and class; those of margin +inf are candidates, those that are not allowed are none."""
+    torch.manual_seed(0)
+    logits = torch.randint(-2, 3, (5, n)).float()
+    logits[0, 3], logits[1, 2], logits[1, 4] = math.nan, -math.inf, -math.inf
+    allowed = torch.rand(5, n) < 0.5 if limited else None
+    if limited:
+        allowed[:, :3], allowed[2] = True, False
+        allowed[2, :2] = True
+    nearest = Nearest(logits, Question(2.0, classes=allowed))
+    for count in (1, 3, n):
+        found = nearest.by_margin(count)
+        for b, own in enumerate(nearest.prediction.tolist()):
+            classes = [j for j in range(n) if j != own and (not limited or allowed[b, j])]
+            margin = (logits[b, own] - logits[b]).nan_to_num(-math.inf, math.inf).tolist()
+            want = sorted(classes, key=lambda j, margin=margin: (margin[j], j))[:count]
+            assert found[b].tolist() == want + want[:1] * (found.shape[1] - len(want))

@@ -148,15 +148,20 @@ class TestValues:
 
     def test_logits_have_the_bits_and_products_the_values_of_torch(self):
         model, x = make("cnn with batchnorm")
-        logits, products = trace(model, x)
+        together, products = trace(model, x)
         direction = torch.randn_like(x[:1])
         for example in range(len(x)):
             one = x[example : example + 1]
             with torch.no_grad():
                 want = torch.func.jvp(lambda v: model(v.clone()), (one,), (direction,))
-            assert torch.equal(logits[example : example + 1], want[0])
-            got = products.jvp(np.array([example]), direction.unsqueeze(0))[0]
-            torch.testing.assert_close(got, want[1], rtol=1e-5, atol=1e-6)
+            logits, alone = trace(model, one)
+            assert torch.equal(logits, want[0])
+            torch.testing.assert_close(together[example : example + 1], want[0], rtol=1e-5, atol=1e-6)
+            for got in (
+                products.jvp(np.array([example]), direction.unsqueeze(0)),
+                alone.jvp(np.zeros(1, np.int64), direction.unsqueeze(0)),
+            ):
+                torch.testing.assert_close(got[0], want[1], rtol=1e-5, atol=1e-6)
 
     @pytest.mark.parametrize(
         "inner", ["zero", "reflected", "uneven", "bias", "one-dimensional", "grouped", "transposed", "constant"]
@@ -291,6 +296,39 @@ class TestTheModelChanges:
         found = analyze(model, self.x(), method="certified")
         assert (found.vjps < 120).all()  # it was not left to exact rows
         assert not torch.allclose(before, analyze(model, self.x()).linearized_robustness, rtol=0.05)
+
+    def test_the_model_runs_once_for_a_trace_of_a_group(self, eager, model, monkeypatch):
+        """At the first example alone; the others are compared with what has been recorded of them."""
+        ran = []
+        logits = traced.Traces._logits
+        monkeypatch.setattr(
+            traced.Traces, "_logits", lambda self, examples: (ran.append(len(examples)), logits(self, examples))[1]
+        )
+        assert equals_exact(model, torch.randn(6, 30))
+        assert ran == [1]
+        assert equals_exact(model, torch.randn(1, 30))  # whose logits are known
+        assert ran == [1]
+        assert len(eager) == 1
+
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+    def test_every_example_of_a_group_is_compared(self, eager, model, monkeypatch, dtype):
+        """A trace that is right at the first example and not at a later one is of no use."""
+        right = traced.Trace.at
+
+        def wrong(self, function, x, own=()):
+            logits, products = right(self, function, x, own)
+            return torch.cat((logits[:2], 1.1 * logits[2:])), products
+
+        monkeypatch.setattr(traced.Trace, "at", wrong)
+        model, x = model.to(dtype), self.x().to(dtype)
+        for count, usable in ((1, True), (2, True), (3, False)):
+            with linearize(model, x[:count]) as graph:
+                traces = traced.Traces(graph, 1.0)
+                if usable:
+                    traces.at(np.arange(count), graph.logits)
+                else:
+                    with pytest.raises(traced.UntraceableError, match="cannot be traced"):
+                        traces.at(np.arange(count), graph.logits)
 
     def test_a_copy_has_a_trace_of_its_own(self, eager, model):
         twin = copy.deepcopy(model)

@@ -97,3 +97,18 @@ def test_a_gradient_of_zero_does_not_meet_infinity():
     found = reference.two_row_scalars(leaf([1e-30, 0.0]), rows, x, 2.0)
     (gradient,) = torch.autograd.grad(found["binarized_homogeneity"].sum(), x)
     assert gradient.tolist() == [[0.0, 0.0]]
+
+
+@pytest.mark.parametrize("shape", [(1, 5), (3, 40), (1, 3000), (4, 3000)])
+def test_the_smallest_are_those_of_a_stable_sort(shape):
+    """On both sides of where all are sorted; many are equal, at the last place too, and infinite."""
+    torch.manual_seed(0)
+    for values in (
+        torch.randn(shape, dtype=torch.float64),
+        torch.randint(-3, 4, shape).double(),
+        torch.randint(-1, 2, shape).double() * math.inf,
+    ):
+        values = values.nan_to_num(0.0, math.inf, -math.inf)
+        order = values.sort(stable=True, dim=1).indices
+        for count in {1, 2, 5, shape[1] // 2, shape[1]} - {0}:
+            assert torch.equal(reference.smallest(values, count), order[:, :count]), count

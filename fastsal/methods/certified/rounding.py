@@ -105,7 +105,9 @@ class Rounding:
         limit = torch.where(
             target.unsqueeze(1) <= 0, math.inf, limit
         )  # none of these classes is at a negative distance
-        tolerance = state.norm.tolerance(e, take(self._basis.known, e), take(state.rest, e), gain, limit, most + own) - own
+        tolerance = (
+            state.norm.tolerance(e, take(self._basis.known, e), take(state.rest, e), gain, limit, most + own) - own
+        )
         share = torch.where(tolerance > 0, (weights * honest / tolerance).square(), torch.where(unseen, math.inf, 0.0))
         half = share.clamp(max=0.5)
         mixture = torch.where(unseen, 2 * (half.cumsum(1) - half), 0.0).long()

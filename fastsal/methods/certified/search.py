@@ -230,7 +230,7 @@ class Search:
         self.rounding.verify(e, tolerance, mixture, last.astype(np.int64) + 1)
 
     def _rows(self, e: np.ndarray) -> None:
-        """Exact rows, the smallest lower bound first (the smallest margin among equals), as long as any may matter."""
+        """Exact rows, in the order of `State.first`, as long as any may matter."""
         state = self.state
         while True:
             waiting, lower = state.undecided(e), take(state.lower, e)
@@ -240,17 +240,11 @@ class Search:
             keep = (number > 0) & (state.left(e) > 0)
             if not keep.any():
                 return
-            kept = state.on_device(keep.nonzero()[0])
-            e, waiting, lower = e[keep], waiting[kept], lower[kept]
+            e = e[keep]
             # Those that are likely to be needed, and all that have no bound; else one, which may make the next needless.
             count = np.maximum(count.clip(1, state.norm.AT_ONCE), least)[keep]
             count = np.minimum(count, state.left(e))
             most = min(plan.common(count), max(1, 2 * state.passes.pairs // len(e)))
-            by_margin = take(state.by_margin, e)
-            by_class = torch.arange(state.n, device=state.device).expand_as(by_margin)
-            order = torch.where(lower.isnan().any(1, keepdim=True), by_class, by_margin)
-            key = torch.where(waiting, lower.nan_to_num(-torch.inf), torch.inf).gather(1, order)
-            classes = order.gather(1, key.sort(stable=True, dim=1).indices[:, :most])
-            classes, rows = state.evaluate(e, classes, np.minimum(count, most))
+            classes, rows = state.evaluate(e, state.first(e, most), np.minimum(count, most))
             if self.probes.drawn[e].any():
                 self.rounding.check(e, self.rounding.row_gap(e, classes, rows))

@@ -12,6 +12,7 @@ from fastsal.devices import put, take, to_device
 from fastsal.methods.base import Nearest
 from fastsal.methods.certified.norms import Euclidean
 from fastsal.model.products import Passes
+from fastsal.tensor import reference
 
 TOP = 3  # highest other logits that are evaluated first and span the basis together with g
 
@@ -57,7 +58,7 @@ class State:
         # What `undecided` asks of a class: whether it is open, and whether its bound is less than this.
         self._open, self._limit = ~self.seen, torch.full_like(self.margin, math.inf)
         self.vjps, self.jvps, self.reserved = np.zeros((3, E), np.int64)
-        highest = nearest.by_margin()[:, : min(TOP, self.left(self.examples).min() - 1)]
+        highest = nearest.by_margin(int(min(TOP, self.left(self.examples).min() - 1)))
         self.early, self.early_rows = self.evaluate(
             self.examples, torch.cat((self.prediction.unsqueeze(1), highest), 1)
         )
@@ -127,10 +128,16 @@ class State:
         """
         return take(self._open, e) & ~(take(self.lower, e) >= take(self._limit, e))
 
-    @functools.cached_property
-    def by_margin(self) -> Tensor:
-        """All classes, the smallest margin first, the lowest class among equals: int64 [E, n]."""
-        return self.margin.sort(stable=True, dim=1).indices
+    def first(self, e: np.ndarray, count: int) -> Tensor:
+        """The `count` classes to evaluate next, of those that are undecided [e, count]; what more there are is any.
+
+        The smallest bound comes first. Of classes without one that is the smallest margin; the lowest class, where one is NaN.
+        """
+        lower, margin = take(self.lower, e), take(self.margin, e)
+        by_margin = (margin / (1 + margin.abs()) - 1).nan_to_num(-2.0)  # below 0, and less where the margin is
+        by_margin = by_margin.masked_fill(lower.isnan().any(1, keepdim=True), -2.0)
+        key = torch.where(lower > 0, lower, by_margin).masked_fill(~self.undecided(e), math.inf)
+        return reference.smallest(key, min(count, self.n))
 
     @functools.cached_property
     def weights(self) -> Tensor:

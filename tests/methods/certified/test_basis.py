@@ -1,5 +1,7 @@
 """The basis of a certificate: orthonormal, and the pilot probes' rest beside it."""
 
+import math
+
 import numpy as np
 import pytest
 import torch
@@ -33,3 +35,47 @@ def test_a_step_leaves_the_rest_of_the_pilot_probes_and_the_other_examples():
     torch.testing.assert_close(made.components, (made.directions @ rows.mT))
     beyond = made.pilot_probes - made.pilot_probes @ made.directions.mT @ made.directions
     torch.testing.assert_close(made.residual, beyond @ rows.mT, atol=1e-10, rtol=0.0)
+
+
+@pytest.mark.parametrize("D", [8, 400])
+def test_rows_that_add_nothing_have_no_direction(D):
+    """Zeros, copies, mixtures of those before, and rows that are not finite; what the others span is known all the same."""
+    torch.manual_seed(0)
+    logits, rows = problem(2, 100, D)
+    rows[0, 1] = 0.0
+    rows[0, 3] = rows[0, 0]
+    rows[0, 4] = 2 * rows[0, 0] - rows[0, 2]
+    rows[1, 1, 3] = math.nan
+    rows[1, 2, 0] = math.inf
+    rows[1, 7] = -1e-30 * rows[1, 3]
+    made = search(Matrices(logits, rows)).basis
+    made.span(np.arange(2), rows[:, :6])
+    made.span(np.arange(2), rows[:, 6:8])
+    gram = made.directions @ made.directions.mT
+    there = gram.diagonal(dim1=1, dim2=2) > 0.5
+    assert there.tolist() == [
+        [True, False, True, False, False, True, True, True],
+        [True] + [False] * 2 + [True] * 4 + [False],
+    ]
+    torch.testing.assert_close(gram, torch.diag_embed(there.double()), atol=1e-14, rtol=0.0)
+    for example, spanned in ((0, [0, 2, 5, 6, 7]), (1, [0, 3, 4, 5, 6])):
+        row, directions = rows[example, spanned], made.directions[example]
+        torch.testing.assert_close(row @ directions.T @ directions, row)
+
+
+def test_without_a_factor_there_are_no_directions(monkeypatch):
+    """Where rounding leaves a Gram matrix indefinite, the example gets zeros, which are a basis too; others are untouched."""
+    logits, rows = problem(2, 100, 50)
+    cholesky = torch.linalg.cholesky_ex
+
+    def fails(gram):
+        gram = gram.clone()
+        gram[1, 2, 2] = -1.0
+        return cholesky(gram)
+
+    monkeypatch.setattr(torch.linalg, "cholesky_ex", fails)
+    made = search(Matrices(logits, rows)).basis
+    made.span(np.arange(2), rows[:, :4])
+    assert (made.directions[1] == 0).all()
+    torch.testing.assert_close(made.directions[0] @ made.directions[0].T, torch.eye(4, dtype=torch.float64))
+    assert (made.known[1] == 0).all()

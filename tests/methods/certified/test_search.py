@@ -52,6 +52,69 @@ class TestRowsToTake:
         assert len(taken) > 5
         assert all(count == min(most, max(1, needed)) for count, needed in taken)
 
+    def test_the_next_rows_are_those_of_the_smallest_bounds(self):
+        """Classes without a bound first, by margin; where one is NaN, by class. What is decided comes last."""
+        logits, rows = problem(3, 40, 20)
+        state = search(Matrices(logits, rows)).state
+        e = state.examples
+        state.lower = torch.rand(3, 40, dtype=torch.float64).round(decimals=1)
+        state.lower[0, 3:9], state.lower[1] = 0.0, math.nan
+        state.best[:] = math.inf
+        state._limit[:] = math.inf
+        for example in range(3):
+            waiting = [j for j in range(40) if state.undecided(e)[example, j]]
+            bound, margin = state.lower[example].nan_to_num(0.0).tolist(), state.margin[example].tolist()
+            if example == 1:
+                margin = [0.0] * 40
+            want = sorted(waiting, key=lambda j: (bound[j], margin[j] if bound[j] == 0 else 0, j))
+            assert state.first(e, 40)[example, : len(want)].tolist() == want
+            assert state.first(e[example : example + 1], 5)[0].tolist() == want[:5]
+
+    def test_what_is_undecided(self):
+        """Below the best ratio, or equal to it where the class is lower; NaN has to be looked at, up to a NaN row."""
+        special = torch.tensor([-math.inf, -1.0, 0.0, 0.5, 1.0, math.inf, math.nan], dtype=torch.float64)
+        torch.manual_seed(0)
+        logits, rows = problem(200, 30, 10)
+        state = search(Matrices(logits, rows)).state
+        e = state.examples
+        state.nearest.distances[:] = math.inf
+        state.nearest.distances[:, 5] = special[torch.randint(7, (200,))]
+        state.nearest.runner_up[:] = torch.randint(30, (200, 1))
+        state.margin[:] = special[torch.randint(7, (200, 30))]
+        state.lower = special[torch.randint(7, (200, 30))]
+        state._compare(e)
+        best, lower, j = state.best.unsqueeze(1), state.lower, torch.arange(30)
+        before = j < state.nearest.runner_up
+        tie = (lower == best) & before & ((state.margin <= 0) | (best > 0)) & (best < math.inf)
+        unknown = lower.isnan() & (before | ~best.isnan())
+        want = ~state.seen & ((lower < best) | tie | unknown)
+        assert 0.1 < want.double().mean() < 0.9
+        assert torch.equal(state.undecided(e), want)
+        assert torch.equal(state.undecided(e[3:9]), want[3:9])
+
+    def test_a_further_round_is_worth_its_probes(self):
+        """Where some later round leaves so many fewer classes below the target that its probes are made up for."""
+        torch.manual_seed(0)
+        E, n, done = 60, 200, 8
+        norm = search(Matrices(*problem(E, n, 10))).state.norm
+        margin, known, sums = (torch.rand(E, n, dtype=torch.float64) for _ in range(3))
+        sums *= 16 * torch.rand(E, 1, dtype=torch.float64)
+        at = plan.Outlook(norm, np.arange(E), margin, torch.rand(E, n) < 0.8, margin[:, 0])
+        target = 0.5 * torch.rand(E, dtype=torch.float64)
+        counts = torch.tensor([[8, 10, 13, 16, 20, 25]]).expand(E, -1)
+        quantiles = torch.tensor([[1.0, 1.6, 2.7, 4.0, 6.0, 8.7]], dtype=torch.float64).expand(E, -1)
+        stage, lower = torch.arange(E) % 6, at.bound(known, sums / 1.0)
+        found = plan.worth_more(at, lower, target, known, sums, done, counts, quantiles, stage)
+        for e in range(E):
+            waiting = at.waiting[e]
+            now, worth = int((waiting & (lower[e] < target[e])).sum()), False
+            for round_ in range(int(stage[e]) + 1, 6):
+                bound = margin[e] / (known[e] + sums[e] * counts[e, round_] / done / quantiles[e, round_]).sqrt()
+                left = int((waiting & (bound < target[e])).sum())
+                worth |= int(counts[e, round_]) - done + left < now
+            assert found[e] == worth
+        assert 0.2 < found.double().mean() < 0.8
+
     def test_rows_that_stand_in_are_not_counted(self):
         """Each example's passes are those that it would have used alone, but for two rows at most, taken at once or not."""
         logits, rows = KINDS[2.0]["falling_spectrum"](torch.Generator().manual_seed(3), 20)
