@@ -129,9 +129,9 @@ class State:
         return take(self._open, e) & ~(take(self.lower, e) >= take(self._limit, e))
 
     def first(self, e: np.ndarray, count: int) -> Tensor:
-        """The `count` classes to evaluate next, of those that are undecided [e, count]; what more there are is any.
+        """The `count` undecided classes to evaluate next, [e, count]; where an example has fewer, others follow.
 
-        The smallest bound comes first. Of classes without one that is the smallest margin; the lowest class, where one is NaN.
+        Those without a bound come first, by margin (by class where one is NaN), then those of the smallest bounds.
         """
         lower, margin = take(self.lower, e), take(self.margin, e)
         by_margin = (margin / (1 + margin.abs()) - 1).nan_to_num(-2.0)  # below 0, and less where the margin is
