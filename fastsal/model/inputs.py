@@ -178,18 +178,17 @@ class Batch:
             return self.function.at(examples)
         return lambda inputs: call(self.function.at(), self.x.index_copy(0, examples, inputs))[examples]
 
-    def same(self, one: Tensor, other: Tensor) -> bool:
-        """Whether logits [B, n] are the same up to rounding."""
+    def _same(self, one: Tensor, other: Tensor) -> bool:
         return apart(one, other) <= min(ROUNDING * self._eps, COARSEST)
 
     def _agree(self, part: Tensor, logits: Tensor, examples: Tensor | slice) -> bool:
         """Whether logits of a part are those of the whole batch, up to rounding; else what follows is decided."""
-        if not self.same(part, logits[examples]) and not self._as_recorded:
+        if not self._same(part, logits[examples]) and not self._as_recorded:
             self._as_recorded = True
             self._logits = logits = self._run()
             again = self._in_parts() if isinstance(examples, slice) else None
             part = part if again is None else again
-        return self.same(part, logits[examples]) or self._explain(apart(part, logits[examples]), logits)
+        return self._same(part, logits[examples]) or self._explain(apart(part, logits[examples]), logits)
 
     def _mixes(self, logits: Tensor) -> bool:
         """Whether the logits of one part of the batch change where the other part has other inputs."""
@@ -202,7 +201,7 @@ class Batch:
             ]
         except Exception:  # user code, which may not take these inputs
             return False
-        return not self.same(torch.cat(kept), logits)
+        return not self._same(torch.cat(kept), logits)
 
     def _rounds(self, distance: float) -> bool | None:
         """Whether little of a distance of the parts from the whole batch is left in float64; None where that cannot be run."""
@@ -231,7 +230,7 @@ class Batch:
 
         Raises where the model is random or mixes examples; else, and where it cannot tell, whole batches are run from now on.
         """
-        if not self.same(self._run(), logits):
+        if not self._same(self._run(), logits):
             raise ValueError(
                 "model: two runs of the same batch have different logits (dropout as a function, or other random numbers); "
                 "wants a function of x alone"

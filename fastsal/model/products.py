@@ -100,8 +100,6 @@ class ModelPasses:
 
     def _in_vain(self, held: np.ndarray, examples: np.ndarray, count: int) -> bool:
         """Whether products at `held` examples instead of these, `count` of them, cost more than recording these."""
-        if np.array_equal(held, examples):
-            return False
         more = (len(held) - len(examples)) * count > min(RECORDING, self._cotangents) * len(examples)
         return more or not np.isin(examples, held).all()
 
@@ -155,7 +153,7 @@ class ModelPasses:
             raise UntraceableError("the model has to see whole batches")
         if self._products is not None:
             return self._products.jvp(examples, tangents)
-        self._products = self._traces.at(self._own, self.logits)
+        self._products = self._traces.at(self._own, self.logits if len(self._own) == 1 else None)
         products = self._products.jvp(examples, tangents)
         if self._disagree(examples, tangents, products):
             self._traces.distrust()

@@ -12,9 +12,9 @@ the model (7.9 s against 10.4 s for EfficientNet-Lite0, once), and folds nothing
 11.4 ms (and 76.5 ms by `torch.func.jvp`; medians of 25 interleaved rounds, 2 threads).
 
 A trace knows the operations, not the weights: parameters and buffers of a module are read anew for every batch. What steers the
-model besides (flags, replaced modules, hooks, Python attributes) it cannot see. So `Trace.at` runs the traced model, and
-`products.ModelPasses` uses it only where its logits equal the model's own, at the first example of a group bit for bit and at
-the others up to rounding, and its products agree with the gradients that a backward pass gives.
+model besides (flags, replaced modules, hooks, Python attributes) it cannot see. So `Trace.at` runs the traced model at each
+example, and `products.ModelPasses` uses the trace only where its logits equal the model's own, bit for bit, and its products
+agree with the gradients that a backward pass gives.
 """
 
 import warnings
@@ -344,12 +344,12 @@ class Traces:
                 kinds.pop(next(iter(kinds)))
         self._gain = gain
 
-    def at(self, examples: np.ndarray, logits: Tensor) -> "TracedPasses":
-        """The products at some examples, from a trace whose logits there equal the model's.
+    def at(self, examples: np.ndarray, logits: Tensor | None) -> "TracedPasses":
+        """The products at some examples, from a trace whose logits there equal the model's, bit for bit.
 
         Args:
             examples: Which of the recorded pass, int64 [e].
-            logits: The model's logits there, [e, n].
+            logits: The model's logits there, [e, n], if they are known from a run one example at a time.
 
         Raises:
             UntraceableError: The model cannot be traced, or it does not pay yet.
@@ -366,25 +366,13 @@ class Traces:
                 with torch.no_grad(), self._graph.same_precision():
                     entry.trace = entry.trace or Trace(function, x[:1], [one[:1] for one in own])
                     traced, products = entry.trace.at(function, x, own)
-                if self._agree(traced, examples, logits):
+                if (logits is not None and _same(traced, logits)) or _same(traced, self._logits(examples)):
                     return products
             except UntraceableError:
                 entry.hopeless = entry.trace is None
             entry.trace = None
         entry.hopeless = True
         raise UntraceableError("the model cannot be traced")
-
-    def _agree(self, traced: Tensor, examples: np.ndarray, logits: Tensor) -> bool:
-        """Whether logits of the trace are those of the model: by their bits at the first example, at others up to rounding.
-
-        What a trace cannot see concerns every example, and all of them go the same way through it.
-        """
-        if len(examples) == 1:
-            return _same(traced, logits) or _same(traced, self._logits(examples))
-        if not _same(traced[:1], self._logits(examples[:1])) or self._graph.batch is None:
-            return False
-        same = self._graph.batch.same
-        return same(traced, logits) or same(traced, self._logits(examples))
 
     def _logits(self, examples: np.ndarray) -> Tensor:
         """The model's logits, one example at a time, with attention computed by plain operations as in the trace."""

@@ -18,7 +18,9 @@ UNDERESTIMATE = 1.3
 PRIOR = 4.0  # the average over classes counts as this many pilot probes in the estimate for one class
 DEPENDENT = 1e-4  # what is left of a row that the basis spans is rounding: no direction worth a JVP
 NEWTON = 4  # steps
-LIFT = 1e-12  # of a Gram matrix's diagonal, which is then positive definite whatever is dependent
+# Of the diagonal of a Gram matrix, which is positive definite then: of six dependent rows of four million entries rounding made
+# the least eigenvalue -5.5e-14.
+LIFT = 1e-12
 
 
 class Basis:
@@ -113,7 +115,7 @@ class Basis:
         """
         state = self._state
         newest = torch.cat((take(self.components, e)[:, PILOT_PROBES - BLOCK :], take(self.residual, e)), 1)
-        mixture = take(state.weights, e).square().unsqueeze(1) * state.differences(e, newest)
+        mixture = state.weights(e).square().unsqueeze(1) * state.differences(e, newest)
         cotangents = -mixture
         own = take(state.prediction, e).view(-1, 1, 1).expand_as(mixture[:, :, :1])
         cotangents.scatter_(2, own, mixture.sum(2, keepdim=True))

@@ -101,7 +101,7 @@ class Search:
             basis.widen(active)
             inside, outside = basis.parts(active)
         e = e[counts[e] > 0]
-        if step:
+        if step:  # else the bases are those that were looked at
             counts[e[~rounding.trust(e)]] = 0
         return counts
 

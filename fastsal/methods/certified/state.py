@@ -1,6 +1,5 @@
 """What a certificate counts and knows of a group of examples: products, exact rows, lower bounds, and what is undecided."""
 
-import functools
 import math
 from typing import Any
 
@@ -37,7 +36,6 @@ class State:
         lower: A lower bound of the ratio of every class, float64 [E, n]; NaN where nothing is known to hold.
         rest, quantile: S_j / x and x of the round of probes that bounds the class best, float64 [E, n]; +inf and 1 before.
         unit: The examples' gradient scales, float64 [E].
-        best: The best exact ratio so far, float64 [E]; NaN once there is one.
         vjps, jvps: The passes used, int64 [E]; reserved: those kept back for a check.
         early: The predicted class and the highest other logits, the lowest first among equals, int64 [E, c].
         early_rows: Their rows, [E, c, D].
@@ -54,9 +52,6 @@ class State:
         self.lower = torch.zeros_like(self.margin).masked_fill(self.margin < 0, -math.inf)
         self.rest, self.quantile = torch.full_like(self.margin, math.inf), torch.ones_like(self.margin)
         self.unit = torch.ones_like(self.margin[:, 0])
-        self.best = torch.full_like(self.unit, math.inf)
-        # What `undecided` asks of a class: whether it is open, and whether its bound is less than this.
-        self._open, self._limit = ~self.seen, torch.full_like(self.margin, math.inf)
         self.vjps, self.jvps, self.reserved = np.zeros((3, E), np.int64)
         highest = nearest.by_margin(int(min(TOP, self.left(self.examples).min() - 1)))
         self.early, self.early_rows = self.evaluate(
@@ -107,26 +102,23 @@ class State:
         rows = self.passes.vjp(e, one_hot)
         put(self.seen, e, take(self.seen, e).scatter(1, classes, True))
         self.nearest.visit(classes, rows, None if len(e) == len(self.seen) else self.on_device(e))
-        self._compare(e)
         return classes, rows
 
-    def _compare(self, e: np.ndarray) -> None:
-        """Finds the best ratio of examples e, and what the others have to be less than."""
-        best = take(self.nearest.distances, e).amin(1)
-        put(self.best, e, best)
-        best = best.unsqueeze(1)
-        before = torch.arange(self.n, device=self.device) < take(self.nearest.runner_up, e)
-        tie = before & ((take(self.margin, e) <= 0) | (best > 0)) & (best < math.inf)
-        limit = torch.where(tie, torch.nextafter(best, torch.full_like(best, math.inf)), best)
-        put(self._limit, e, limit.nan_to_num(-math.inf, math.inf, -math.inf))
-        put(self._open, e, ~take(self.seen, e) & (before | ~best.isnan()))
+    @property
+    def best(self) -> Tensor:
+        """The best exact ratio so far, [E]; NaN once there is one."""
+        return self.nearest.distances.amin(1)
 
     def undecided(self, e: np.ndarray) -> Tensor:
         """Which classes may still change the answer, [e, n]: L_j below the best ratio; ties only where the class is lower.
 
         A NaN bound has to be looked at, lowest class first, until a NaN row settles the matter.
         """
-        return take(self._open, e) & ~(take(self.lower, e) >= take(self._limit, e))
+        best, lower, runner_up = take(self.best, e).unsqueeze(1), take(self.lower, e), take(self.nearest.runner_up, e)
+        before = torch.arange(self.n, device=self.device) < runner_up
+        tie = (lower == best) & before & ((take(self.margin, e) <= 0) | (best > 0)) & (best < math.inf)
+        unknown = lower.isnan() & (before | ~best.isnan())
+        return ~take(self.seen, e) & ((lower < best) | tie | unknown)
 
     def first(self, e: np.ndarray, count: int) -> Tensor:
         """The `count` undecided classes to evaluate next, [e, count]; where an example has fewer, others follow.
@@ -139,15 +131,15 @@ class State:
         key = torch.where(lower > 0, lower, by_margin).masked_fill(~self.undecided(e), math.inf)
         return reference.smallest(key, min(count, self.n))
 
-    @functools.cached_property
-    def weights(self) -> Tensor:
-        """1 / m_j⁴ of the classes not among the early ones, in units of the largest: how much a gradient matters, [E, n]."""
-        margin = torch.where(self.seen | ~(self.margin > 0), math.inf, self.margin)
+    def weights(self, e: np.ndarray) -> Tensor:
+        """1 / m_j⁴ of the classes not seen, in units of the largest: how much a class's gradient matters, [e, n]."""
+        margin = take(self.margin, e)
+        margin = torch.where(take(self.seen, e) | ~(margin > 0), math.inf, margin)
         return (margin.amin(1, keepdim=True) / margin).pow(4).nan_to_num(0.0)
 
     def average(self, e: np.ndarray, values: Tensor) -> Tensor:
         """The average over classes of values [e, n], weighted by how much they matter: [e]."""
-        weights = take(self.weights, e)
+        weights = self.weights(e)
         return ((weights * values).sum(1) / weights.sum(1)).nan_to_num(0.0)
 
 

@@ -33,6 +33,8 @@ def test_a_step_leaves_the_rest_of_the_pilot_probes_and_the_other_examples():
     assert made.directions.shape == (3, 54, 400)
     assert (made.directions.square().sum(2) > 0.5).sum(1).tolist() == [36, 18, 54]
     torch.testing.assert_close(made.components, (made.directions @ rows.mT))
+    torch.testing.assert_close(made.squares, made.components.square().sum(1))
+    torch.testing.assert_close(made.known, made._state.differences(np.arange(3), made.components).square().sum(1))
     beyond = made.pilot_probes - made.pilot_probes @ made.directions.mT @ made.directions
     torch.testing.assert_close(made.residual, beyond @ rows.mT, atol=1e-10, rtol=0.0)
 

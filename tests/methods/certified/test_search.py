@@ -59,8 +59,7 @@ class TestRowsToTake:
         e = state.examples
         state.lower = torch.rand(3, 40, dtype=torch.float64).round(decimals=1)
         state.lower[0, 3:9], state.lower[1] = 0.0, math.nan
-        state.best[:] = math.inf
-        state._limit[:] = math.inf
+        state.nearest.distances[:] = math.inf
         for example in range(3):
             waiting = [j for j in range(40) if state.undecided(e)[example, j]]
             bound, margin = state.lower[example].nan_to_num(0.0).tolist(), state.margin[example].tolist()
@@ -69,28 +68,6 @@ class TestRowsToTake:
             want = sorted(waiting, key=lambda j: (bound[j], margin[j] if bound[j] == 0 else 0, j))
             assert state.first(e, 40)[example, : len(want)].tolist() == want
             assert state.first(e[example : example + 1], 5)[0].tolist() == want[:5]
-
-    def test_what_is_undecided(self):
-        """Below the best ratio, or equal to it where the class is lower; NaN has to be looked at, up to a NaN row."""
-        special = torch.tensor([-math.inf, -1.0, 0.0, 0.5, 1.0, math.inf, math.nan], dtype=torch.float64)
-        torch.manual_seed(0)
-        logits, rows = problem(200, 30, 10)
-        state = search(Matrices(logits, rows)).state
-        e = state.examples
-        state.nearest.distances[:] = math.inf
-        state.nearest.distances[:, 5] = special[torch.randint(7, (200,))]
-        state.nearest.runner_up[:] = torch.randint(30, (200, 1))
-        state.margin[:] = special[torch.randint(7, (200, 30))]
-        state.lower = special[torch.randint(7, (200, 30))]
-        state._compare(e)
-        best, lower, j = state.best.unsqueeze(1), state.lower, torch.arange(30)
-        before = j < state.nearest.runner_up
-        tie = (lower == best) & before & ((state.margin <= 0) | (best > 0)) & (best < math.inf)
-        unknown = lower.isnan() & (before | ~best.isnan())
-        want = ~state.seen & ((lower < best) | tie | unknown)
-        assert 0.1 < want.double().mean() < 0.9
-        assert torch.equal(state.undecided(e), want)
-        assert torch.equal(state.undecided(e[3:9]), want[3:9])
 
     def test_a_further_round_is_worth_its_probes(self):
         """Where some later round leaves so many fewer classes below the target that its probes are made up for."""
